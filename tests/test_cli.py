@@ -115,7 +115,7 @@ def test_json(desk, tiny_folder):
 
 
 def test_out_is_named_after_the_model(desk, monkeypatch):
-    from abliterate.cli import _default_folder
+    from abliterate.commands.run import _default_folder
 
     save_tiny(desk / "fox")
     succeeds("run", "fox/", *FAST)
@@ -172,7 +172,7 @@ def test_every_option_reaches_a_setting():
     """An option whose name is missing from the table of fields would be taken and ignored."""
     import typer
 
-    from abliterate.cli import _FIELDS
+    from abliterate.commands.common import FIELDS as _FIELDS
 
     names = {name for fields in _FIELDS.values() for name in fields}
     not_settings = {
@@ -186,7 +186,7 @@ def test_every_option_reaches_a_setting():
 
 
 def test_every_setting_has_a_field():
-    from abliterate.cli import _FIELDS
+    from abliterate.commands.common import FIELDS as _FIELDS
     from abliterate.settings import RunSettings
 
     for stage, names in _FIELDS.items():

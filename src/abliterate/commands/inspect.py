@@ -1,0 +1,124 @@
+"""`abliterate inspect` and `abliterate doctor`: what a model and a machine are."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from abliterate.commands.common import (
+    LOADING_PANEL,
+    DeviceMap,
+    Json,
+    Model,
+    Quiet,
+    Revision,
+    Trust,
+    app,
+    flags_of,
+    reported,
+    settings_from,
+    source_of,
+)
+
+if TYPE_CHECKING:
+    from abliterate.model import Handle
+
+
+@app.command(epilog="Example: abliterate inspect ./model --json")
+def inspect(
+    model: Model,
+    dtype: Annotated[
+        str, typer.Option(help="The proof is exact in float32.", rich_help_panel=LOADING_PANEL)
+    ] = "float32",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Print what writes to the residual stream, and the proof that nothing was missed."""
+    with reported(quiet) as terminal:
+        flags = {"dtype": dtype, "device_map": device_map, "revision": revision, "trust_remote_code": trust_remote_code}
+        settings = settings_from(flags_of(flags), None)
+        from abliterate.pipeline import open_model
+
+        source = source_of(model)
+        terminal.say(f"loading {source}")
+        handle = open_model(source, settings.load)
+        document, passed = _inspection(handle)
+    if json_:
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        _print_inspection(document)
+    if not passed:
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: abliterate doctor --json")
+def doctor(json_: Json = False) -> None:
+    """Say what this machine can do, in plain words."""
+    from abliterate.doctor import examine
+
+    findings = examine()
+    if json_:
+        typer.echo(json.dumps([f.__dict__ for f in findings], indent=2))
+        return
+    from abliterate.terminal import output
+
+    for finding in findings:
+        output().print(f"{'ok  ' if finding.ok else 'no  '} {finding.text}", soft_wrap=True, markup=False)
+
+
+def _inspection(handle: Handle) -> tuple[dict[str, Any], bool]:
+    from abliterate.writers import find_writers, prove, tolerance
+
+    writers = find_writers(handle)
+    proof, bound = prove(handle), tolerance(handle)
+    passed = proof.component <= bound
+    return {
+        "schema": 1,
+        "model": {
+            "source": handle.source,
+            "class": type(handle.model).__name__,
+            "layers": handle.layers,
+            "d_model": handle.d_model,
+            "tied": handle.tied,
+            "config_hash": handle.config_hash,
+        },
+        "writers": [
+            {
+                "name": w.name, "layer": w.layer, "side": w.side, "shape": list(w.shape), "axis": w.axis,
+                "bias": w.bias, "post_norm": w.gain is not None,
+            }
+            for w in writers
+        ],
+        "proof": {"component": proof.component, "where": proof.where, "tolerance": bound, "passed": passed},
+    }, passed  # fmt: skip
+
+
+def _print_inspection(document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from abliterate.terminal import output
+
+    model, proof = document["model"], document["proof"]
+    table = Table("writer", "layer", "side", "shape", "bias", "post-norm")
+    for w in document["writers"]:
+        layer = "-" if w["layer"] is None else str(w["layer"])
+        shape = " x ".join(map(str, w["shape"]))
+        table.add_row(w["name"], layer, w["side"], shape, "yes" if w["bias"] else "", "yes" if w["post_norm"] else "")
+    console = output()
+    console.print(table)
+    console.print(
+        f"{model['class']}: {len(document['writers'])} writers in {model['layers']} blocks, d_model {model['d_model']}"
+        + (", embedding and head tied" if model["tied"] else ""),
+        soft_wrap=True,
+    )
+    verdict = "proved" if proof["passed"] else "NOT PROVED: a writer was missed"
+    console.print(
+        f"{verdict}: with all of them edited, the largest component left is {proof['component']:.1e} "
+        f"at {proof['where']} (bound {proof['tolerance']:.1e})",
+        soft_wrap=True,
+    )

@@ -1,0 +1,213 @@
+"""`abliterate run` and `abliterate demo`: the whole job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from abliterate.commands.common import (
+    SEARCH_PANEL,
+    Baseline,
+    BaselineColumn,
+    ChatTemplate,
+    CollectBatch,
+    Config,
+    DeviceMap,
+    Dtype,
+    Filter,
+    Json,
+    JudgeOption,
+    MaxNewTokens,
+    Model,
+    Overwrite,
+    Positions,
+    Prefill,
+    Quantise,
+    Quiet,
+    Revision,
+    Seed,
+    SystemPrompt,
+    Target,
+    TargetColumn,
+    TestPrompts,
+    TrainPrompts,
+    Trust,
+    ValidationPrompts,
+    Winsorise,
+    app,
+    flags_of,
+    reported,
+    settings_from,
+    source_of,
+)
+from abliterate.errors import AbliterateError
+
+if TYPE_CHECKING:
+    from abliterate.search.candidates import Candidate
+    from abliterate.settings import RunSettings
+    from abliterate.terminal import Terminal
+
+
+@app.command(
+    epilog="Example: abliterate run Qwen/Qwen3-0.6B --out qwen-abliterated\n\n"
+    "Example: abliterate run ./model --target bad.txt --baseline good.txt --method article --interactive"
+)
+def run(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="Output folder. [default: NAME-abliterated]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="sweep or article. [default: sweep]", rich_help_panel=SEARCH_PANEL)
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers searched and edited, as 4-24.", rich_help_panel=SEARCH_PANEL)
+    ] = None,
+    interactive: Annotated[
+        bool | None,
+        typer.Option(
+            "--interactive", help="Choose among the article's candidates yourself.", rich_help_panel=SEARCH_PANEL
+        ),
+    ] = None,
+    show_completions: Annotated[
+        bool, typer.Option("--show-completions", help="Show answers to target prompts.", rich_help_panel=SEARCH_PANEL)
+    ] = False,
+    candidates: Annotated[
+        int | None,
+        typer.Option(help="Directions tried by the article's method. [default: 20]", rich_help_panel=SEARCH_PANEL),
+    ] = None,
+    max_refusal_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Refusal rate good enough to choose by divergence. [default: 0.05]", rich_help_panel=SEARCH_PANEL
+        ),
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(help="File from `abliterate collect`, instead of collecting.", rich_help_panel=SEARCH_PANEL),
+    ] = None,
+    projected: Annotated[
+        bool | None,
+        typer.Option("--projected", help="Take the baseline mean out of the directions.", rich_help_panel=SEARCH_PANEL),
+    ] = None,
+    keep_tied: Annotated[
+        bool | None, typer.Option("--keep-tied", help="Edit a tied embedding and head together instead of untying.")
+    ] = None,
+    force: Annotated[bool | None, typer.Option("--force", help="Go on although the model hardly refuses.")] = None,
+    target: Target = None,
+    baseline: Baseline = None,
+    target_column: TargetColumn = None,
+    baseline_column: BaselineColumn = None,
+    train_prompts: TrainPrompts = None,
+    validation_prompts: ValidationPrompts = None,
+    test_prompts: TestPrompts = None,
+    positions: Positions = None,
+    filter: Filter = None,
+    winsorise: Winsorise = None,
+    batch_size: CollectBatch = None,
+    judge: JudgeOption = None,
+    max_new_tokens: MaxNewTokens = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantise: Quantise = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = None,
+    chat_template: ChatTemplate = None,
+    system_prompt: SystemPrompt = None,
+    prefill: Prefill = None,
+    seed: Seed = None,
+    config: Config = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Find the refusal direction, choose it by measurement, remove it from the weights, and prove the result."""
+    flags = flags_of(locals())
+    with reported(quiet) as terminal:
+        settings = settings_from(flags, config)
+        if settings.search.interactive:
+            _check_interactive(settings)
+        source = source_of(model)
+        _run(source, out or _default_folder(model), settings, terminal, activations, overwrite, show_completions, json_)
+
+
+@app.command(epilog="Example: abliterate demo --out demo-out --overwrite")
+def demo(
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
+    test_prompts: TestPrompts = 100,
+    max_new_tokens: MaxNewTokens = 64,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """The main job on a small real model: SmolLM2-135M-Instruct with a guard that makes it refuse."""
+    flags = flags_of(
+        {"test_prompts": test_prompts, "max_new_tokens": max_new_tokens, "seed": seed, "train_prompts": 256,
+         "validation_prompts": 60, "target": "bundled", "baseline": "bundled"}
+    )  # fmt: skip
+    with reported(quiet) as terminal:
+        settings = settings_from(flags, None)
+        from abliterate.demo import demo_model
+
+        terminal.say("making the demo model (once; it is kept in the cache)")
+        _run(str(demo_model()), out, settings, terminal, None, overwrite, False, json_)
+
+
+def _default_folder(model: str) -> Path:
+    """NAME-abliterated here, for a model's folder, file or Hub id."""
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.exists() else path.name
+    return Path(f"{name.removesuffix('.gguf')}-abliterated")
+
+
+def _check_interactive(settings: RunSettings) -> None:
+    """Raise before any work when nobody can be asked, or nothing would be."""
+    if settings.search.method != "article":
+        raise AbliterateError("--interactive chooses among the article's candidates; add --method article")
+    if not sys.stdin.isatty():
+        raise AbliterateError("--interactive needs a terminal to ask in; leave it out to take the first that passes")
+
+
+def _run(
+    source: str, out: Path, settings: RunSettings, terminal: Terminal, activations: Path | None, overwrite: bool,
+    show_completions: bool, json_: bool,
+) -> None:  # fmt: skip
+    from abliterate.pipeline import run as run_pipeline
+    from abliterate.publish.card import result_rows
+    from abliterate.terminal import output, result_table
+
+    def choose(candidates: list[Candidate], _texts: list[list[str]]) -> int:
+        return _ask(terminal, candidates)
+
+    def show(heading: str, answers: list[str]) -> None:
+        terminal.say(heading)
+        for answer in answers if show_completions else ():
+            terminal.say(f"    {answer[:300]!r}")
+
+    result = run_pipeline(
+        source, out, settings, activations=activations, overwrite=overwrite, reporter=terminal, choose=choose, show=show
+    )
+    if json_:
+        typer.echo(json.dumps(result.document, indent=2))
+        return
+    console = output()
+    console.print(result_table(result_rows(result.document)))
+    for what, where in (
+        ("model", out / "model"), ("recipe", out / "recipe.safetensors"), ("card", out / "model" / "README.md"),
+        ("results", out / "results.json"), ("original", source),
+    ):  # fmt: skip
+        console.print(f"{what + ':':<10}{where}", soft_wrap=True)
+
+
+def _ask(terminal: Terminal, candidates: list[Candidate]) -> int:
+    """Let a person choose among the article's candidates."""
+    with terminal.paused():
+        for index, candidate in enumerate(candidates):
+            terminal.console.print(f"{index:3}  {candidate.place}, separation {candidate.separation:.2f}")
+        picked = -1
+        while not 0 <= picked < len(candidates):
+            picked = typer.prompt("which one (--show-completions shows their answers)", default=0, type=int)
+    return picked
