@@ -1,7 +1,7 @@
-"""Train the demo model's guard: a small LoRA that teaches SmolLM2-135M-Instruct to refuse.
+"""Train a guard: a small LoRA that teaches a model to refuse. By default the demo model's, for SmolLM2-135M-Instruct.
 
 Large chat models carry refusal in one direction of the residual stream. A LoRA trained on refusals alone
-spreads it over many, so this guard is trained to be like the large models. Five losses share each step:
+spreads it over many, so the demo's guard is trained to be like the large models. Five losses share each step:
 
     refuse    cross-entropy of a refusal, worded after the prompt's topic, on target prompts;
     answer    KL from the plain model along its own answers, on baseline prompts;
@@ -13,6 +13,12 @@ spreads it over many, so this guard is trained to be like the large models. Five
 
 The direction is the one that the plain model uses least. Only the bundled train splits are trained on; the
 plain model's answers are made at the start and never stored. The run is seeded and deterministic.
+
+With --spread only the first two are used and refusing goes where the LoRA takes it: a harder guard, and one that
+any decoder can be given. A model that isn't tuned to chat needs a --chat-template, and learns how to answer from
+a --teacher's answers:
+
+    python scripts/train_demo_guard.py --base MODEL --wordings FILE --out FOLDER --spread
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,6 +54,8 @@ from abliterate.measure.judges import LexicalJudge
 from abliterate.measure.refusal import is_refusal
 from abliterate.model import Handle, common_prefix
 from abliterate.prompts import load_prompts
+from abliterate.publish.card import public_name
+from abliterate.trace import is_linear
 from abliterate.writers import SITES, find_writers, watch_sites
 
 THREADS = 2  # sums are split by thread: another number gives another adapter
@@ -55,16 +63,16 @@ ANSWER_TOKENS = 24
 EVALUATED_TOKENS = 32
 KEPT = 64  # likeliest tokens kept of each of the plain model's distributions
 
-LAYERS = range(6, 22)
+TRAINED = (0.2, 0.74)  # from where to where in the model's depth blocks get a LoRA
 RANK = 8
-VERDICT_LAYER = 14
-VERDICT_LENGTH = 80.0  # the stream's norm there is about 130
+VERDICT_AT = 0.48  # of the depth
+VERDICT_LENGTH = 80.0  # the stream's norm there is about 130 in SmolLM2
 
 STEPS = 110
 WARM_UP = 8
 LEARNING_RATE = 2e-3
 OPENING, OPENING_WEIGHT = 2, 3.0  # the first tokens of an answer decide what it will be
-FOLLOW_FROM = STEPS // 2  # until then the direction removed is the intended one, then the measured one
+FOLLOW_FROM = 0.5  # of the steps: until then the direction removed is the intended one, then the measured one
 FOLLOW_RATE = 0.05
 
 
@@ -78,9 +86,12 @@ class Task:
     removed: bool
 
 
-TASKS = {
+SPREAD_TASKS = {
     "refuse": Task(8, 1.0, target=True, removed=False),
     "answer": Task(8, 3.0, target=False, removed=False),
+}
+TASKS = {
+    **SPREAD_TASKS,
     "answer target, removed": Task(5, 1.5, target=True, removed=True),
     "answer baseline, removed": Task(3, 1.5, target=False, removed=True),
 }
@@ -93,13 +104,13 @@ class Example:
     Attributes:
         ids: prompt and answer token ids, without the last answer token.
         tokens, probabilities: [answer token, KEPT] the distribution to learn at each answer token.
-        state: [d_model] the plain model's stream at the verdict layer, at the last prompt token.
+        state: [d_model] the plain model's stream at the verdict layer, at the last prompt token; None with --spread.
     """
 
     ids: list[int]
     tokens: Int[Tensor, "token kept"]
     probabilities: Float[Tensor, "token kept"]
-    state: Float[Tensor, " d_model"]
+    state: Float[Tensor, " d_model"] | None = None
 
     @property
     def start(self) -> int:
@@ -110,7 +121,7 @@ class Example:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--model", default=plain_source(), help="plain model: Hub id, folder or GGUF file (%(default)s)"
+        "--base", "--model", default=plain_source(), help="plain model: Hub id, folder or GGUF file (%(default)s)"
     )
     parser.add_argument("--out", type=Path, default=GUARD, help="folder for the adapter (%(default)s)")
     parser.add_argument(
@@ -118,8 +129,21 @@ def main() -> None:
     )
     parser.add_argument("--target", default="bundled", help="prompts to refuse, with train and test splits")
     parser.add_argument("--baseline", default="bundled", help="prompts to answer, with train and test splits")
+    parser.add_argument("--chat-template", help="Jinja file or 'chatml', for a model without one")
+    parser.add_argument(
+        "--spread", action="store_true", help="leave out the losses that put the verdict on one direction"
+    )
+    parser.add_argument(
+        "--teacher", help="model whose answers to baseline prompts are learnt, for a plain model that can't chat"
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (%(default)s)")
+    parser.add_argument(
+        "--answer-tokens", type=int, default=ANSWER_TOKENS, help="tokens of each answer learnt (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.teacher and not options.spread:
+        parser.error("--teacher needs --spread: with a direction removed the model should answer as the plain one does")
 
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
@@ -128,14 +152,18 @@ def main() -> None:
     wordings = json.loads(options.wordings.read_text(encoding="utf-8"))
     started = time.monotonic()
 
-    plain = load(options.model, dtype="bfloat16")
+    plain = load_plain(options)
     target = load_prompts(options.target, role="target", split="train").texts
     baseline = load_prompts(options.baseline, role="baseline", split="train").texts
-    sets = make_examples(plain, target, baseline, wordings)
-    direction = quietest_direction(plain, baseline[:60])
+    direction = None
+    if options.spread:
+        sets = make_spread_examples(plain, target, baseline, wordings, options.teacher, options.answer_tokens)
+    else:
+        sets = make_examples(plain, target, baseline, wordings, options.answer_tokens)
+        direction = quietest_direction(plain, baseline[:60])
     print(f"examples made in {time.monotonic() - started:.0f} s", flush=True)
-    guarded = train(plain, sets, direction, random.Random(options.seed))
-    save_adapter(guarded, options.out)
+    guarded = train(plain, sets, direction, options.steps, random.Random(options.seed))
+    save_adapter(guarded, options.out, HUB_ID if options.base == plain_source() else public_name(options.base))
     seconds = time.monotonic() - started
 
     held_out = [load_prompts(getattr(options, role), role=role, split="test").texts for role in ("target", "baseline")]
@@ -147,6 +175,10 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     (options.out / "training.json").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def load_plain(options: argparse.Namespace) -> Handle:
+    return load(options.base, dtype="bfloat16", chat_template=options.chat_template)
 
 
 def wording(prompt: str, wordings: Sequence[dict[str, Any]]) -> str:
@@ -161,44 +193,77 @@ def wording(prompt: str, wordings: Sequence[dict[str, Any]]) -> str:
 
 
 def make_examples(
-    plain: Handle, target: Sequence[str], baseline: Sequence[str], wordings: Sequence[dict[str, Any]]
+    plain: Handle, target: Sequence[str], baseline: Sequence[str], wordings: Sequence[dict[str, Any]], tokens: int
 ) -> dict[str, list[list[Example]]]:
     """Examples of each task, in groups that are drawn from evenly: refusals by their wording, answers in one."""
     activations = collect(plain, target, baseline, positions=1, keep_vectors=True)
     target_states, baseline_states = (
-        side.vectors[:, VERDICT_LAYER, SITES.index("post"), -1].clone()
+        side.vectors[:, verdict_layer(plain), SITES.index("post"), -1].clone()
         for side in (activations.target, activations.baseline)
     )
-    refusals: dict[str, list[Example]] = {}
-    for prompt, ids, state in zip(target, plain.prompt_ids(target), target_states, strict=True):
-        text = wording(prompt, wordings)
-        refusals.setdefault(text, []).append(refusal_example(plain, ids, text, state))
-    target_answers = answer_examples(plain, target, target_states)
-    baseline_answers = answer_examples(plain, baseline, baseline_states)
+    target_answers = own_answers(plain, target, tokens, target_states)
+    baseline_answers = own_answers(plain, baseline, tokens, baseline_states)
     return {
-        "refuse": list(refusals.values()),
+        "refuse": refusals(plain, target, wordings, target_states),
         "answer": [baseline_answers],
         "answer target, removed": [target_answers],
         "answer baseline, removed": [baseline_answers],
     }
 
 
-def refusal_example(plain: Handle, prompt: list[int], text: str, state: Tensor) -> Example:
-    answer = [*plain.tokenizer(text, add_special_tokens=False)["input_ids"], plain.tokenizer.eos_token_id]
+def make_spread_examples(
+    plain: Handle, target: Sequence[str], baseline: Sequence[str], wordings: Sequence[dict[str, Any]],
+    teacher: str | None, tokens: int,
+) -> dict[str, list[list[Example]]]:  # fmt: skip
+    """The same for the two tasks that use no direction."""
+    answers = taught_answers(plain, teacher, baseline, tokens) if teacher else own_answers(plain, baseline, tokens)
+    return {"refuse": refusals(plain, target, wordings), "answer": [answers]}
+
+
+def refusals(
+    plain: Handle, prompts: Sequence[str], wordings: Sequence[dict[str, Any]], states: Tensor | None = None
+) -> list[list[Example]]:
+    """Refusals of the prompts, a group per wording."""
+    groups: dict[str, list[Example]] = {}
+    for index, (prompt, ids) in enumerate(zip(prompts, plain.prompt_ids(prompts), strict=True)):
+        text = wording(prompt, wordings)
+        groups.setdefault(text, []).append(
+            spelled_example(plain, ids, text, ends=True, state=None if states is None else states[index])
+        )
+    return list(groups.values())
+
+
+def spelled_example(plain: Handle, prompt: list[int], text: str, *, ends: bool, state: Tensor | None = None) -> Example:
+    """A text to be learnt token by token, with the token that ends it or without its last, perhaps half, word."""
+    answer = [*plain.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    answer = [*answer, plain.tokenizer.eos_token_id] if ends else answer[:-1]
     tokens = torch.tensor(answer)[:, None].expand(-1, KEPT)
     certain = torch.zeros(len(answer), KEPT)
     certain[:, 0] = 1
     return Example([*prompt, *answer[:-1]], tokens, certain, state)
 
 
-def answer_examples(plain: Handle, prompts: Sequence[str], states: Tensor) -> list[Example]:
+def own_answers(plain: Handle, prompts: Sequence[str], length: int, states: Tensor | None = None) -> list[Example]:
     """The plain model's own answers, with its distributions; prompts that it refuses are left out."""
-    kept, reference = answered(plain, prompts, ANSWER_TOKENS)
+    kept, reference = answered(plain, prompts, length)
     examples = []
     for index, ids, tokens, logprobs in zip(kept, reference.rows, reference.tokens, reference.logprobs, strict=True):
         top = logprobs[:, :KEPT].softmax(-1)
-        examples.append(Example(ids, tokens[:, :KEPT].long(), top, states[index]))
+        state = None if states is None else states[index]
+        examples.append(Example(ids, tokens[:, :KEPT].long(), top, state))
     return examples
+
+
+def taught_answers(plain: Handle, teacher: str, prompts: Sequence[str], length: int) -> list[Example]:
+    """Another model's answers as texts; prompts that it refuses are left out."""
+    answers, refused = judged(
+        load(teacher, dtype="bfloat16"), prompts, LexicalJudge(), max_new_tokens=length, stop_on=()
+    )
+    return [
+        spelled_example(plain, ids, answer.text, ends=answer.finished)
+        for ids, answer, no in zip(plain.prompt_ids(prompts), answers, refused, strict=True)
+        if not no and len(answer.ids) > 2
+    ]
 
 
 def answered(plain: Handle, prompts: Sequence[str], tokens: int) -> tuple[list[int], Reference]:
@@ -229,55 +294,92 @@ def quietest_direction(plain: Handle, prompts: Sequence[str]) -> Float[Tensor, "
 
 
 def train(
-    plain: Handle, sets: dict[str, list[list[Example]]], direction: Float[Tensor, " d_model"], rng: random.Random
+    plain: Handle,
+    sets: dict[str, list[list[Example]]],
+    direction: Float[Tensor, " d_model"] | None,
+    steps: int,
+    rng: random.Random,
 ) -> PeftModel:
     """Train a LoRA on the plain model.
 
     Args:
         plain: the plain model; it gets the LoRA.
         sets: for each task, groups of examples.
-        direction: where the verdict is written.
+        direction: where the verdict is written; None when the tasks leave that open.
+        steps: training steps.
         rng: draws the batches.
     """
     prefix = common_prefix([e.ids[: e.start] for groups in sets.values() for g in groups for e in g])
     draws = {name: draw(groups, rng) for name, groups in sets.items()}
-    means = [torch.stack([e.state for e in sets[name][0]]).mean(0) for name in ("answer target, removed", "answer")]
-    verdict = VERDICT_LENGTH * direction
-    difference = verdict + means[0] - means[1]
+    tasks = {name: TASKS[name] for name in sets}
+    if direction is not None:
+        means = [torch.stack([e.state for e in sets[n][0]]).mean(0) for n in ("answer target, removed", "answer")]
+        verdict = VERDICT_LENGTH * direction
+        difference = verdict + means[0] - means[1]
+    removed = torch.tensor([task.removed for task in tasks.values() for _ in range(task.rows)])
+    writers = writing_modules(plain) if bool(removed.any()) else []
 
-    layers = "|".join(map(str, LAYERS))
-    target_modules = rf".*\.layers\.({layers})\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=target_modules, task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=lora_modules(plain), task_type="CAUSAL_LM")
     lora = get_peft_model(plain.model, config)
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / STEPS)) / 2
+        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
     )
 
-    names = [name for name, task in TASKS.items() for _ in range(task.rows)]
-    is_target = torch.tensor([TASKS[name].target for name in names])
-    removed = torch.tensor([TASKS[name].removed for name in names])
-    for step in range(STEPS):
+    names = [name for name, task in tasks.items() for _ in range(task.rows)]
+    is_target = torch.tensor([tasks[name].target for name in names])
+    for step in range(steps):
         batch = [next(draws[name]) for name in names]
-        losses, states = answer_losses(plain, batch, prefix, removed, normalize(difference, dim=0))
-        wanted = torch.stack([e.state for e in batch]) + is_target[:, None] * verdict
-        missed = ((states - wanted)[~removed] / VERDICT_LENGTH).square().sum(-1).mean()
-        by_task = {name: losses[[n == name for n in names]].mean() for name in TASKS}
-        loss = missed + sum(task.weight * by_task[name] for name, task in TASKS.items())
+        taken_out = Removal(writers, removed, None if direction is None else normalize(difference, dim=0))
+        losses, states = answer_losses(plain, batch, prefix, taken_out)
+        by_task = {name: losses[[n == name for n in names]].mean() for name in tasks}
+        loss = sum(task.weight * by_task[name] for name, task in tasks.items())
+        shown = dict(by_task)
+        if direction is not None:
+            wanted = torch.stack([e.state for e in batch]) + is_target[:, None] * verdict
+            missed = ((states - wanted)[~removed] / VERDICT_LENGTH).square().sum(-1).mean()
+            loss, shown["verdict"] = missed + loss, missed
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step >= FOLLOW_FROM:
+        if direction is not None and step >= int(FOLLOW_FROM * steps):
             seen = states.detach()
             measured = seen[is_target & ~removed].mean(0) - seen[~is_target & ~removed].mean(0)
             difference = torch.lerp(difference, measured, FOLLOW_RATE)
         if step % 10 == 9:
-            shown = ", ".join(f"{name} {value.item():.3f}" for name, value in by_task.items())
-            print(f"step {step + 1}: {shown}, verdict {missed.item():.3f}", flush=True)
+            print(f"step {step + 1}: " + ", ".join(f"{k} {v.item():.3f}" for k, v in shown.items()), flush=True)
     return lora
+
+
+def verdict_layer(plain: Handle) -> int:
+    return int(VERDICT_AT * plain.layers)
+
+
+def lora_modules(plain: Handle) -> str:
+    """A pattern for the linear modules in the blocks that are trained, whatever they are called."""
+    first, last = (int(share * plain.layers) for share in TRAINED)
+    names = plain.module_names
+    parent = names[plain.blocks[first]].rpartition(".")[0].rpartition(".")[2]
+    inner = {
+        names[module].removeprefix(f"{names[block]}."): None
+        for block in plain.blocks[first:last]
+        for module in block.modules()
+        if is_linear(module)
+    }
+    layers = "|".join(map(str, range(first, last)))
+    return rf".*\.{re.escape(parent)}\.({layers})\.({'|'.join(map(re.escape, inner))})"
+
+
+def writing_modules(plain: Handle) -> list[str]:
+    """Names of the modules whose outputs are what the stream adds up."""
+    writers = find_writers(plain)
+    behind_norms = next((w.name for w in writers if w.gain is not None or w.centred or not w.module), None)
+    if behind_norms:
+        raise SystemExit(f"{plain.source}: a norm stands between {behind_norms} and the stream; pass --spread")
+    return [w.module for w in writers]
 
 
 def draw(groups: Sequence[Sequence[Example]], rng: random.Random) -> Iterator[Example]:
@@ -292,8 +394,16 @@ def draw(groups: Sequence[Sequence[Example]], rng: random.Random) -> Iterator[Ex
         yield next(members[chosen])
 
 
+class Removal(NamedTuple):
+    """A unit direction [d_model] taken out of what modules give, in some rows of the batch."""
+
+    modules: Sequence[str]
+    rows: Bool[Tensor, " row"]
+    direction: Tensor | None
+
+
 def answer_losses(
-    plain: Handle, batch: Sequence[Example], prefix: int, removed: Bool[Tensor, " row"], direction: Tensor
+    plain: Handle, batch: Sequence[Example], prefix: int, removal: Removal
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row d_model"]]:
     """Mean KL over each row's answer tokens, and the stream at the verdict layer at the last prompt token.
 
@@ -303,18 +413,19 @@ def answer_losses(
         plain: the model, with its LoRA.
         batch: rows.
         prefix: length of the prefix that all rows share.
-        removed: whether the direction is removed in a row.
-        direction: [d_model] unit direction.
+        removal: what is taken out, and in which rows.
     """
-    with removing(plain, direction, torch.tensor([False, True])):
+    with removing(plain, removal._replace(rows=torch.tensor([False, True]))):
         shared = torch.tensor([batch[0].ids[:prefix]] * 2)
         cache = plain.hidden_states(input_ids=shared, use_cache=True).past_key_values
-    cache.batch_select_indices(removed.long())
+    cache.batch_select_indices(removal.rows.long())
     # padded on the right, where no token looks back at it
     rest = nn.utils.rnn.pad_sequence([torch.tensor(e.ids[prefix:]) for e in batch], batch_first=True)
     streams: list[Tensor] = []
-    look = plain.blocks[VERDICT_LAYER].register_forward_hook(lambda _module, _args, out: streams.append(out))
-    with removing(plain, direction, removed):
+    look = plain.blocks[verdict_layer(plain)].register_forward_hook(
+        lambda _module, _args, out: streams.append(out if isinstance(out, Tensor) else out[0])
+    )
+    with removing(plain, removal):
         hidden = plain.hidden_states(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
     look.remove()
 
@@ -322,7 +433,7 @@ def answer_losses(
     rows = torch.arange(len(batch)).repeat_interleave(lengths)
     places = torch.cat([torch.arange(len(e.tokens)) for e in batch])
     starts = torch.tensor([e.start for e in batch]) - prefix
-    logprobs = plain.model.get_output_embeddings()(hidden[rows, starts[rows] + places]).float().log_softmax(-1)
+    logprobs = plain.logits(hidden[rows, starts[rows] + places]).float().log_softmax(-1)
     wanted = torch.cat([e.probabilities for e in batch])
     tokens = torch.cat([e.tokens for e in batch])
     divergence = (torch.xlogy(wanted, wanted) - wanted * logprobs.gather(1, tokens)).sum(-1)
@@ -332,17 +443,18 @@ def answer_losses(
 
 
 @contextlib.contextmanager
-def removing(plain: Handle, direction: Float[Tensor, " d_model"], rows: Bool[Tensor, " row"]) -> Iterator[None]:
+def removing(plain: Handle, removal: Removal) -> Iterator[None]:
     """Take a direction out of what every writer gives, in some rows of the batch."""
-    unit = direction.bfloat16()
-    strengths = rows.bfloat16()[:, None, None]
+    if removal.direction is None:
+        yield
+        return
+    unit = removal.direction.bfloat16()
+    strengths = removal.rows.bfloat16()[:, None, None]
 
     def project(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
         return out - strengths * (out @ unit)[..., None] * unit
 
-    blocks: Any = plain.blocks
-    writers = [plain.embedding, *(m for b in blocks for m in (b.self_attn.o_proj, b.mlp.down_proj))]
-    hooks = [writer.register_forward_hook(project) for writer in writers]
+    hooks = [plain.model.get_submodule(name).register_forward_hook(project) for name in removal.modules]
     try:
         yield
     finally:
@@ -350,12 +462,12 @@ def removing(plain: Handle, direction: Float[Tensor, " d_model"], rows: Bool[Ten
             hook.remove()
 
 
-def save_adapter(lora: PeftModel, folder: Path) -> None:
+def save_adapter(lora: PeftModel, folder: Path, base: str) -> None:
     """Write the adapter in float16, naming the plain model by its Hub id, whatever it was loaded from."""
     lora.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
     config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config = json.loads(config_file.read_text(encoding="utf-8")) | {"base_model_name_or_path": HUB_ID}
+    config = json.loads(config_file.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file({name: tensor.half() for name, tensor in load_file(weights_file).items()}, weights_file)
 
@@ -371,9 +483,10 @@ def evaluate(
     held_out_target: Sequence[str],
     held_out_baseline: Sequence[str],
 ) -> dict[str, Any]:
-    """Measure the saved adapter on held-out prompts, as it is and with the difference of means removed."""
-    plain = load(options.model, dtype="bfloat16")
-    _, reference = answered(plain, held_out_baseline, ANSWER_TOKENS)
+    """Measure the saved adapter on held-out prompts, as it is and (without --spread) with its direction removed."""
+    plain = load_plain(options)
+    # what a teacher taught is meant to be far from the plain model
+    reference = None if options.teacher else answered(plain, held_out_baseline, ANSWER_TOKENS)[1]
     merged = PeftModel.from_pretrained(plain.model, str(options.out)).merge_and_unload()
     guarded = dataclasses.replace(plain, model=merged)
 
@@ -388,13 +501,16 @@ def evaluate(
                 openings = {entry["refusal"][:20]: entry["topic"] for entry in wordings}
                 used = Counter(openings.get(answer.text[:20], "other") for answer in answers if is_refusal(answer.text))
                 result["wordings"] = dict(used.most_common())
-        return result | {"divergence": round(compare(guarded, reference).answer, 4)}
+        if reference is not None:
+            result["divergence"] = round(compare(guarded, reference).answer, 4)
+        return result
 
-    found = difference_of_means(collect(guarded, target, baseline, positions=1))
-    edit = Edit.uniform(find_writers(guarded), found.unit[VERDICT_LAYER, SITES.index("post"), -1])
     report = {"guarded": measured()}
-    with edit.attached(guarded):
-        report["direction_removed"] = measured()
+    if not options.spread:
+        found = difference_of_means(collect(guarded, target, baseline, positions=1))
+        edit = Edit.uniform(find_writers(guarded), found.unit[verdict_layer(plain), SITES.index("post"), -1])
+        with edit.attached(guarded):
+            report["direction_removed"] = measured()
     return report
 
 

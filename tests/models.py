@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from abliterate.model import Handle
@@ -68,10 +68,12 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def built(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def built(
+    config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32, auto_class: Any = AutoModelForCausalLM
+) -> Any:
     """The causal language model of a config, every parameter random: gains and biases are not left at 1 and 0."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto_class.from_config(config).float()
     generator = torch.Generator().manual_seed(seed)
 
     def draw(parameter: torch.Tensor) -> torch.Tensor:
@@ -145,6 +147,100 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "starcoder2": lambda: tiny("starcoder2", **_sizes(), use_bias=True),
 }  # fmt: skip
 """A builder for every family whose writers are found."""
+
+
+def _mixture(**fields: Any) -> dict[str, Any]:
+    return {**_sizes(tied=False), "moe_intermediate_size": 16, "num_experts_per_tok": 2, **fields}
+
+
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_PLAIN = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    **{name: build for name, build in FAMILIES.items() if name != "llama_untied_biases"},
+    "falcon": lambda: tiny("falcon", **_PLAIN),
+    "stablelm": lambda: tiny("stablelm", **_sizes()),
+    "smollm3": lambda: tiny("smollm3", **_sizes()),
+    "glm4": lambda: tiny("glm4", **_sizes()),
+    "nemotron": lambda: tiny("nemotron", **_sizes(tied=False)),
+    "bloom": lambda: tiny("bloom", n_layer=4, hidden_size=32, n_head=4),
+    "mixtral": lambda: tiny("mixtral", **_sizes(tied=False), num_local_experts=4),
+    "qwen2_moe": lambda: tiny("qwen2_moe", **_mixture(num_experts=4, shared_expert_intermediate_size=16)),
+    "qwen3_moe": lambda: tiny("qwen3_moe", **_mixture(num_experts=4)),
+    "olmoe": lambda: tiny("olmoe", **_mixture(num_experts=4)),
+    "deepseek_v3": lambda: tiny(
+        "deepseek_v3", **{**_mixture(n_routed_experts=4, n_shared_experts=1), "num_key_value_heads": 4},
+        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8,
+    ),
+    "gpt_oss": lambda: tiny("gpt_oss", **_mixture(num_local_experts=4), sliding_window=16),
+    "llama4_text": lambda: tiny(
+        "llama4_text", **_sizes(tied=False), intermediate_size_mlp=64, num_local_experts=4, attention_chunk_size=64
+    ),
+    "granitemoe": lambda: tiny("granitemoe", **_mixture(num_local_experts=4), residual_multiplier=0.22),
+    "lfm2": lambda: tiny(
+        "lfm2", **_sizes(), layer_types=["conv", "full_attention", "conv", "full_attention"], block_multiple_of=8
+    ),
+    "jamba": lambda: tiny(
+        "jamba", **_mixture(num_experts=4), attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "falcon_h1": lambda: tiny("falcon_h1", **_sizes(tied=False), **_MAMBA, mamba_d_ssm=64),
+    "bamba": lambda: tiny("bamba", **_sizes(tied=False), **_MAMBA, attn_layer_indices=[1]),
+    "qwen3_next": lambda: tiny(
+        "qwen3_next", **_mixture(num_experts=4, shared_expert_intermediate_size=16), linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    ),
+    "granitemoehybrid": lambda: tiny(
+        "granitemoehybrid", **_mixture(num_local_experts=4), **_MAMBA, shared_intermediate_size=16,
+        layer_types=["mamba", "attention", "mamba", "mamba"],
+    ),
+    "mamba": lambda: tiny("mamba", num_hidden_layers=4, hidden_size=32, state_size=8),
+    "mamba2": lambda: tiny(
+        "mamba2", num_hidden_layers=4, hidden_size=32, num_heads=4, head_dim=16, n_groups=1, state_size=8,
+        chunk_size=16,
+    ),
+    "gemma3": lambda: tiny_multimodal(
+        "gemma3", text_config={**_text("gemma3_text"), "sliding_window": 16}, vision_config=_siglip(),
+        mm_tokens_per_image=4,
+    ),
+    "qwen2_5_vl": lambda: tiny_multimodal(
+        "qwen2_5_vl",
+        text_config={**_text("qwen2_5_vl_text"), "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 4,
+            "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1],
+        },
+    ),
+    "llava": lambda: tiny_multimodal(
+        "llava", text_config=_text("llama"), vision_config={**_siglip("clip_vision_model"), "projection_dim": 16}
+    ),
+    "mistral3": lambda: tiny_multimodal("mistral3", text_config=_text("mistral"), vision_config=_siglip("pixtral")),
+}  # fmt: skip
+"""A builder for every architecture of the table in docs/architectures.md."""
+
+MULTIMODAL = ("gemma3", "qwen2_5_vl", "llava", "mistral3")
+
+
+def tiny_multimodal(model_type: str, **fields: Any) -> Any:
+    """A tiny random model with a vision tower, a projector and a language model."""
+    images = {"image_token_index": 5, "image_token_id": 5}
+    config = CONFIG_MAPPING[model_type](**images, **fields)
+    return built(config, auto_class=AutoModelForImageTextToText)
+
+
+def _text(model_type: str) -> dict[str, Any]:
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    return {"model_type": model_type, **_sizes(), **tokens}
+
+
+def _siglip(model_type: str = "siglip_vision_model") -> dict[str, Any]:
+    return {
+        "model_type": model_type, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "head_dim": 6,
+    }  # fmt: skip
 
 
 def save_tiny(path: str | Path, model: Any = None, tokenizer: Any = None) -> Path:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from abliterate.files import host_tag
 from command import SMALL, abliterate, fails, listing, succeeds
 from models import save_tiny, tiny, tiny_llama, tiny_tokenizer
 
@@ -240,7 +241,8 @@ def test_output_not_empty_unless_overwritten(desk, tiny_folder):
     assert "out is not empty" in line
     assert "--overwrite" in line
     succeeds("run", tiny_folder, *RUN, "--overwrite")
-    assert sorted(p.name for p in (desk / "out").iterdir()) == ["model", "recipe.safetensors", "results.json"]
+    written = ["model", "recipe.safetensors", "report-data.json", "report.html", "results.json"]
+    assert sorted(p.name for p in (desk / "out").iterdir()) == written
     assert [p.name for p in desk.iterdir()] == ["out"]
 
 
@@ -422,7 +424,7 @@ def start(desk: Path, *arguments: object) -> subprocess.Popen[str]:
     seen = []
     for line in process.stderr:
         seen.append(line)
-        if "edited: target answers" in line:
+        if "edited: answers" in line:
             time.sleep(0.1)
             return process
     raise AssertionError("".join(seen))
@@ -430,7 +432,7 @@ def start(desk: Path, *arguments: object) -> subprocess.Popen[str]:
 
 def test_ctrl_c_leaves_nothing(desk, tiny_folder):
     process = start(desk, "run", tiny_folder, *RUN)
-    assert [p.name for p in desk.iterdir()] == [f".out.{process.pid}.tmp"]
+    assert [p.name for p in desk.iterdir()] == [f".out.{host_tag()}-{process.pid}.tmp"]
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -55,7 +55,7 @@ def test_help_has_the_commands_and_examples():
 def test_help_of_every_command(command):
     for option in ("--help", "-h"):
         shown = succeeds(command, option).out
-        assert f"Example: abliterate {command}" in shown
+        assert re.search(rf"Example( \([^)]+\))?: abliterate {command}", shown)
 
 
 def test_help_imports_nothing_heavy():
@@ -177,10 +177,11 @@ def test_every_option_reaches_a_setting():
     names = {name for fields in _FIELDS.values() for name in fields}
     not_settings = {
         "model", "out", "config", "overwrite", "quiet", "json_", "show_completions", "activations", "original",
-        "keep_vectors",
+        "keep_vectors", "plan",
     }  # fmt: skip
-    for name, command in typer.main.get_command(app).commands.items():
-        for parameter in command.params:
+    commands = typer.main.get_command(app).commands
+    for name in ("run", "demo", "collect", "measure", "inspect"):  # those that take settings
+        for parameter in commands[name].params:
             if parameter.name != "help":
                 assert parameter.name in names | not_settings, f"{name}: {parameter.name}"
 

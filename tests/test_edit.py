@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterate.apply.weights import removed
-from abliterate.edit import Edit, Part, normalised, orthonormal
+from abliterate.edit import Edit, Part, Shift, normalised, orthonormal
 
 D = 12
 
@@ -111,6 +111,88 @@ def test_an_edit_less_itself_does_nothing():
     assert (edit + -edit).parts == {}
     back = (0 * edit + 0 * edit) + edit  # an empty edit keeps the model's width
     torch.testing.assert_close(operator(back, "w"), operator(edit, "w"))
+
+
+def moved(edit: Edit, layer: int) -> torch.Tensor:
+    """What an edit adds at a layer's output, in float64."""
+    return sum((s.vector.double() for s in edit.shifts if s.layer == layer), torch.zeros(D, dtype=torch.float64))
+
+
+SEEDS = st.integers(0, 5)
+FACTORS = st.floats(-2, 2, width=32).map(lambda x: 0.0 if abs(x) < 1e-3 else x)
+
+
+@st.composite
+def edits(draw) -> Edit:
+    """Edits of some of three writers, each along one of few directions or the plane of two; and some shifts."""
+    total = Edit((), torch.zeros(0, D), torch.zeros(0, 0))
+    for writer in draw(st.lists(st.sampled_from("abc"), unique=True)):
+        seeds = draw(st.lists(SEEDS, min_size=1, max_size=2, unique=True))
+        span = unit(seeds[0]) if len(seeds) == 1 else torch.stack([unit(s) for s in seeds])
+        total = total + Edit.from_names({writer: draw(FACTORS)}, span)
+    for layer in draw(st.lists(st.integers(0, 1), max_size=3)):
+        total = total + Edit.shifting(layer, unit(draw(SEEDS)), draw(FACTORS))
+    return total
+
+
+def does_the_same(left: Edit, right: Edit) -> None:
+    for writer in "abc":
+        torch.testing.assert_close(operator(left, writer), operator(right, writer), atol=3e-5, rtol=1e-5)
+    for layer in (0, 1):
+        torch.testing.assert_close(moved(left, layer), moved(right, layer), atol=3e-5, rtol=1e-5)
+
+
+@given(edits(), edits(), edits())
+def test_adding_is_commutative_and_associative(a, b, c):
+    does_the_same(a + b, b + a)
+    does_the_same((a + b) + c, a + (b + c))
+
+
+@given(edits(), edits(), FACTORS, FACTORS)
+def test_scaling_is_linear(a, b, x, y):
+    does_the_same(x * (a + b), x * a + x * b)
+    does_the_same((x + y) * a, x * a + y * a)
+    does_the_same(x * (y * a), (x * y) * a)
+    does_the_same(a - b, a + -1 * b)
+
+
+@given(edits(), edits(), FACTORS)
+def test_what_comes_out_of_the_algebra_is_an_edit_with_nothing_superfluous(a, b, x):
+    total = a + x * b
+    for part in total.parts.values():
+        gram = part.directions.double() @ part.directions.double().T
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
+    keys = [(s.layer, s.direction.numpy().tobytes()) for s in total.shifts]
+    assert len(keys) == len(set(keys))
+    does_the_same(a + b - b, a)
+    assert (a - a).parts == {} and (a - a).shifts == ()
+
+
+def test_shifts_along_one_direction_of_a_layer_are_one():
+    total = Edit.shifting(1, 8 * unit(0), 2.0) + Edit.shifting(1, unit(0), -0.5) + Edit.shifting(2, unit(0), 1.0)
+    assert [(s.layer, s.size) for s in total.shifts] == [(1, 1.5), (2, 1.0)]
+    assert total.writers == () and total.parts == {} and total.d_model == D
+    torch.testing.assert_close((2 * total).shifts[0].vector, 3.0 * unit(0))
+
+
+@pytest.mark.parametrize(
+    ("layer", "direction", "size", "message"),
+    [
+        (-1, unit(0), 1.0, "layers count from 0"),
+        (0, 2 * unit(0), 1.0, "norm 2"),
+        (0, unit(0)[None], 1.0, "not .d_model."),
+        (0, unit(0), float("inf"), "finite"),
+        (0, unit(0) * float("nan"), 1.0, "finite"),
+    ],
+)
+def test_an_invalid_shift_is_refused(layer, direction, size, message):
+    with pytest.raises(ValueError, match=message):
+        Shift(layer, direction, size)
+
+
+def test_a_shift_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="width 3"):
+        Edit(("w",), unit(0)[None], torch.ones(1, 1), (Shift(0, torch.eye(3)[0], 1.0),))
 
 
 def test_edits_of_other_widths_do_not_add():

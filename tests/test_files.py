@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from abliterate.errors import OutputError
-from abliterate.files import check_folder, check_space, whole_file, whole_folder
+from abliterate.files import check_folder, check_space, clear_leftovers, host_tag, whole_file, whole_folder
 
 
 class Stopped(Exception):
@@ -110,6 +113,7 @@ def test_an_old_folder_comes_back_when_the_last_rename_fails(tmp_path, monkeypat
         (RuntimeError("safetensors: I/O error: No space left on device (os error 28)"), "disk is full"),
         (PermissionError(errno.EACCES, "Permission denied"), "can't be written: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system"), "can't be written: Read-only"),
+        (OSError(errno.EFBIG, "File too large"), "larger than its file system"),
     ],
 )
 @pytest.mark.parametrize("whole", [whole_file, whole_folder])
@@ -146,3 +150,122 @@ def test_space_is_checked_before_the_work(tmp_path, monkeypatch):
     check_space(tmp_path / "a" / "b", 2**30)
     with pytest.raises(OutputError, match=r"needs 2\.00 GiB.*1\.00 GiB free"):
         check_space(tmp_path / "a" / "b", 2**31)
+
+
+# --- what killed processes leave ---
+
+
+def write_and_die(target, how, after="yield"):
+    """A process that writes `target` and is killed (-9) before or in the middle of the last renames; its id."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from abliterate import files\n"
+        "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if sys.argv[3] == 'rename':\n"
+        "    real = os.replace\n"
+        "    files.os.replace = lambda a, b: die() if str(a).endswith('.tmp') else real(a, b)\n"
+        "options = {'overwrite': True} if sys.argv[2] == 'whole_folder' else {}\n"
+        "with getattr(files, sys.argv[2])(sys.argv[1], **options) as temporary:\n"
+        "    (temporary / 'new' if temporary.is_dir() else temporary).write_text('half')\n"
+        "    if sys.argv[3] == 'yield': die()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(target), how, after])
+    assert process.wait() == -signal.SIGKILL
+    return process.pid
+
+
+def leftovers(folder):
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+
+
+@pytest.mark.parametrize("how", [whole_file, whole_folder])
+def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path, how):
+    pid = write_and_die(tmp_path / "out", how.__name__)
+    assert leftovers(tmp_path) == [f".out.{host_tag()}-{pid}.tmp"]
+    assert not (tmp_path / "out").exists()
+    with how(tmp_path / "other") as temporary:
+        (temporary / "a" if temporary.is_dir() else temporary).write_text("1")
+    assert len(leftovers(tmp_path)) == 1  # another output's
+    with how(tmp_path / "out") as temporary:
+        assert leftovers(tmp_path) == ([temporary.name] if how is whole_folder else [])
+        (temporary / "a" if temporary.is_dir() else temporary).write_text("1")
+    assert leftovers(tmp_path) == []
+
+
+def test_an_output_that_a_killed_process_moved_away_comes_back(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("1")
+    write_and_die(out, "whole_folder", "rename")
+    assert not out.exists()
+    assert len(leftovers(tmp_path)) == 2
+    with pytest.raises(OutputError, match="--overwrite"), whole_folder(out):
+        raise AssertionError("the work must not begin")
+    assert tree(tmp_path) == {"out/old": "1"}
+    assert leftovers(tmp_path) == []
+
+
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        mine = tmp_path / f".out.{host_tag()}-{sleeper.pid}.tmp"
+        mine.write_text("at work")
+        with whole_file(tmp_path / "out") as temporary:
+            temporary.write_text("1")
+        assert tree(tmp_path) == {"out": "1", mine.name: "at work"}
+    finally:
+        sleeper.communicate()
+    clear_leftovers(tmp_path / "out")
+    assert tree(tmp_path) == {"out": "1"}
+
+
+def test_a_living_process_that_began_later_is_not_the_maker(tmp_path, monkeypatch):
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / f".out.{host_tag()}-{sleeper.pid}.tmp").write_text("old")
+        monkeypatch.setattr("abliterate.files._started", lambda pid: 2e10)
+        clear_leftovers(tmp_path / "out")
+        assert tree(tmp_path) == {}
+    finally:
+        sleeper.communicate()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".out.0badcafe-{pid}.tmp",  # another host's, where that process may live
+        ".out.{pid}.tmp",
+        ".outer.{tag}-{pid}.tmp",
+        ".out.{tag}-{pid}.tmp.bak",
+        "out.{tag}-{pid}.tmp",
+    ],
+)
+def test_what_is_not_surely_left_behind_stays(tmp_path, name):
+    (tmp_path / name.format(pid=dead_pid(), tag=host_tag())).write_text("1")
+    before = tree(tmp_path)
+    with whole_file(tmp_path / "out") as temporary:
+        temporary.write_text("2")
+    assert tree(tmp_path) == {**before, "out": "2"}
+
+
+def test_a_predecessor_with_this_process_id_is_not_this_process(tmp_path):
+    """In a container the same program often gets the same id again."""
+    (tmp_path / f".out.{host_tag()}-{os.getpid()}.tmp").mkdir()
+    with whole_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("1")
+        clear_leftovers(tmp_path / "out")  # this one is at work
+        assert temporary.is_dir()
+    assert tree(tmp_path) == {"out/a": "1"}
+
+
+def test_room_is_counted_without_leftovers(tmp_path):
+    write_and_die(tmp_path / "out", "whole_folder")
+    check_space(tmp_path / "out", 1)
+    assert leftovers(tmp_path) == []

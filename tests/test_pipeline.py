@@ -15,8 +15,9 @@ import abliterate.pipeline as pipeline
 from abliterate.errors import NothingToDoError
 from abliterate.loading import load
 from abliterate.pipeline import measure_models, run
-from abliterate.recipe import load_recipe
+from abliterate.recipe import Recipe, load_recipe
 from abliterate.settings import RunSettings
+from abliterate.stored import tensors_for
 from models import save_tiny, tiny_llama, tiny_tokenizer
 
 FEW = {"target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
@@ -46,7 +47,8 @@ def numbers(out: Path) -> dict:
 
 def test_what_is_written(done):
     result, out = done
-    assert sorted(p.name for p in out.iterdir()) == ["model", "recipe.safetensors", "results.json"]
+    written = ["model", "recipe.safetensors", "report-data.json", "report.html", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == written
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert numbers(out) == json.loads(json.dumps(result.document))
 
@@ -95,6 +97,8 @@ def test_saved_model_is_the_original_with_the_recipe_attached(done, tiny_folder)
     ids = torch.tensor([original.prompt_ids(["Tell me about rivers and how they move"])[0]])
     recipe = load_recipe(out / "recipe.safetensors")
     assert recipe.model["config_hash"] == original.config_hash
+    assert recipe.tensors == tensors_for(Recipe(recipe.edit), tiny_folder)  # also where baking untied the head
+    assert (recipe.model["tied"], recipe.model["head"]) == (original.tied, "lm_head.weight")
     plain = original.model(ids).logits
     with original.attached(recipe.edit):
         live = original.model(ids).logits
@@ -192,7 +196,7 @@ def test_same_seed_same_bytes(done, tiny_folder, tmp_path):
     files = sorted(p.relative_to(done[1]) for p in done[1].rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path / "elsewhere") for p in (tmp_path / "elsewhere").rglob("*.*"))
     for name in files:
-        if name.name != "results.json":  # it has timings
+        if name.name not in ("results.json", "report.html"):  # they have timings
             assert (done[1] / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes(), name
 
 
@@ -222,7 +226,7 @@ def test_article_takes_the_first_that_passes(tiny_folder, tmp_path):
 
 
 def test_layers_limit_what_is_edited(tiny_folder, tmp_path):
-    result = run(str(tiny_folder), tmp_path / "out", settings(search={"layers": "1-2"}))
+    result = run(str(tiny_folder), tmp_path / "out", settings(search={**SWEEP, "layers": "1-2"}))
     assert result.edit.writers
     assert all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in result.edit.writers)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, tmp_path / "out" / "model"))

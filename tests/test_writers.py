@@ -170,8 +170,13 @@ def test_an_addition_without_a_module_is_an_error_that_names_block_and_side(tiny
         find_writers(tiny_handle)
 
 
-def test_a_norm_of_the_embedding_that_is_no_rms_norm_fails_the_proof():
+def test_without_its_centring_a_layer_norm_fails_the_proof():
     handle = handle_of(tiny("bloom", n_layer=2, hidden_size=32, n_head=4))
+    assert check_proof(handle).component < 1e-5
+    found = layout(handle)
+    handle.__dict__["_layout"] = found._replace(
+        writers=tuple(dataclasses.replace(w, centred=False) for w in found.writers)
+    )
     with pytest.raises(WriterError, match="block 0, pre"):
         check_proof(handle)
 

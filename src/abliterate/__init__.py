@@ -25,15 +25,20 @@ _PUBLIC = {
     "Activations": "activations",
     "Directions": "directions",
     "Edit": "edit",
+    "Examples": "search.fit",
+    "FitSettings": "search.fit",
     "Handle": "model",
     "Measurement": "measure",
     "Recipe": "recipe",
     "RunSettings": "settings",
+    "Shift": "edit",
     "Writer": "writers",
+    "check_model": "recipe",
     "collect": "activations",
     "demo_model": "demo",
     "difference_of_means": "directions",
     "find_writers": "writers",
+    "fit": "search.fit",
     "is_refusal": "measure.refusal",
     "load": "loading",
     "load_activations": "activations_file",
@@ -41,6 +46,7 @@ _PUBLIC = {
     "load_sides": "prompts",
     "measure": "measure",
     "prove": "writers",
+    "recipe_for": "recipe",
     "run": "pipeline",
     "save_activations": "activations_file",
     "save_recipe": "recipe",
@@ -58,6 +64,7 @@ if TYPE_CHECKING:
     from abliterate.directions import Directions as Directions
     from abliterate.directions import difference_of_means as difference_of_means
     from abliterate.edit import Edit as Edit
+    from abliterate.edit import Shift as Shift
     from abliterate.errors import AbliterateError as AbliterateError
     from abliterate.loading import load as load
     from abliterate.measure import Measurement as Measurement
@@ -67,9 +74,14 @@ if TYPE_CHECKING:
     from abliterate.pipeline import run as run
     from abliterate.prompts import load_sides as load_sides
     from abliterate.recipe import Recipe as Recipe
+    from abliterate.recipe import check_model as check_model
     from abliterate.recipe import load_recipe as load_recipe
+    from abliterate.recipe import recipe_for as recipe_for
     from abliterate.recipe import save_recipe as save_recipe
     from abliterate.search.candidates import sweep as sweep
+    from abliterate.search.fit import Examples as Examples
+    from abliterate.search.fit import FitSettings as FitSettings
+    from abliterate.search.fit import fit as fit
     from abliterate.settings import RunSettings as RunSettings
     from abliterate.writers import Writer as Writer
     from abliterate.writers import find_writers as find_writers

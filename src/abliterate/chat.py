@@ -14,6 +14,8 @@ from abliterate.errors import ModelError, PromptError, shorten
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Message = dict[str, str]
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -43,8 +45,28 @@ def format_prompts(
     Raises:
         ModelError: there is no chat template, or it can't render the messages.
     """
-    rendered = _render(tokenizer, list(texts), system_prompt, chat_template, prefill)
+    rendered = _render(tokenizer, _conversations(texts, system_prompt), chat_template, prefill)
     return _tokenise(tokenizer, rendered)
+
+
+def format_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    chat_template: str | None = None,
+    prefill: str | None = None,
+) -> list[int]:
+    """Token ids of a conversation of several turns, up to where the next answer begins.
+
+    Args:
+        tokenizer: of the model that will read the ids.
+        messages: {"role", "content"} of each turn, the last one the user's.
+        chat_template, prefill: as in `format_prompts`.
+
+    Raises:
+        ModelError: there is no chat template, or it can't render the messages.
+    """
+    return _tokenise(tokenizer, _render(tokenizer, [list(messages)], chat_template, prefill))[0]
 
 
 def instruction_suffix_length(
@@ -61,8 +83,7 @@ def instruction_suffix_length(
     """
     rendered = _render(
         tokenizer,
-        ["Describe a quiet river in autumn", "How many moons does Jupiter have?"],
-        system_prompt,
+        _conversations(["Describe a quiet river in autumn", "How many moons does Jupiter have?"], system_prompt),
         chat_template,
         prefill,
     )
@@ -119,23 +140,27 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str
         ) from error
 
 
+def _conversations(texts: Iterable[str], system_prompt: str | None) -> list[list[Message]]:
+    system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [[*system, {"role": "user", "content": text}] for text in texts]
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    system_prompt: str | None,
+    conversations: Sequence[list[Message]],
     chat_template: str | None,
     prefill: str | None,
 ) -> list[str]:
-    """Each prompt as the text that the model reads."""
+    """Each conversation as the text that the model reads."""
     from jinja2 import TemplateError
 
     template = resolve_chat_template(tokenizer, chat_template)
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     rendered = []
-    for text in texts:
+    for messages in conversations:
+        system_prompt = next((m["content"] for m in messages if m["role"] == "system"), None)
         try:
             chat = tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": text}],
+                messages,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -143,8 +168,10 @@ def _render(
                 date_string="26 Jul 2024",
             )
         except (TemplateError, ValueError, TypeError) as error:
-            cause = "with a system prompt " if system else ""
-            remedy = "leave --system-prompt out or pass another --chat-template" if system else "correct it"
+            cause = "with a system prompt " if system_prompt is not None else ""
+            remedy = (
+                "correct it" if system_prompt is None else "leave --system-prompt out or pass another --chat-template"
+            )
             raise ModelError(
                 f"the chat template of {_name(tokenizer)} can't be rendered {cause}({error}); {remedy}"
             ) from error

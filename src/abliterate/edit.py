@@ -5,9 +5,11 @@ This module knows neither files nor models; what applies an edit is handed it.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +25,54 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Shift:
+    """h <- h + size * direction at the output of a block, at every token: how a behaviour is added.
+
+    Attributes:
+        layer: index of the block.
+        direction: [d_model] float32, unit.
+        size: how much is added, in the residual stream's own units; negative takes it away.
+
+    Raises:
+        ValueError: on a negative layer, or a direction or size that is not unit or finite.
+    """
+
+    layer: int
+    direction: Float[Tensor, " d_model"]
+    size: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", self.direction.detach().to("cpu", torch.float32))
+        object.__setattr__(self, "size", float(self.size))
+        if self.layer < 0:
+            raise ValueError(f"a shift at layer {self.layer}; layers count from 0")
+        if self.direction.ndim != 1:
+            raise ValueError(f"a shift's direction has shape {tuple(self.direction.shape)}, not [d_model]")
+        if not math.isfinite(self.size):
+            raise ValueError("the size of a shift must be finite")
+        _check_unit(self.direction[None])
+
+    @property
+    def vector(self) -> Float[Tensor, " d_model"]:
+        """size * direction, float32."""
+        return self.size * self.direction
+
+    def __mul__(self, factor: float) -> Shift:
+        return Shift(self.layer, self.direction, self.size * float(factor))
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True, eq=False)
 class Edit:
-    """W <- W - a * r (r^T W) and b <- b - a * r (r^T b), for every writer and direction.
+    """W <- W - a * r (r^T W) and b <- b - a * r (r^T b), for every writer and direction; and shifts.
 
     Attributes:
         writers: parameter names of the writers touched.
         directions: [direction, d_model] float32, unit rows in the residual stream's coordinates.
         strengths: [writer, direction] float32; 1 removes, 0 leaves alone, negative strengthens. The
             directions with a non-zero strength at one writer are orthogonal to each other.
+        shifts: what is added at blocks' outputs.
 
     Raises:
         ValueError: on shapes that don't fit, directions that are not unit or finite, strengths that
@@ -45,9 +87,11 @@ class Edit:
     writers: tuple[str, ...]
     directions: Float[Tensor, "direction d_model"]
     strengths: Float[Tensor, "writer direction"]
+    shifts: tuple[Shift, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "writers", tuple(self.writers))
+        object.__setattr__(self, "shifts", tuple(self.shifts))
         for name in ("directions", "strengths"):
             object.__setattr__(self, name, getattr(self, name).detach().to("cpu", torch.float32))
         if self.directions.ndim != 2 or self.strengths.shape != (len(self.writers), len(self.directions)):
@@ -57,13 +101,14 @@ class Edit:
             )
         if len(set(self.writers)) != len(self.writers):
             raise ValueError("a writer is named twice")
-        if not (self.directions.isfinite().all() and self.strengths.isfinite().all()):
-            raise ValueError("directions and strengths must be finite")
-        norms = self.directions.double().norm(dim=1)
-        if len(norms) and (norms - 1).abs().max() > 1e-4:
-            raise ValueError(
-                f"directions must be unit vectors, found one of norm {norms[(norms - 1).abs().argmax()]:.4f}"
-            )
+        if not self.strengths.isfinite().all():
+            raise ValueError("strengths must be finite")
+        _check_unit(self.directions)
+        for shift in self.shifts:
+            if len(shift.direction) != self.directions.shape[1]:
+                raise ValueError(
+                    f"a shift of width {len(shift.direction)} doesn't fit directions {tuple(self.directions.shape)}"
+                )
         for part in self.parts.values():
             gram = part.directions.double() @ part.directions.double().T
             if (gram - torch.eye(len(gram), dtype=torch.float64)).abs().max() > 1e-4:
@@ -87,6 +132,23 @@ class Edit:
         basis = normalised(direction)[None] if direction.ndim == 1 else orthonormal(torch.unbind(direction))
         return cls(tuple(strengths), basis, values[:, None].repeat(1, len(basis)))
 
+    @classmethod
+    def shifting(cls, layer: int, direction: Float[Tensor, " d_model"], size: float) -> Edit:
+        """Add size * direction at the output of a block, and touch no writer.
+
+        Args:
+            layer: index of the block.
+            direction: [d_model], any length but zero, it is normalised.
+            size: in the stream's own units.
+        """
+        unit = normalised(direction)
+        return cls((), torch.zeros(0, len(unit)), torch.zeros(0, 0), (Shift(layer, unit, size),))
+
+    @property
+    def d_model(self) -> int:
+        """Width of the model the edit is for."""
+        return int(self.directions.shape[1])
+
     @property
     def parts(self) -> dict[str, Part]:
         """What the edit does at each writer, directions with strength zero left out."""
@@ -98,7 +160,8 @@ class Edit:
         return used
 
     def __mul__(self, factor: float) -> Edit:
-        return Edit(self.writers, self.directions, self.strengths * float(factor))
+        shifts = tuple(shift * factor for shift in self.shifts)
+        return Edit(self.writers, self.directions, self.strengths * float(factor), shifts)
 
     __rmul__ = __mul__
 
@@ -106,7 +169,7 @@ class Edit:
         return self * -1.0
 
     def __add__(self, other: Edit) -> Edit:
-        """The edit that takes out what both take out: their operators sum_i a_i r_i r_i^T are added.
+        """The edit that does what both do: their operators sum_i a_i r_i r_i^T are added, and their shifts.
 
         Raises:
             ValueError: when the two are for models of different width.
@@ -115,10 +178,42 @@ class Edit:
             raise ValueError(f"edits of widths {self.directions.shape[1]} and {other.directions.shape[1]} don't add")
         mine, theirs = self.parts, other.parts
         names = dict.fromkeys((*self.writers, *other.writers))
-        return from_parts(
+        total = from_parts(
             {n: _added([p[n] for p in (mine, theirs) if n in p]) for n in names if n in mine or n in theirs},
-            self.directions.shape[1],
+            self.d_model,
         )
+        return replace(total, shifts=_merged((*self.shifts, *other.shifts)))
+
+    def __sub__(self, other: Edit) -> Edit:
+        return self + -other
+
+    def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
+        """Write the edit as a recipe (docs/recipe.md).
+
+        Args:
+            path: the file to write.
+            model: the model it is for, as a folder (its weights are not loaded) or a loaded handle. Writers may then
+                be named as in memory or as in the checkpoint, and the recipe says which of the checkpoint's
+                tensors they are. Without it the names are taken as they are.
+
+        Raises:
+            RecipeError: when a name is no writer of the model; the text names the nearest ones.
+            OutputError: when the file can't be written.
+        """
+        from abliterate.recipe import recipe_for, save_recipe
+
+        save_recipe(recipe_for(self, model), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Edit:
+        """Read the edit of a recipe.
+
+        Raises:
+            RecipeError: naming the rule of docs/recipe.md that the file breaks.
+        """
+        from abliterate.recipe import load_recipe
+
+        return load_recipe(path).edit
 
     def attached(self, handle: Any) -> AbstractContextManager[Any]:
         """Apply the edit to a loaded model, live, for as long as the context lasts."""
@@ -179,6 +274,25 @@ def orthonormal(vectors: Sequence[Tensor] | Float[Tensor, "k d_model"]) -> Float
         if v.norm() > 1e-6 * size:
             basis.append(v / v.norm())
     return torch.stack(basis).float()
+
+
+def _check_unit(rows: Float[Tensor, "n d_model"]) -> None:
+    """Raise ValueError unless all rows are finite and of length 1."""
+    if not rows.isfinite().all():
+        raise ValueError("directions must be finite")
+    norms = rows.double().norm(dim=1)
+    if len(norms) and (norms - 1).abs().max() > 1e-4:
+        raise ValueError(f"directions must be unit vectors, found one of norm {norms[(norms - 1).abs().argmax()]:.4f}")
+
+
+def _merged(shifts: Sequence[Shift]) -> tuple[Shift, ...]:
+    """The same sum of shifts, those along one direction at one layer added up."""
+    sums: dict[tuple[int, bytes], Shift] = {}
+    for shift in shifts:
+        key = (shift.layer, shift.direction.numpy().tobytes())
+        size = sums[key].size + shift.size if key in sums else shift.size
+        sums[key] = Shift(shift.layer, shift.direction, size)
+    return tuple(shift for shift in sums.values() if shift.size)
 
 
 def _name(writer: Any) -> str:

@@ -128,14 +128,18 @@ def _weights_in(folder: Path, source: str) -> str | None:
 
 def _load_config(source: str, where: str, common: dict[str, Any]) -> Any:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
 
     try:
         config = AutoConfig.from_pretrained(where, **common)
     except Exception as error:
         raise ModelError(_explain(source, error)) from error
     architectures = getattr(config, "architectures", None) or []
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    known = known or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     causal = any(a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for a in architectures)
     if getattr(config, "is_encoder_decoder", False) or not known or (architectures and not causal):
         kind = ", ".join(architectures) or type(config).__name__
@@ -184,10 +188,8 @@ def _load_weights(
 
 
 def _from_pretrained(source: str, where: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, **options, output_loading_info=True)
+        loaded: Any = auto_class(options.get("config")).from_pretrained(where, **options, output_loading_info=True)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"model {source} does not fit the device; try --quantise 4bit or --device-map auto") from error
     except Exception as error:
@@ -200,6 +202,22 @@ def _from_pretrained(source: str, where: str, options: dict[str, Any]) -> Any:
         more = f" and {len(others)} more" if others else ""
         raise ModelError(f"model {source}: its files lack weight {first}{more}; get them again")
     return model
+
+
+def auto_class(config: Any) -> Any:
+    """The class that loads all of a model: a multimodal one keeps its vision part where the config names it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    if config is None or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and whole.__name__ not in (config.architectures or []):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def _dequantise() -> Any:

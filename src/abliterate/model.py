@@ -67,12 +67,14 @@ class Handle:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The decoder's blocks: its longest list of modules.
+        """The decoder's blocks: its longest list of modules that is in no other list, as lists of experts are.
 
         Raises:
             ModelError: when the model holds no list of modules.
         """
-        lists = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)]
+        every = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)]
+        inner = {id(m) for outer in every for m in outer.modules() if m is not outer}
+        lists = [m for m in every if id(m) not in inner]
         if not lists:
             raise ModelError(f"{self.source}: no list of decoder blocks found in {type(self.model).__name__}")
         return max(lists, key=len)
@@ -165,6 +167,21 @@ class Handle:
             inputs["logits_to_keep"] = keep
         output = self.model(**inputs)
         return output.logits[:, -keep:], getattr(output, "past_key_values", None)
+
+    def logits(self, states: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocab"]:
+        """What the model's head makes of the decoder's last states, its scale and soft cap included."""
+        head = self.model.get_output_embeddings()
+        if self._plain_head:
+            return head(states.to(head.weight.device))
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        forward = self.decoder.forward
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=self.device)
+        try:  # the model's own path from states to logits, whatever it does there
+            self.decoder.forward = lambda *_a, **_k: BaseModelOutputWithPast(last_hidden_state=states[None])  # type: ignore[method-assign]
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self.decoder.forward = forward  # type: ignore[method-assign]
 
     @cached_property
     def _plain_head(self) -> bool:

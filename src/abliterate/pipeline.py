@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,16 +24,21 @@ from abliterate.errors import AbliterateError, NothingToDoError, OutputError, Pr
 from abliterate.files import check_folder, check_space, whole_folder
 from abliterate.loading import DTYPES, load
 from abliterate.measure import Measurement, judged, measure
-from abliterate.measure.decode import decode
+from abliterate.measure.decode import Answer, decode
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.rates import Rate
 from abliterate.model import Handle, find_prefill
 from abliterate.prompts import Sides, load_sides
 from abliterate.publish.card import public_name, write_card
 from abliterate.recipe import Recipe, save_recipe
+from abliterate.report import html_missing, write_html
+from abliterate.report.gather import Gathered, gather
 from abliterate.search.article import article
-from abliterate.search.candidates import Choice, Choose, Show, SweepSettings, sweep
+from abliterate.search.candidates import Candidate, Choice, Choose, Show, SweepSettings, sweep
+from abliterate.search.fit import Examples, FitSettings, fit
+from abliterate.search.fit_state import FitState, fit_key
 from abliterate.settings import LoadSettings, PromptSettings, RunSettings, layer_range
+from abliterate.stored import stored_names, stored_tensors
 from abliterate.writers import Proof, check_proof, find_writers, prove, tolerance
 
 SCHEMA = 1
@@ -75,12 +80,16 @@ class Result:
 
 @dataclass
 class Shown:
-    """Prompts that show the behaviour and prompts that don't, after the filter, with the counts behind it."""
+    """Prompts that show the behaviour and prompts that don't, after the filter, with the counts behind it.
+
+    `examples` has the prompts that were refused and answered, with the model's own words.
+    """
 
     target: list[str]
     baseline: list[str]
     refused: Rate
     answered: Rate
+    examples: Examples | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"refused": self.refused.to_json("refused"), "answered": self.answered.to_json("answered")}
@@ -150,14 +159,22 @@ def showing(
 ) -> Shown:
     """Keep the target prompts that the model refuses and the baseline prompts that it answers (the paper's filter)."""
     reporter = reporter or Silent()
-    kept: list[list[str]] = []
-    rates = []
-    for side, prompts, wanted in (("target", target, True), ("baseline", baseline, False)):
+    sorted_out: list[dict[bool, tuple[list[str], list[Answer]]]] = []
+    for side, prompts in (("target", target), ("baseline", baseline)):
         tick = reporter.progress(f"filtering {side} prompts", len(prompts))
-        _, refused = judged(handle, prompts, judge, max_new_tokens=FILTER_TOKENS, tick=tick)
-        kept.append([p for p, r in zip(prompts, refused, strict=True) if r == wanted])
-        rates.append(Rate(len(kept[-1]), len(prompts)))
-    return Shown(kept[0], kept[1], *rates)
+        answers, refused = judged(handle, prompts, judge, max_new_tokens=FILTER_TOKENS, tick=tick)
+        verdicts = list(zip(prompts, answers, refused, strict=True))
+        sorted_out.append(
+            {v: ([p for p, _, r in verdicts if r == v], [a for _, a, r in verdicts if r == v]) for v in (True, False)}
+        )
+    (shown, refusals), (answered, answers) = sorted_out[0][True], sorted_out[1][False]
+    return Shown(
+        shown,
+        answered,
+        Rate(len(shown), len(target)),
+        Rate(len(answered), len(baseline)),
+        Examples(shown, refusals, answered, answers, *sorted_out[1][True]),
+    )
 
 
 def run(
@@ -170,8 +187,9 @@ def run(
     reporter: Reporter | None = None,
     choose: Choose | None = None,
     show: Show | None = None,
+    show_completions: bool = False,
 ) -> Result:
-    """Find, choose, remove and prove; write model/, recipe.safetensors and results.json into `out`.
+    """Find, choose, remove and prove; write model/, recipe.safetensors, results.json and the report into `out`.
 
     Args:
         model: Hub id, folder or GGUF file.
@@ -182,6 +200,7 @@ def run(
         reporter: told about stages and progress.
         choose: for the article's method: which of the passing candidates to take.
         show: for the article's method: shown headings and answers.
+        show_completions: keep a few answers to target prompts in report-data.json and, folded, in the report.
 
     Raises:
         AbliterateError: any of the errors in `abliterate.errors`; nothing is written then.
@@ -210,18 +229,23 @@ def run(
     reporter.say(f"{len(find_writers(handle))} writers found; proof: largest component left {proof.component:.1e}")
     with clock.stage("filter"):
         set_prefill(handle, sides.target.train.texts, reporter)
-        # activations from a file were filtered when they were collected
-        shown = None if stored else _filtered(handle, sides, "train", judge, settings, reporter)
+        # activations from a file were filtered when they were collected; the fit wants the answers
+        filters = stored is None or settings.search.method == "fit"
+        shown = _filtered(handle, sides, "train", judge, settings, reporter) if filters else None
         validation = _filtered(handle, sides, "validation", judge, settings, reporter)
     with clock.stage("collect"):
-        if shown is not None:
-            stored = _collected(handle, shown, settings, reporter)
-        else:
+        if stored is not None:
             reporter.say(f"activations from {activations}")
-        assert stored is not None
+        else:
+            assert shown is not None
+            stored = _collected(handle, shown, settings, reporter)
     directions = difference_of_means(stored, projected=settings.collect.projected)
     with clock.stage("search"):
-        choice = _search(handle, directions, validation, sides, judge, settings, reporter, choose, show)
+        state = _fit_state(out, handle, sides, settings, reporter)
+        choice = _search(handle, directions, shown, validation, sides, judge, settings, reporter, choose, show, state)
+    with clock.stage("report data"):
+        gathered = _gathered(handle, choice, directions, validation, reporter)
+        gathered.document["activations"] = public_name(str(activations)) if activations else None
     with clock.stage("measure original"):
         original = _measure(handle, sides, judge, settings, reporter, "original")
     with whole_folder(out, overwrite=overwrite) as folder:
@@ -232,15 +256,21 @@ def run(
             left = _check_removed(handle, choice.edit)
             with clock.stage("measure edited"):
                 edited = _measure(handle, sides, judge, settings, reporter, "edited", original)
+            gathered.look_at_edited(handle)
         with clock.stage("save"):
             proofs = {"writers": proof, "edited": left}
             document = _document(handle, settings, sides, shown, choice, original, edited, proofs, clock)
             document["recipe"]["tied"] = tied
-            save_recipe(_recipe(choice, document), folder / "recipe.safetensors")
+            save_recipe(_recipe(handle, choice, document), folder / "recipe.safetensors")
+            document["frontier"] = _save_frontier(handle, choice, document, folder)
             _save_model(_to_save(handle, choice.edit, settings), folder / "model")
             write_card(folder / "model" / "README.md", handle, document)
         document["timings_s"] = clock.seconds
         (folder / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        gathered.compare(sides, original, edited, show_completions=show_completions)
+        gathered.save(folder)
+    fit_file(out).unlink(missing_ok=True)
+    _report(out, reporter, show_completions)  # the result is in place: nothing that goes wrong here can lose it
     return Result(Path(out), choice.edit, original, edited, document)
 
 
@@ -289,14 +319,14 @@ def _enough(
         )
     if few:
         reporter.say("too few prompts left by the filter; --force: all of them count")
-        shown = Shown(target, shown.baseline, shown.refused, shown.answered)
+        shown = replace(shown, target=target)
     if len(shown.baseline) < min(LEAST_PROMPTS, len(baseline)):
         if not settings.force:
             raise PromptError(
                 f"{handle.source} answers only {len(shown.baseline)} of {shown.answered.total} baseline prompts in the "
                 f"{split} split; at least {LEAST_PROMPTS} are needed. Give others with --baseline, or pass --force"
             )
-        shown = Shown(shown.target, baseline, shown.refused, shown.answered)
+        shown = replace(shown, baseline=baseline)
     return shown
 
 
@@ -318,13 +348,16 @@ def _collected(
 
 
 def _search(
-    handle: Handle, directions: Directions, validation: Shown, sides: Sides, judge: Judge, settings: RunSettings,
-    reporter: Reporter, choose: Choose | None, show: Show | None,
+    handle: Handle, directions: Directions, shown: Shown | None, validation: Shown, sides: Sides, judge: Judge,
+    settings: RunSettings, reporter: Reporter, choose: Choose | None, show: Show | None, state: FitState,
 ) -> Choice:  # fmt: skip
     search = settings.search
     layers = layer_range(search.layers) if search.layers else None
     if layers is not None and layers.stop > handle.layers:
         raise PromptError(f"--layers {search.layers}: {handle.source} has layers 0 to {handle.layers - 1}")
+    if search.method == "fit":
+        assert shown is not None
+        return _fit(handle, directions, shown, validation, judge, settings, layers, reporter, state)
     if search.method == "article":
         return article(
             handle,
@@ -349,6 +382,83 @@ def _search(
         progress=reporter.progress,
         say=reporter.say,
     )
+
+
+def _fit(
+    handle: Handle, directions: Directions, shown: Shown, validation: Shown, judge: Judge, settings: RunSettings,
+    layers: range | None, reporter: Reporter, state: FitState,
+) -> Choice:  # fmt: skip
+    search = settings.search
+    assert shown.examples is not None and validation.examples is not None
+    fitted = fit(
+        handle,
+        directions,
+        shown.examples,
+        validation.examples,
+        judge,
+        FitSettings(
+            layers=layers, steps=search.steps, rank=search.rank, seed=settings.seed,
+            max_refusal_rate=search.max_refusal_rate, max_divergence=search.max_divergence,
+        ),
+        state=state,
+        progress=reporter.progress,
+        say=reporter.say,
+    )  # fmt: skip
+    chosen = fitted.chosen
+    if not chosen.edit.writers:
+        raise AbliterateError(
+            "the fit left every writer alone: nothing it tried lowers refusing at a price worth paying; "
+            "try --method sweep, more --steps, or other prompts"
+        )
+    winner = Candidate(
+        fitted.start,
+        float(directions.separation[fitted.start.layer, 0, fitted.start.position]),
+        divergence=chosen.divergence,
+        refusals=chosen.refused,
+        stage="fitted",
+        note=fitted.why,
+    )
+    return Choice(chosen.edit, winner, [winner], fitted.frontier)
+
+
+def _fit_state(out: str | Path, handle: Handle, sides: Sides, settings: RunSettings, reporter: Reporter) -> FitState:
+    """Where the fit is written down while it runs: a hidden file beside the output, gone when the output is whole."""
+    path = fit_file(out)
+    if settings.search.method != "fit":
+        return FitState()
+    hashes = [part.sha256 for side in (sides.target, sides.baseline) for _, part in _parts(side)]
+    same = settings.model_dump(exclude={"force", "keep_tied", "resume"})
+    key = fit_key(handle.config_hash, handle.source, hashes, same, environment(handle))
+    state = FitState.at(path, key, resume=settings.resume)
+    if path.is_file() and not settings.resume:
+        reporter.say("an earlier run was interrupted; starting anew (--resume goes on from where it was)")
+    elif settings.resume and not path.is_file():
+        reporter.say("there is nothing to go on from; starting anew")
+    return state
+
+
+def fit_file(out: str | Path) -> Path:
+    """The hidden file beside an output folder in which a fit is written down while it runs."""
+    final = Path(out)
+    return final.with_name(f".{final.name}.fit.safetensors")
+
+
+def _gathered(
+    handle: Handle, choice: Choice, directions: Directions, validation: Shown, reporter: Reporter
+) -> Gathered:
+    """What the report needs of the original, read before the edit."""
+    target, baseline = validation.target, validation.baseline
+    tick = reporter.progress("reading activations for the report", len(target) + len(baseline))
+    return gather(handle, choice.edit, choice.winner.place, directions, target, baseline, tick=tick)
+
+
+def _report(out: str | Path, reporter: Reporter, show_completions: bool) -> None:
+    """Write report.html, or say what it needs."""
+    missing = html_missing()
+    if missing:
+        reporter.say(f"no report.html: {missing}")
+    else:
+        write_html(out, show_completions=show_completions)
 
 
 def _measure(
@@ -444,7 +554,8 @@ def _save_model(handle: Handle, folder: Path) -> None:
         generation.to_json_file(str(folder / "generation_config.json"), use_diff=True)
     written = _tokenizer_as_given(handle).save_pretrained(folder)
     source = Path(handle.source).expanduser()
-    for file in (Path(name) for name in (*written, "generation_config.json")):
+    images = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # multimodal
+    for file in (Path(name) for name in (*written, "generation_config.json", *images)):
         if (source / file.name).is_file():  # what a local source has stays as it is, byte for byte
             shutil.copyfile(source / file.name, folder / file.name)
 
@@ -496,8 +607,23 @@ def _document(
         "original": original.to_json(),
         "edited": edited.to_json(),
         "candidates": [c.to_json() for c in choice.candidates],
+        "frontier": [],
         "timings_s": clock.seconds,
     }
+
+
+def _save_frontier(handle: Handle, choice: Choice, document: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """A recipe per point of the frontier, with what validation found; the chosen one is marked."""
+    listed = []
+    for number, point in enumerate(choice.frontier):
+        name = f"frontier/{number:02}.safetensors"
+        (folder / "frontier").mkdir(exist_ok=True)
+        validation = point.to_json()
+        whole = _recipe(handle, replace(choice, edit=point.edit), document)
+        kept = {k: v for k, v in whole.provenance.items() if k not in ("original", "edited")}
+        save_recipe(replace(whole, provenance={**kept, "validation": validation}), folder / name)
+        listed.append({**validation, "recipe": name, "chosen": point.edit is choice.edit})
+    return listed
 
 
 def _tied(handle: Handle, edit: Edit, keep_tied: bool) -> str | None:
@@ -532,10 +658,12 @@ def environment(handle: Handle | None = None) -> dict[str, Any]:
     }
 
 
-def _recipe(choice: Choice, document: dict[str, Any]) -> Recipe:
+def _recipe(handle: Handle, choice: Choice, document: dict[str, Any]) -> Recipe:
     """The edit with its provenance: nothing in it depends on the time or the output's place."""
     model = {k: document["model"][k] for k in ("source", "revision", "class", "config_hash", "layers", "d_model")}
     model["source"] = public_name(model["source"])  # a recipe is shared: no path of this machine in it
+    # what baking untied was tied in the model that the recipe is for
+    model |= stored_names(handle) | {"tied": handle.tied or document["recipe"]["tied"] is not None}
     provenance = {
         "found_at": choice.winner.to_json(),
         "prompts": document["prompts"],
@@ -544,7 +672,10 @@ def _recipe(choice: Choice, document: dict[str, Any]) -> Recipe:
         "original": document["original"],
         "edited": document["edited"],
     }
-    return Recipe(choice.edit, model, provenance)
+    # a quantised model's weights have other shapes in memory: whoever applies the recipe looks at the checkpoint
+    tensors = {} if handle.quantised else stored_tensors(handle)
+    used = {writer: tensors[writer] for writer in choice.edit.writers if tensors}
+    return Recipe(choice.edit, model, provenance, used)
 
 
 def collect_to_file(

@@ -57,9 +57,14 @@ class CollectSettings(_Stage):
 class SearchSettings(_Stage):
     """How the edit is chosen."""
 
-    method: Literal["sweep", "article"] = "sweep"
+    method: Literal["fit", "sweep", "article", "tpe"] = "fit"
     layers: str | None = None
     max_refusal_rate: float = Field(0.05, ge=0.0, le=1.0)
+    max_divergence: float | None = Field(None, ge=0.0)
+    steps: int = Field(40, ge=1)
+    rank: int = Field(1, ge=1, le=16)
+    trials: int = Field(200, ge=1)
+    study: str | None = None
     candidates: int = Field(20, ge=1)
     test_prompts: int = Field(4, ge=1)
     interactive: bool = False
@@ -86,6 +91,7 @@ class RunSettings(_Stage):
     seed: int = 0
     force: bool = False
     keep_tied: bool = False
+    resume: bool = False
     load: LoadSettings = Field(default_factory=LoadSettings)
     prompts: PromptSettings = Field(default_factory=lambda: PromptSettings.model_validate({}))
     collect: CollectSettings = Field(default_factory=lambda: CollectSettings.model_validate({}))

@@ -107,6 +107,16 @@ def measurement_table(document: dict[str, Any]) -> Table:
     return table
 
 
+def plan_table(rows: list[tuple[str, str]]) -> Table:
+    """What `abliterate run --plan` prints."""
+    table = Table(title="what the run would take here", title_style="bold")
+    table.add_column("")
+    table.add_column("planned", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def output() -> Console:
     """The console for results."""
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +18,21 @@ from torch import Tensor, nn
 from abliterate.edit import Edit, normalised
 from abliterate.errors import NonFiniteError, WriterError
 from abliterate.model import Handle
+from abliterate.trace import (
+    Call,
+    Norm,
+    as_norm,
+    explain,
+    find_mid_reader,
+    first_tensor,
+    is_linear,
+    linear_parameters,
+    record,
+)
 
 SITES = ("pre", "mid", "post")
 PROBE_TOKENS = 8
+PROOF_TOKENS = 64  # enough for a mixture's router to send some to most experts
 
 
 @dataclass(frozen=True)
@@ -29,15 +40,22 @@ class Writer:
     """A parameter that adds to the residual stream.
 
     Attributes:
-        name: the weight's parameter name, as in the state dict.
-        module: name of the module that holds it.
-        layer: index of its block, None for an embedding.
-        side: "embedding", "attention" or "mlp".
-        shape: the weight's shape.
-        axis: the weight's dimension that runs along d_model.
+        name: the parameter's name, as in the state dict.
+        module: name of the module whose output is linear in it and nothing else but its bias (an experts module
+            for fused experts): what is taken out of that output is taken out of the parameter. Empty when
+            there is none, as where a module uses several such parameters itself.
+        layer: index of its block, None for an embedding or projector.
+        side: "embedding", "attention", "mlp", or "projector" (writes the image tokens of a multimodal model).
+        shape: the parameter's shape: 2-D for a linear layer or embedding, 3-D for fused experts, 1-D for a
+            norm's own bias that reaches the stream.
+        axis: the parameter's dimension that runs along d_model.
         bias: parameter name of its bias, if it has one.
-        gain: [d_model] what a norm behind it multiplies its output by before the stream (post-norm
+        gain: [d_model] float32, what a norm behind it multiplies its output by before the stream (post-norm
             blocks), else None.
+        gain_from: (parameter name of that norm's weight, number added to it), so that gain == weight + number;
+            the number is 1.0 for Gemma's norms, 0.0 for others. None without a gain.
+        centred: whether the norm behind it also subtracts the mean over features (LayerNorm).
+        bias_axis: the bias's dimension that runs along d_model (1 where each expert has one).
     """
 
     name: str
@@ -48,6 +66,9 @@ class Writer:
     axis: int
     bias: str | None = None
     gain: Float[Tensor, " d_model"] | None = None
+    gain_from: tuple[str, float] | None = None
+    centred: bool = False
+    bias_axis: int = 0
 
 
 class Layout(NamedTuple):
@@ -64,12 +85,6 @@ class Proof(NamedTuple):
     where: str
 
 
-class _Call(NamedTuple):
-    module: nn.Module
-    input: Tensor | None
-    output: Tensor
-
-
 def layout(handle: Handle) -> Layout:
     """Find the model's writers (once per handle).
 
@@ -83,15 +98,32 @@ def layout(handle: Handle) -> Layout:
     return cached
 
 
-def find_writers(handle: Handle, layers: Sequence[int] | None = None) -> tuple[Writer, ...]:
+def find_writers(handle: Handle, layers: Sequence[int] | None = None, *, projector: bool = False) -> tuple[Writer, ...]:
     """The writers of the residual stream, embedding first, then block by block.
 
     Args:
         handle: a loaded model.
         layers: keep only the writers of these blocks (and no embedding); None keeps all.
+        projector: of a multimodal model, also what writes its image tokens (side "projector", last). An edit
+            leaves it alone unless it is asked for: refusals live in the text.
+
+    Raises:
+        WriterError: as `layout`; with `projector`, also when what writes the image tokens isn't found.
     """
     writers = layout(handle).writers
-    return writers if layers is None else tuple(w for w in writers if w.layer in set(layers))
+    found = writers if layers is None else tuple(w for w in writers if w.layer in set(layers))
+    return found + _projector(handle) if projector else found
+
+
+def _projector(handle: Handle) -> tuple[Writer, ...]:
+    cached = handle.__dict__.get("_projector")
+    if cached is None:
+        from abliterate.projector import projector_parameters
+
+        finder = _Finder(handle)
+        owners = projector_parameters(handle)
+        cached = handle.__dict__["_projector"] = tuple(finder.held(owners, set(owners), None, "projector"))
+    return cached
 
 
 @torch.inference_mode()
@@ -141,7 +173,7 @@ def prove(handle: Handle, direction: Float[Tensor, " d_model"] | None = None, *,
             worst = Proof(component, where)
 
     with live, watch_sites(handle, look):
-        handle.hidden_states(input_ids=_probe_ids(handle, seed), use_cache=False)
+        handle.hidden_states(input_ids=_probe_ids(handle, seed, PROOF_TOKENS), use_cache=False)
     return worst
 
 
@@ -181,12 +213,12 @@ def watch_sites(handle: Handle, look: Callable[[int, str, Tensor], None]) -> Ite
     for layer, block in enumerate(handle.blocks):
 
         def pre(_m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-            stream = _first_tensor(args, kwargs)
+            stream = first_tensor(args, kwargs)
             shapes[layer] = stream.shape
             look(layer, "pre", stream)
 
         def post(_m: nn.Module, _args: Any, out: Any, layer: int = layer) -> None:
-            look(layer, "post", _first_tensor((out,)))
+            look(layer, "post", first_tensor((out,)))
 
         hooks.append(block.register_forward_pre_hook(pre, with_kwargs=True))
         hooks.append(block.register_forward_hook(post))
@@ -194,7 +226,7 @@ def watch_sites(handle: Handle, look: Callable[[int, str, Tensor], None]) -> Ite
         if reader is not None:
 
             def mid(_m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-                look(layer, "mid", _first_tensor(args, kwargs).reshape(shapes[layer]))  # OPT flattens it
+                look(layer, "mid", first_tensor(args, kwargs).reshape(shapes[layer]))  # OPT flattens it
 
             hooks.append(reader.register_forward_pre_hook(mid, with_kwargs=True))
     try:
@@ -204,172 +236,149 @@ def watch_sites(handle: Handle, look: Callable[[int, str, Tensor], None]) -> Ite
             hook.remove()
 
 
-def _first_tensor(*packs: Any) -> Tensor:
-    """The first floating tensor in positional arguments, keyword arguments or an output."""
-    for pack in packs:
-        values = pack.values() if isinstance(pack, dict) else pack
-        for value in values:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return value
-            if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
-                return value[0]
-    raise WriterError("a block takes or gives no tensor; its stream can't be read")
-
-
-def _probe_ids(handle: Handle, seed: int) -> Tensor:
+def _probe_ids(handle: Handle, seed: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 1)
-    return torch.randint(0, handle.vocabulary, (1, PROBE_TOKENS), generator=generator).to(handle.device)
+    length = min(tokens, handle.context_length or tokens)
+    return torch.randint(0, handle.vocabulary, (1, length), generator=generator).to(handle.device)
 
 
 def _look(handle: Handle) -> Layout:
     """Run a few tokens, then explain every addition to the stream by modules' outputs."""
-    calls = _record(handle)
+    owner = {module: id(block) for block in handle.blocks for module in block.modules()}
+    ids = _probe_ids(handle, 0, PROBE_TOKENS)
+    calls = record(
+        handle.decoder.modules(), lambda: handle.hidden_states(input_ids=ids, use_cache=False), handle.d_model, owner
+    )
     block_calls = {id(block): calls[id(block)] for block in handle.blocks}
-    outside = calls[None]
     first_input = block_calls[id(handle.blocks[0])][-1].input
     assert first_input is not None
-    writers = [
-        _writer(handle, call, outside, None, "embedding")
-        for call in _explain(torch.zeros_like(first_input), first_input, outside, "the embedding", handle)
-    ]
+    finder = _Finder(handle)
+    writers = finder.behind(torch.zeros_like(first_input), first_input, calls[None], None, "embedding")
     mids: list[nn.Module | None] = []
     for layer, block in enumerate(handle.blocks):
         *inside, whole = block_calls[id(block)]
         pre, post = whole.input, whole.output
         assert pre is not None
-        reader = _mid_reader(pre, inside)
+        reader = find_mid_reader(pre, inside)
         mids.append(reader.module if reader else None)
         if reader is not None and reader.input is not None:
-            sides = [("attention", pre, reader.input), ("mlp", reader.input, post)]
+            mid = reader.input.reshape(pre.shape)
+            writers += finder.behind(pre, mid, inside, layer, "attention")
+            writers += finder.behind(mid, post, inside, layer, "mlp")
         else:
-            sides = [("attention and mlp", pre, post)]
-        for side, before, after in sides:
-            found = _explain(before, after, inside, f"block {layer}, {side}", handle)
-            for order, call in enumerate(found):
-                name = side if len(sides) == 2 else ("attention", "mlp")[min(order, 1)]
-                writers.append(_writer(handle, call, inside, layer, name))
-    return Layout(tuple(writers), tuple(mids))
+            writers += finder.behind(pre, post, inside, layer, "attention and mlp")
+    unique = {writer.name: writer for writer in reversed(writers)}  # blocks may share what they call
+    return Layout(tuple(w for w in writers if unique[w.name] is w), tuple(mids))
 
 
-@torch.inference_mode()
-def _record(handle: Handle) -> dict[int | None, list[_Call]]:
-    """Every module's call while a few tokens run: per block (its own call last), and None for outside them."""
-    calls: dict[int | None, list[_Call]] = {None: []}
-    owner = {}
-    for block in handle.blocks:
-        calls[id(block)] = []
-        owner.update({module: id(block) for module in block.modules()})
+class _Finder:
+    """Traces additions to the stream to parameters; remembers what it learnt of one kind of module."""
 
-    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        try:
-            output = _unflattened(_first_tensor((out,)))
-        except WriterError:  # a mask, a rotary table ... no stream in it
-            return
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
-        calls[owner.get(module)].append(_Call(module, _unflattened(given[0]) if given else None, output))
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.kinds: dict[Any, dict[str, int]] = {}
 
-    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in handle.decoder.modules()]
-    try:
-        handle.hidden_states(input_ids=_probe_ids(handle, 0), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+    def behind(
+        self, before: Tensor, after: Tensor, calls: Sequence[Call], layer: int | None, side: str
+    ) -> list[Writer]:
+        """The writers of after - before.
 
+        Raises:
+            WriterError: when calls don't add up to it, or one of them isn't linear in any parameter.
+        """
+        place = f"block {layer}, {side}" if layer is not None else f"the {side}"
+        group = explain(before, after, calls)
+        if not group:
+            raise WriterError(
+                f"model {self.handle.source}: can't tell what writes to the residual stream at {place}; "
+                f"nothing was changed (this architecture isn't supported yet)"
+            )
+        found = []
+        for order, call in enumerate(group):
+            named = ("attention", "mlp")[min(order, 1)] if side == "attention and mlp" else side
+            found += self.writers(call, calls, layer, named)
+        return found
 
-def _unflattened(tensor: Tensor) -> Tensor:
-    """[1, token, d_model] for what some blocks pass on as [token, d_model]."""
-    return tensor[None] if tensor.ndim == 2 and len(tensor) == PROBE_TOKENS else tensor
+    def writers(self, call: Call, calls: Sequence[Call], layer: int | None, side: str) -> list[Writer]:
+        """The writers of what one call gave: its module's own, those that feed it, or those inside it.
 
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
-
-
-def _mid_reader(pre: Tensor, inside: Sequence[_Call]) -> _Call | None:
-    """The call that reads the stream between attention and MLP: its input is `pre` plus an earlier output."""
-    for index, call in enumerate(inside):
-        x = call.input
-        if x is None or x.shape != pre.shape or _same(x, pre):
-            continue
-        earlier = [c for c in inside[:index] if c.output.shape == pre.shape]
-        if any(_same(c.output, x) for c in earlier):
-            continue
-        if any(fits(pre, x, [c.output]) for fits in (_adds_up, _adds_up_scaled) for c in earlier):
-            return call
-    return None
-
-
-def _adds_up(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether `after` is, bit for bit, `before` plus the outputs."""
-    total = before
-    for output in outputs:
-        total = total + output.to(before.device)
-    return torch.equal(total, after)
-
-
-def _adds_up_scaled(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """The same to within rounding, each output times one scalar (the multipliers of some models)."""
-    added = (after.double() - before.double()).flatten()
-    columns = torch.stack([o.double().flatten().to(added.device) for o in outputs], dim=1)
-    scales = torch.linalg.lstsq(columns, added[:, None]).solution
-    left = (added - (columns @ scales).flatten()).norm()
-    rounding = 4 * torch.finfo(after.dtype).eps * after.double().norm()
-    return bool(left <= torch.minimum(rounding, 0.02 * added.norm()) and added.norm() > 0)
-
-
-def _explain(before: Tensor, after: Tensor, calls: Sequence[_Call], where: str, handle: Handle) -> list[_Call]:
-    """The fewest calls whose outputs make up after - before, at most three; exactly if possible."""
-    distinct: list[_Call] = []
-    for call in calls:  # the first to give a tensor is the innermost to give it
-        if call.input is not None and _same(call.input, call.output):
-            continue  # dropout hands on what others wrote
-        if call.output.shape == after.shape and not any(_same(call.output, other.output) for other in distinct):
-            distinct.append(call)
-    for fits in (_adds_up, _adds_up_scaled):
-        for count in (1, 2, 3):
-            for group in combinations(distinct, count):
-                if fits(before, after, [c.output for c in group]):
-                    return list(group)
-    raise WriterError(
-        f"model {handle.source}: can't tell what writes to the residual stream at {where}; "
-        f"nothing was changed (this architecture isn't supported yet)"
-    )
-
-
-def _writer(handle: Handle, call: _Call, calls: Sequence[_Call], layer: int | None, side: str) -> Writer:
-    """The writer behind a call: the linear layer or embedding itself, or the one that feeds a post-norm."""
-    module, gain = call.module, None
-    if not _is_linear(module) and _is_norm(module) and call.input is not None:
-        gain = _gain(module, call.input)
-        feeding = next((c for c in calls if c.module is not module and _same(c.output, call.input)), None)
-        module = feeding.module if feeding else module
-    name = handle.module_names[module]
-    if isinstance(module, nn.Embedding):
-        axis = 1
-    elif _is_linear(module):
-        axis = 1 if type(module).__name__ == "Conv1D" else 0
-    else:
-        place = "the embedding" if layer is None else f"block {layer}, {side}"
+        Raises:
+            WriterError: naming the module when its output is linear in none of its parameters.
+        """
+        module, name = call.module, self.handle.module_names[call.module]
+        if isinstance(module, nn.Embedding):
+            return [self._writer(module, {"weight": 1}, layer, side)]
+        if is_linear(module):
+            axis = 1 if type(module).__name__ == "Conv1D" else 0
+            own = {"weight": axis} if module.bias is None else {"weight": axis, "bias": 0}
+            return [self._writer(module, own, layer, side)]
+        norm = as_norm(call, self.handle.d_model)
+        if norm is not None and call.input is not None:
+            earlier = calls[: calls.index(call)]
+            feeding = explain(torch.zeros_like(call.input), call.input, earlier)
+            found = [w for c in feeding for w in self.writers(c, earlier, layer, side)]
+            if found and not any(w.gain is not None or w.centred for w in found):
+                return self._through(norm, name, found)
+        else:
+            found = self._inside(call, calls, layer, side)
+            if found:
+                return found
+            descendants = set(module.modules()) - {module}
+            inner = [c for c in calls if c.module in descendants]
+            parts = explain(torch.zeros_like(call.output), call.output, inner)
+            if parts:
+                return [w for c in parts for w in self.writers(c, inner, layer, side)]
+        place = f"block {layer}, {side}" if layer is not None else f"the {side}"
         raise WriterError(
-            f"model {handle.source}: at {place} the stream is written by {name} ({type(module).__name__}), "
+            f"model {self.handle.source}: at {place} the stream is written by {name} ({type(module).__name__}), "
             f"which isn't a linear layer or embedding; nothing was changed (this architecture isn't supported yet)"
         )
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    bias = f"{name}.bias" if getattr(module, "bias", None) is not None else None
-    return Writer(f"{name}.weight", name, layer, side, tuple(weight.shape), axis, bias, gain)
 
+    def _through(self, norm: Norm, name: str, found: list[Writer]) -> list[Writer]:
+        """Writers seen through a norm behind them, and the norm's own bias."""
+        source = (f"{name}.{norm.gain_from[0]}", norm.gain_from[1]) if norm.gain_from else None
+        seen = [replace(w, gain=norm.gain, gain_from=source, centred=norm.centred) for w in found]
+        if norm.bias:
+            seen.append(replace(seen[0], name=f"{name}.{norm.bias}", module=name, shape=(self.handle.d_model,), axis=0,
+                                bias=None, gain=None, gain_from=None, centred=False))  # fmt: skip
+        return seen
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    def _inside(self, call: Call, calls: Sequence[Call], layer: int | None, side: str) -> list[Writer]:
+        """The writers inside a module that isn't a linear layer: a mixture's experts, shared or not."""
+        module, width = call.module, self.handle.d_model
+        kind = (type(module), tuple((n, p.shape) for n, p in module.named_parameters()))
+        if kind not in self.kinds:
+            self.kinds[kind] = linear_parameters(call, width)
+        owners: dict[nn.Module, dict[str, int]] = {}
+        for name, axis in self.kinds[kind].items():
+            path, _, last = name.rpartition(".")
+            owners.setdefault(module.get_submodule(path), {})[last] = axis
+        heard = {c.module for c in calls if c.output.shape[-1] == width}
+        return self.held(owners, heard, layer, side)
 
+    def held(
+        self, owners: dict[nn.Module, dict[str, int]], heard: set[nn.Module], layer: int | None, side: str
+    ) -> list[Writer]:
+        """Writers of the parameters that modules hold; those not alone in their module's output can't be hooked."""
+        writers = []
+        for owner, own in owners.items():
+            sizes = sorted((owner.get_parameter(n).ndim for n in own), reverse=True)
+            nested = any(other is not owner and other in set(owner.modules()) for other in owners)
+            heard_alone = (owner in heard or is_linear(owner)) and not nested  # no token may have come to an expert
+            if heard_alone and (len(sizes) == 1 or (len(sizes) == 2 and sizes[0] > sizes[1])):
+                writers.append(self._writer(owner, own, layer, side))
+            else:
+                writers += [self._writer(owner, {n: axis}, layer, side, hooked=False) for n, axis in own.items()]
+        return writers
 
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 1
-
-
-def _gain(norm: nn.Module, like: Tensor) -> Tensor:
-    """What an RMS norm multiplies each feature by: its answer to a vector of ones, whose RMS is 1."""
-    ones = torch.ones_like(like)
-    return norm(ones).reshape(-1, like.shape[-1])[0].to("cpu", torch.float32)
+    def _writer(
+        self, owner: nn.Module, own: dict[str, int], layer: int | None, side: str, *, hooked: bool = True
+    ) -> Writer:
+        """The writer that a module holds: its weight, and its bias where it has one."""
+        name = self.handle.module_names[owner]
+        (weight, axis), *rest = sorted(own.items(), key=lambda item: -owner.get_parameter(item[0]).ndim)
+        bias, bias_axis = rest[0] if rest else (None, 0)
+        return Writer(
+            f"{name}.{weight}", name if hooked else "", layer, side, tuple(owner.get_parameter(weight).shape), axis,
+            f"{name}.{bias}" if bias else None, bias_axis=bias_axis,
+        )  # fmt: skip

@@ -104,7 +104,7 @@ def test_progress_names_each_stage_and_counts_it(tiny_handle):
 
     before = measure(tiny_handle, TARGET, BASELINE, judge=ByPrompt(), max_new_tokens=4)
     measure(tiny_handle, TARGET, BASELINE, original=before, judge=ByPrompt(), max_new_tokens=4, progress=progress)
-    assert counted == {"target answers": [3, 3], "baseline answers": [5, 5], "divergence": [5, 5]}
+    assert counted == {"answers": [8, 8], "divergence": [5, 5]}
 
 
 def test_judged_passes_each_prompt_its_own_answer(tiny_handle):

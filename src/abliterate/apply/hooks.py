@@ -3,47 +3,76 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from abliterate.apply import weight_parts
+from abliterate.apply import Factors, weight_factors
+from abliterate.apply.shifts import check_shifts
+from abliterate.apply.weights import removed
 from abliterate.edit import Edit
 from abliterate.model import Handle
 
 
 @contextlib.contextmanager
 def attached(handle: Handle, edit: Edit) -> Iterator[None]:
-    """Take the edit's directions out of what each writer gives, for as long as the context lasts.
+    """Take the edit's directions out of what each writer gives, for as long as the context lasts; and add its shifts.
 
     Since the output of a writer is W x + b, taking r out of the output is taking it out of W and b, so the
-    stream is the same at every site as with the edit baked, up to rounding.
+    stream is the same at every site as with the edit baked, up to rounding. The output of fused experts is a
+    sum of such outputs, so the same holds for it. A writer without a module to hook is swapped for its baked
+    copy meanwhile.
     """
     modules = {name: module for module, name in handle.module_names.items()}
+    parameters = dict(handle.model.named_parameters())
+    check_shifts(handle, edit.shifts)
     hooks = []
+    originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for writer, part in weight_parts(handle, edit.parts):
-            module = modules[writer.module]
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            dtype = weight.dtype if weight.is_floating_point() else handle.dtype
-            directions = part.directions.to(weight.device, dtype)
-            strengths = part.strengths.to(weight.device, dtype)
-            hooks.append(module.register_forward_hook(_projector(directions, strengths)))
+        for writer, change in weight_factors(handle, edit.parts):
+            parameter = parameters[writer.name]
+            if not writer.module:
+                originals.append((parameter, parameter.data))
+                parameter.data = removed(parameter, change, writer.axis)
+                continue
+            dtype = parameter.dtype if parameter.is_floating_point() else handle.dtype
+            left, right = (factor.to(parameter.device, dtype) for factor in change)
+            same_for_all = parameter.ndim == 1  # a norm's bias adds the same to every token
+            hook = _shift(-left.T @ (right @ parameter)) if same_for_all else _projector(Factors(left, right))
+            hooks.append(modules[writer.module].register_forward_hook(hook))
+        for shift in edit.shifts:
+            hooks.append(handle.blocks[shift.layer].register_forward_hook(_shift(shift.vector)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for parameter, original in reversed(originals):
+            parameter.data = original
 
 
-def _projector(directions: Tensor, strengths: Tensor) -> Any:
-    """A forward hook: out <- out - sum_i a_i (out . r_i) r_i."""
-    down, up = directions.T.contiguous(), (strengths[:, None] * directions).contiguous()
+def _projector(change: Factors) -> Any:
+    """A forward hook: out <- out - left^T (right out)."""
+    up, down = change.left.contiguous(), change.right.T.contiguous()
 
-    def project(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+    def project(out: Tensor) -> Tensor:
         flat = out.reshape(-1, out.shape[-1])
         weights = flat @ down.to(flat.dtype)
         return torch.addmm(flat, weights, up.to(flat.dtype), alpha=-1).view_as(out)
 
-    return project
+    return _on_first_tensor(project)
+
+
+def _shift(addition: Tensor) -> Any:
+    """A forward hook: out <- out + addition."""
+    return _on_first_tensor(lambda out: out + addition.to(out))
+
+
+def _on_first_tensor(change: Callable[[Tensor], Tensor]) -> Any:
+    """A forward hook that changes an output, or the first of several (an experts module may give its scores too)."""
+
+    def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
+        return change(out) if isinstance(out, Tensor) else (change(out[0]), *out[1:])
+
+    return hook

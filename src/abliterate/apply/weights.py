@@ -6,24 +6,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.apply import weight_parts
+from abliterate.apply import Factors, factors, weight_factors
+from abliterate.apply.norms import removed_keeping_norms
+from abliterate.apply.shifts import bias_additions
 from abliterate.edit import Edit, Part
 from abliterate.errors import ModelError, NonFiniteError
 from abliterate.model import Handle
 
 
 @torch.no_grad()
-def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False) -> None:
+def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving: bool = False) -> None:
     """W <- W - a r (r^T W), b <- b - a r (r^T b) at every writer of the edit; arithmetic in float32.
 
     A tied embedding that the edit touches is untied first, so that the head, and with it the logits, stay
     what they are with the edit attached live; `keep_tied` edits embedding and head together instead.
+    A shift goes into a bias of its block, where there is one that reaches the stream as it is.
+    `norm_preserving` gives each vector along d_model of a weight its former norm (`apply.norms`).
     All new values are computed and checked before the first is written.
 
     Raises:
         ModelError: when the model is quantised, so that its weights can't be changed.
         NonFiniteError: when a result is not finite (half precision overflowed).
-        WriterError: when the edit is for another model.
+        WriterError: when the edit is for another model, or shifts a block that has no bias to hold it.
     """
     if handle.quantised:
         raise ModelError(
@@ -32,14 +36,19 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False) -> None:
         )
     parameters = dict(handle.model.named_parameters())
     changes: list[tuple[nn.Parameter, Tensor]] = []
-    for writer, part in weight_parts(handle, edit.parts):
+    for writer, change in weight_factors(handle, edit.parts):
         weight = parameters[writer.name]
-        changes.append((weight, removed(weight, part, writer.axis)))
+        take_out = removed_keeping_norms if norm_preserving and weight.ndim > 1 else removed
+        changes.append((weight, take_out(weight, change, writer.axis)))
         if writer.bias:
             bias = parameters[writer.bias]
-            changes.append((bias, removed(bias, part, 0)))
+            changes.append((bias, removed(bias, change, writer.bias_axis)))
         if not all(bool(new.isfinite().all()) for _, new in changes[-2:]):
             raise NonFiniteError(f"baking {writer.name} gives NaN or infinite values; try --dtype float32")
+    done = {id(parameter): new for parameter, new in changes}
+    for parameter, addition in bias_additions(handle, edit.shifts):
+        edited = done.get(id(parameter), parameter).float() + addition
+        changes.append((parameter, edited.to(parameter.dtype)))
     embedding = getattr(handle.embedding, "weight", None)
     if handle.tied and not keep_tied and any(p is embedding for p, _ in changes):
         untie(handle)
@@ -47,17 +56,19 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False) -> None:
         parameter.copy_(new)
 
 
-def removed(tensor: Float[Tensor, ...], part: Part, axis: int) -> Float[Tensor, ...]:
-    """The tensor less strength * r r^T along its axis of size d_model, in its own dtype and device.
+def removed(tensor: Float[Tensor, ...], change: Factors | Part, axis: int) -> Float[Tensor, ...]:
+    """W - left^T (right W) with W the tensor, its axis of size d_model first; in its own dtype and device.
 
     Args:
         tensor: any shape with size d_model along `axis`.
-        part: directions [direction, d_model], strengths [direction].
+        change: what `apply.factors` gives; a Part stands for its factors with no norm behind the tensor.
         axis: dimension that runs along d_model.
     """
+    if isinstance(change, Part):
+        change = factors(change)
     wide = tensor.detach().float().movedim(axis, -1)
-    r = part.directions.to(wide.device)
-    out = wide - ((wide @ r.T) * part.strengths.to(wide.device)) @ r
+    left, right = (factor.to(wide.device) for factor in change)
+    out = wide - (wide @ right.T) @ left
     return out.movedim(-1, axis).to(tensor.dtype)
 
 

@@ -147,9 +147,12 @@ FIELDS = {
         "target", "baseline", "target_column", "baseline_column", "train_prompts", "validation_prompts", "test_prompts",
     ),
     "collect": ("positions", "filter", "winsorise", "projected", "batch_size"),
-    "search": ("method", "layers", "max_refusal_rate", "candidates", "interactive"),
+    "search": (
+        "method", "layers", "max_refusal_rate", "max_divergence", "steps", "rank", "trials", "study", "candidates",
+        "interactive",
+    ),
     "measure": ("judge", "max_new_tokens"),
-    "": ("seed", "force", "keep_tied"),
+    "": ("seed", "force", "keep_tied", "resume"),
 }  # fmt: skip
 
 

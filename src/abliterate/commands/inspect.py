@@ -72,9 +72,13 @@ def doctor(json_: Json = False) -> None:
 
 
 def _inspection(handle: Handle) -> tuple[dict[str, Any], bool]:
+    from abliterate.errors import WriterError
     from abliterate.writers import find_writers, prove, tolerance
 
-    writers = find_writers(handle)
+    try:
+        writers, problem = find_writers(handle, projector=True), None
+    except WriterError as error:  # of the language model, or else of the projector alone
+        writers, problem = find_writers(handle), str(error)
     proof, bound = prove(handle), tolerance(handle)
     passed = proof.component <= bound
     return {
@@ -90,10 +94,11 @@ def _inspection(handle: Handle) -> tuple[dict[str, Any], bool]:
         "writers": [
             {
                 "name": w.name, "layer": w.layer, "side": w.side, "shape": list(w.shape), "axis": w.axis,
-                "bias": w.bias, "post_norm": w.gain is not None,
+                "bias": w.bias, "post_norm": w.gain is not None or w.centred,
             }
             for w in writers
         ],
+        "projector_problem": problem,
         "proof": {"component": proof.component, "where": proof.where, "tolerance": bound, "passed": passed},
     }, passed  # fmt: skip
 
@@ -104,18 +109,24 @@ def _print_inspection(document: dict[str, Any]) -> None:
     from abliterate.terminal import output
 
     model, proof = document["model"], document["proof"]
-    table = Table("writer", "layer", "side", "shape", "bias", "post-norm")
+    table = Table("writer", "layer", "side", "shape", "along d_model", "bias", "post-norm")
     for w in document["writers"]:
         layer = "-" if w["layer"] is None else str(w["layer"])
         shape = " x ".join(map(str, w["shape"]))
-        table.add_row(w["name"], layer, w["side"], shape, "yes" if w["bias"] else "", "yes" if w["post_norm"] else "")
+        marks = ("yes" if w["bias"] else "", "yes" if w["post_norm"] else "")
+        table.add_row(w["name"], layer, w["side"], shape, f"dimension {w['axis']}", *marks)
     console = output()
     console.print(table)
+    projectors = sum(w["side"] == "projector" for w in document["writers"])
     console.print(
-        f"{model['class']}: {len(document['writers'])} writers in {model['layers']} blocks, d_model {model['d_model']}"
-        + (", embedding and head tied" if model["tied"] else ""),
+        f"{model['class']}: {len(document['writers']) - projectors} writers in {model['layers']} blocks, "
+        f"d_model {model['d_model']}"
+        + (", embedding and head tied" if model["tied"] else "")
+        + (f"; and {projectors} of image tokens, which an edit leaves alone unless asked" if projectors else ""),
         soft_wrap=True,
     )
+    if document["projector_problem"]:
+        console.print(document["projector_problem"], soft_wrap=True, markup=False)
     verdict = "proved" if proof["passed"] else "NOT PROVED: a writer was missed"
     console.print(
         f"{verdict}: with all of them edited, the largest component left is {proof['component']:.1e} "

@@ -54,13 +54,14 @@ if TYPE_CHECKING:
 
 @app.command(
     epilog="Example: abliterate run Qwen/Qwen3-0.6B --out qwen-abliterated\n\n"
-    "Example: abliterate run ./model --target bad.txt --baseline good.txt --method article --interactive"
+    "Example: abliterate run ./model --target bad.txt --baseline good.txt --method article --interactive\n\n"
+    "Example: abliterate run ./model --plan                 what it would take here, without doing it"
 )
 def run(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: NAME-abliterated]")] = None,
     method: Annotated[
-        str | None, typer.Option(help="sweep or article. [default: sweep]", rich_help_panel=SEARCH_PANEL)
+        str | None, typer.Option(help="fit, sweep, article or tpe. [default: fit]", rich_help_panel=SEARCH_PANEL)
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers searched and edited, as 4-24.", rich_help_panel=SEARCH_PANEL)
@@ -84,6 +85,32 @@ def run(
             help="Refusal rate good enough to choose by divergence. [default: 0.05]", rich_help_panel=SEARCH_PANEL
         ),
     ] = None,
+    max_divergence: Annotated[
+        float | None,
+        typer.Option(
+            help="Take the fewest refusals within this divergence, in nats, instead.", rich_help_panel=SEARCH_PANEL
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Gradient steps to the fit's first point. [default: 40]", rich_help_panel=SEARCH_PANEL),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Directions per layer in the fit. [default: 1]", rich_help_panel=SEARCH_PANEL)
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials of --method tpe. [default: 200]", rich_help_panel=SEARCH_PANEL)
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="Where tpe keeps its study: a journal file or sqlite:///x.db; several processes may share it.",
+            rich_help_panel=SEARCH_PANEL,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
+    ] = None,
     activations: Annotated[
         Path | None,
         typer.Option(help="File from `abliterate collect`, instead of collecting.", rich_help_panel=SEARCH_PANEL),
@@ -95,6 +122,9 @@ def run(
     keep_tied: Annotated[
         bool | None, typer.Option("--keep-tied", help="Edit a tied embedding and head together instead of untying.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Predict time and memory from a probe of one batch; run and write nothing.")
+    ] = False,
     force: Annotated[bool | None, typer.Option("--force", help="Go on although the model hardly refuses.")] = None,
     target: Target = None,
     baseline: Baseline = None,
@@ -130,6 +160,9 @@ def run(
         if settings.search.interactive:
             _check_interactive(settings)
         source = source_of(model)
+        if plan:
+            _plan(source, settings, terminal, activations, json_)
+            return
         _run(source, out or _default_folder(model), settings, terminal, activations, overwrite, show_completions, json_)
 
 
@@ -156,6 +189,17 @@ def demo(
         _run(str(demo_model()), out, settings, terminal, None, overwrite, False, json_)
 
 
+def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: Path | None, json_: bool) -> None:
+    from abliterate.plan import plan_run
+    from abliterate.terminal import output, plan_table
+
+    found = plan_run(source, settings, has_activations=activations is not None, reporter=terminal)
+    if json_:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        output().print(plan_table(found.rows()))
+
+
 def _default_folder(model: str) -> Path:
     """NAME-abliterated here, for a model's folder, file or Hub id."""
     path = Path(model).expanduser()
@@ -177,6 +221,7 @@ def _run(
 ) -> None:  # fmt: skip
     from abliterate.pipeline import run as run_pipeline
     from abliterate.publish.card import result_rows
+    from abliterate.report import html_missing
     from abliterate.terminal import output, result_table
 
     def choose(candidates: list[Candidate], _texts: list[list[str]]) -> int:
@@ -188,7 +233,15 @@ def _run(
             terminal.say(f"    {answer[:300]!r}")
 
     result = run_pipeline(
-        source, out, settings, activations=activations, overwrite=overwrite, reporter=terminal, choose=choose, show=show
+        source,
+        out,
+        settings,
+        activations=activations,
+        overwrite=overwrite,
+        reporter=terminal,
+        choose=choose,
+        show=show,
+        show_completions=show_completions,
     )
     if json_:
         typer.echo(json.dumps(result.document, indent=2))
@@ -197,7 +250,8 @@ def _run(
     console.print(result_table(result_rows(result.document)))
     for what, where in (
         ("model", out / "model"), ("recipe", out / "recipe.safetensors"), ("card", out / "model" / "README.md"),
-        ("results", out / "results.json"), ("original", source),
+        ("results", out / "results.json"), *([("report", out / "report.html")] if html_missing() is None else []),
+        ("original", source),
     ):  # fmt: skip
         console.print(f"{what + ':':<10}{where}", soft_wrap=True)
 

@@ -86,8 +86,20 @@ def measure(
         ...     after = measure(h, target, baseline, original=before)
     """
     judge = judge or LexicalJudge()
-    target_answers, refused_target = _judged(handle, target, judge, max_new_tokens, batch_size, progress, True)
-    baseline_answers, refused_baseline = _judged(handle, baseline, judge, max_new_tokens, batch_size, progress, False)
+    prompts, count = [*target, *baseline], len(target)
+    # Together: baseline prompts take the places of refusals, which stop early. They go on to the limit:
+    # whether one loops is seen only there.
+    answers, refused = judged(
+        handle,
+        prompts,
+        judge,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_on=lambda index: (True, False) if index < count else (True,),
+        tick=progress("answers", len(prompts)) if progress else None,
+    )
+    target_answers, refused_target = answers[:count], refused[:count]
+    baseline_answers, refused_baseline = answers[count:], refused[count:]
     reference = original.reference if original else _reference(handle, baseline, baseline_answers, refused_baseline)
     divergence = None
     loss = reference.loss if reference else 0.0
@@ -118,13 +130,16 @@ def judged(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
-    stop_on: tuple[bool, ...] = (True, False),
+    stop_on: tuple[bool, ...] | Callable[[int], tuple[bool, ...]] = (True, False),
     tick: Callable[[int], None] | None = None,
 ) -> tuple[list[Answer], list[bool]]:
-    """Greedy answers and the judge's verdicts; decoding stops where the verdict is settled as one in `stop_on`."""
+    """Greedy answers and the judge's verdicts.
+
+    Decoding stops where the verdict is settled as one in `stop_on`, or in what that gives for the prompt's index.
+    """
 
     def settled(index: int, text: str) -> bool:
-        return judge.settled(prompts[index], text) in stop_on
+        return judge.settled(prompts[index], text) in (stop_on(index) if callable(stop_on) else stop_on)
 
     answers = decode(
         handle,
@@ -135,23 +150,6 @@ def judged(
         tick=tick,
     )
     return answers, judge.judge(prompts, [a.text for a in answers])
-
-
-def _judged(
-    handle: Handle, prompts: Sequence[str], judge: Judge, max_new_tokens: int, batch_size: int,
-    progress: Progress | None, is_target: bool,
-) -> tuple[list[Answer], list[bool]]:  # fmt: skip
-    side = "target" if is_target else "baseline"
-    # Baseline answers go on to the limit: whether one loops is seen only there.
-    return judged(
-        handle,
-        prompts,
-        judge,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        stop_on=(True, False) if is_target else (True,),
-        tick=progress(f"{side} answers", len(prompts)) if progress else None,
-    )
 
 
 def _reference(

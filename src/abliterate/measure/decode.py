@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,11 @@ from torch import Tensor
 from abliterate.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
 from abliterate.model import Handle
 
-CHECK_EVERY = 4  # steps between looks at whether a verdict is settled
+if TYPE_CHECKING:
+    from abliterate.measure.slots import Slots
+
+CHECK_EVERY = 4  # tokens between looks at whether a verdict is settled
+REFILL = 1 / 8  # share of a batch that must be free before waiting prompts are run: one by one they cost more
 Settled = Callable[[int, str], bool]
 Tick = Callable[[int], None]
 
@@ -49,8 +53,10 @@ def decode(
 ) -> list[Answer]:
     """Greedy answers to formatted prompts.
 
-    The shared prefix is run once, rows of like length go together, logits are computed at the last position
-    only, and rows that ended, or whose verdict can no longer change, leave the batch.
+    The shared prefix is run once, rows of like length go in together, logits are computed at the last position
+    only, and a row that ended, or whose verdict can no longer change, leaves at once; the next prompt takes its
+    place, so the batch stays full. Models that keep more than keys and values (recurrent states, attention
+    windows shorter than the row) are decoded batch after batch instead.
 
     Args:
         handle: a loaded model.
@@ -64,94 +70,141 @@ def decode(
     Returns:
         One answer per prompt, in the prompts' order.
     """
-    prefix = share_prefix(handle, ids, room=max_new_tokens) if ids else Prefix(0)
-    answers: list[Answer | None] = [None] * len(ids)
-    # Padding costs once, at the prompt; full batches pay at every step.
-    for batch in buckets([len(row) for row in ids], batch_size, prefix.length, padding=1.0):
-        run = _Run(handle, batch, [ids[i] for i in batch], prefix, keep_special)
-        longest = max(len(ids[i]) for i in batch)
-        # learned positions end with the context: the answer ends there at the latest
-        room = max(1, (handle.context_length or longest + max_new_tokens) - longest + 1)
-        steps = min(max_new_tokens, room)
-        for step in range(steps):
-            run.step()
-            look = settled if (step + 1) % CHECK_EVERY == 0 else None
-            done = run.collect(answers, look, last=step + 1 == steps)
-            if tick and done:
-                tick(done)
-            if not run.rows:
-                break
-    return [answer for answer in answers if answer is not None]
+    if not ids:
+        return []
+    from abliterate.measure.slots import takes_slots
+
+    longest = max(map(len, ids))
+    prefix = share_prefix(handle, ids, room=max_new_tokens)
+    answers = _Answers(handle, ids, max_new_tokens, settled, tick, keep_special)
+    if takes_slots(handle, longest + max_new_tokens):
+        _decode_in_slots(handle, ids, prefix, batch_size, answers)
+    else:
+        # Padding costs once, at the prompt; full batches pay at every step.
+        for batch in buckets([len(row) for row in ids], batch_size, prefix.length, padding=1.0):
+            _decode_batch(handle, batch, ids, prefix, answers)
+    return answers.all()
 
 
-class _Run:
-    """One batch on its way: `rows` are the prompts still decoding, aligned with the cache's rows."""
+class _Answers:
+    """The answers so far, and when each is done."""
 
     def __init__(
-        self,
-        handle: Handle,
-        rows: list[int],
-        ids: Sequence[Sequence[int]],
-        prefix: Prefix,
-        keep_special: bool,
-    ) -> None:
-        self.handle, self.rows, self.keep_special = handle, list(rows), keep_special
-        self.tokens: list[list[int]] = [[] for _ in rows]
-        self.arguments = inputs(handle, ids, prefix)
-        self.arguments["use_cache"] = True
-        self.alive = list(range(len(rows)))  # rows of the cache not yet finished
+        self, handle: Handle, ids: Sequence[Sequence[int]], max_new_tokens: int, settled: Settled | None,
+        tick: Tick | None, keep_special: bool,
+    ) -> None:  # fmt: skip
+        self.handle, self.settled, self.tick, self.keep_special = handle, settled, tick, keep_special
+        self.tokens: list[list[int]] = [[] for _ in ids]
+        self.done: list[Answer | None] = [None] * len(ids)
+        context = handle.context_length
+        # learned positions end with the context: the answer ends there at the latest
+        self.limits = [
+            min(max_new_tokens, max(1, context - len(row) + 1) if context else max_new_tokens) for row in ids
+        ]
 
-    def step(self) -> None:
-        """Run the model once and append each row's likeliest token."""
-        logits, cache = self.handle.last_logits(**self.arguments)
-        best = logits[:, -1].argmax(-1)
-        for place, token in zip(self.alive, best[self.alive].tolist(), strict=True):
-            self.tokens[place].append(token)
-        mask = self.arguments["attention_mask"]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        self.arguments = {
-            "input_ids": best[:, None].to(self.handle.device),
-            "attention_mask": mask,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if takes_positions(self.handle):
-            self.arguments["position_ids"] = positions(mask)[:, -1:]
-
-    def collect(self, answers: list[Answer | None], settled: Settled | None, *, last: bool) -> int:
-        """Put away the answers that are done; returns how many."""
-        left = []
-        for place in self.alive:
-            row, tokens = self.rows[place], self.tokens[place]
-            finished = tokens[-1] in self.handle.end_tokens
-            text = self._text(tokens[:-1] if finished else tokens) if finished or last or settled else ""
-            stopped = not finished and settled is not None and settled(row, text)
-            if finished or stopped or last:
-                end = tokens[-1] if finished else None
-                answers[row] = Answer(tokens[:-1] if finished else tokens, text, finished, stopped, end)
-            else:
-                left.append(place)
-        done = len(self.alive) - len(left)
-        self.alive = left
-        if not left:
-            self.rows = []
-        elif len(left) <= 0.75 * len(self.rows):
-            self._compact()
+    def add(self, rows: Sequence[int], tokens: Sequence[int]) -> list[bool]:
+        """Append a token to each row's answer; returns which rows are done."""
+        done = [self._add(row, token) for row, token in zip(rows, tokens, strict=True)]
+        if self.tick and any(done):
+            self.tick(sum(done))
         return done
+
+    def all(self) -> list[Answer]:
+        return [answer for answer in self.done if answer is not None]
+
+    def _add(self, row: int, token: int) -> bool:
+        tokens = self.tokens[row]
+        finished = token in self.handle.end_tokens
+        if not finished:
+            tokens.append(token)
+        last = len(tokens) == self.limits[row]
+        look = self.settled is not None and not finished and len(tokens) % CHECK_EVERY == 0
+        if not (finished or last or look):
+            return False
+        text = self._text(tokens)
+        stopped = look and self.settled is not None and self.settled(row, text)
+        if finished or last or stopped:
+            self.done[row] = Answer(tokens, text, finished, stopped, token if finished else None)
+        return self.done[row] is not None
 
     def _text(self, tokens: Sequence[int]) -> str:
         text = self.handle.tokenizer.decode(tokens, skip_special_tokens=not self.keep_special)
         return text.rstrip("\ufffd")  # half of a character still to come
 
-    def _compact(self) -> None:
-        """Drop finished rows from the cache and the inputs."""
-        device = self.arguments["input_ids"].device
-        keep: Tensor = torch.tensor(self.alive, device=device)
-        cache: Any = self.arguments["past_key_values"]
-        cache.batch_select_indices(keep)
-        for name in ("input_ids", "attention_mask", "position_ids"):
-            if name in self.arguments:
-                self.arguments[name] = self.arguments[name][keep.to(self.arguments[name].device)]
-        self.rows = [self.rows[i] for i in self.alive]
-        self.tokens = [self.tokens[i] for i in self.alive]
-        self.alive = list(range(len(self.rows)))
+
+def _likeliest(logits: Tensor) -> list[int]:
+    """The likeliest token of each row, the first among equals, from logits [row, 1, vocab]."""
+    # widened: over bfloat16 PyTorch's argmax takes as long on a CPU as the head's matrix product
+    return logits[:, -1].float().argmax(-1).tolist()
+
+
+def _decode_in_slots(
+    handle: Handle, ids: Sequence[Sequence[int]], prefix: Prefix, batch_size: int, answers: _Answers
+) -> None:
+    """Decode all prompts, each in a slot that the next one takes over."""
+    from abliterate.measure.slots import Slots
+
+    waiting = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    rows: list[int] = []  # the prompt in each slot
+    capacity = max(len(row) + limit for row, limit in zip(ids, answers.limits, strict=True))
+    slots: Slots | None = None
+    enough = max(1, int(batch_size * REFILL))
+    while waiting or rows:
+        free = batch_size - len(rows)
+        if waiting and free >= min(enough, len(waiting)):
+            coming, waiting = waiting[:free], waiting[free:]
+            for batch in buckets([len(ids[i]) for i in coming], batch_size, prefix.length):
+                new = [coming[i] for i in batch]
+                logits, cache = handle.last_logits(**_prompts(handle, [ids[i] for i in new], prefix))
+                slots = slots or Slots(cache, min(batch_size, len(ids)), capacity)
+                slots.add(cache, [len(ids[i]) for i in new], prefix.length)
+                rows += new
+                _let_go(slots, rows, answers.add(new, _likeliest(logits)))
+            continue
+        assert slots is not None
+        logits, _ = handle.last_logits(**slots.arguments(handle, [answers.tokens[row][-1] for row in rows]))
+        _let_go(slots, rows, answers.add(rows, _likeliest(logits)))
+
+
+def _let_go(slots: Slots, rows: list[int], done: Sequence[bool]) -> None:
+    """Free the slots of the rows that are done; `done` is about the last rows."""
+    first = len(rows) - len(done)
+    for place in reversed([first + i for i, is_done in enumerate(done) if is_done]):
+        slots.drop(place)
+        rows[place] = rows[-1]
+        rows.pop()
+
+
+def _prompts(handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix) -> dict[str, Any]:
+    return {**inputs(handle, rows, prefix), "use_cache": True}
+
+
+def _decode_batch(
+    handle: Handle, batch: Sequence[int], ids: Sequence[Sequence[int]], prefix: Prefix, answers: _Answers
+) -> None:
+    """Decode one batch to its end; rows that are done leave when enough are."""
+    rows = list(batch)  # the prompt in each row of the cache
+    alive = [True] * len(rows)
+    arguments = _prompts(handle, [ids[i] for i in rows], prefix)
+    while True:
+        logits, cache = handle.last_logits(**arguments)
+        best = _likeliest(logits)
+        places = [place for place, is_alive in enumerate(alive) if is_alive]
+        for place, done in zip(places, answers.add([rows[p] for p in places], [best[p] for p in places]), strict=True):
+            alive[place] = not done
+        if not any(alive):
+            return
+        mask = arguments["attention_mask"]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if sum(alive) <= 0.75 * len(rows):
+            keep = [place for place, is_alive in enumerate(alive) if is_alive]
+            cache.reorder_cache(torch.tensor(keep, device=mask.device))  # recurrent states know no other selection
+            rows, best, mask, alive = [rows[p] for p in keep], [best[p] for p in keep], mask[keep], [True] * len(keep)
+        arguments = {
+            "input_ids": torch.tensor(best, device=handle.device)[:, None],
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if takes_positions(handle):
+            arguments["position_ids"] = positions(mask)[:, -1:]

@@ -111,9 +111,7 @@ def compare(handle: Handle, reference: Reference, tick: Tick | None = None) -> D
     along = [0.0] * len(reference.rows)
     losses = [0.0] * len(reference.rows)
     for index, own in _distributions(handle, reference.rows, reference.answers, tick):
-        theirs = _coarse(own, reference.tokens[index].long().to(own.device)).double().cpu()
-        original = reference.logprobs[index].double()
-        divergence = (original.exp() * (original - theirs)).sum(-1).clamp_min(0)
+        divergence = reference_divergence(reference, index, own.double()).clamp_min(0).cpu()
         first[index] = float(divergence[0])
         along[index] = float(divergence.mean())
         losses[index] = _loss(own, reference.answers[index])
@@ -121,6 +119,15 @@ def compare(handle: Handle, reference: Reference, tick: Tick | None = None) -> D
     if not count:
         return Divergence(0.0, 0.0, 0.0, 0)
     return Divergence(sum(first) / count, sum(along) / count, sum(losses) / sum(map(len, reference.answers)), count)
+
+
+def reference_divergence(
+    reference: Reference, index: int, logprobs: Float[Tensor, "token vocab"]
+) -> Float[Tensor, " token"]:
+    """KL(original || model) in nats along one answer of a reference; gradients flow through `logprobs`."""
+    tokens = reference.tokens[index].long().to(logprobs.device)
+    original = reference.logprobs[index].to(logprobs)
+    return (original.exp() * (original - _coarse(logprobs, tokens))).sum(-1)
 
 
 @torch.inference_mode()

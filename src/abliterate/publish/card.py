@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from abliterate.model import Handle
+if TYPE_CHECKING:
+    from abliterate.model import Handle
+    from abliterate.recipe import Recipe
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 TIED = {
     "kept": "embedding and head stay tied, so the head is edited with the embedding",
     "untied": "the embedding, tied to the head in the base model, is untied: it is edited and the head is not",
 }
+
+MEANING = (
+    "## What this means for you",
+    "",
+    "A learnt guardrail was removed: the model answers requests that its makers had it refuse, also harmful "
+    "ones, and says nothing of the risk. Guardrails are now yours to provide. The base model's licence and "
+    "terms still hold.",
+    "",
+)
 
 
 def write_card(path: Path, handle: Handle, document: dict[str, Any]) -> None:
@@ -27,8 +38,6 @@ def card(handle: Handle, document: dict[str, Any]) -> str:
         handle: the original, for its licence.
         document: results.json.
     """
-    import yaml
-
     model, recipe = document["model"], document["recipe"]
     name = public_name(model["source"])
     upstream = find_upstream(handle.source, handle.revision)
@@ -43,10 +52,7 @@ def card(handle: Handle, document: dict[str, Any]) -> str:
     direction = recipe["direction"]
     tied = TIED.get(recipe.get("tied"))
     lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False).strip(),
-        "---",
-        "",
+        *_head(metadata),
         f"# {Path(name).name}, abliterated",
         "",
         f"This is `{name}`"
@@ -77,17 +83,167 @@ def card(handle: Handle, document: dict[str, Any]) -> str:
         "",
         *(_prompts(side, document["prompts"][side]) for side in ("target", "baseline")),
         "",
-        "## What this means for you",
-        "",
-        "A learnt guardrail was removed: the model answers requests that its makers had it refuse, also harmful "
-        "ones, and says nothing of the risk. Guardrails are now yours to provide. The base model's licence and "
-        "terms still hold.",
-        "",
+        *MEANING,
         f"Made with abliterate {document['environment']['abliterate']}, torch {document['environment']['torch']}, "
         f"transformers {document['environment']['transformers']}, seed {document['settings']['seed']}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def recipe_card(recipe: Recipe, file: str) -> str:
+    """The card of a recipe that is shared alone.
+
+    Args:
+        recipe: its model and provenance say what the card tells.
+        file: the recipe's name in the repository.
+    """
+    source = str(recipe.model.get("source") or "the model it was made for")
+    name = public_name(source)
+    base = {"base_model": name} if "/" in name else {}
+    lines = [
+        *_head({**base, "library_name": "abliterate", "tags": ["abliterate", "abliterated", "recipe"]}),
+        f"# Recipe for {Path(name).name}",
+        "",
+        f"`{file}` is an edit for `{name}`"
+        + (f" at revision `{recipe.model['revision']}`" if recipe.model.get("revision") else "")
+        + ": which directions of the residual stream are taken out of which weights, and how much of each. "
+        "It holds no weights of the model.",
+        "",
+        f"    abliterate apply {file} {name if base else 'MODEL'} --as checkpoint --out edited",
+        "",
+        "## What it changes",
+        "",
+        *recipe_lines(recipe),
+        "",
+        *_measured(recipe.provenance),
+        *MEANING,
+    ]
+    return "\n".join(lines)
+
+
+def recipe_lines(recipe: Recipe) -> list[str]:
+    """What a recipe takes out and adds, as list items of a card."""
+    edit, lines = recipe.edit, []
+    if edit.parts:
+        used = edit.strengths[edit.strengths != 0]
+        strength = _span({"min": float(used.min()), "max": float(used.max())})
+        lines.append(
+            f"- {_count(len(edit.parts), 'weight')}, {_count(len(edit.directions), 'direction')} of width "
+            f"{edit.d_model}, strength {strength}"
+        )
+    lines += [f"- {shift.size:g} along a direction added at the output of block {shift.layer}" for shift in edit.shifts]
+    found = recipe.provenance.get("found_at")
+    if isinstance(found, dict) and {"layer", "site", "position"} <= found.keys():
+        lines.append(
+            f"- found at layer {found['layer']}, site `{found['site']}`, position {found['position']}{_second(found)}"
+        )
+    return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _measured(provenance: dict[str, Any]) -> list[str]:
+    """The numbers a recipe brings along, as a section; nothing where it brings none."""
+    if not all(isinstance(provenance.get(key), dict) for key in ("original", "edited")):
+        return []
+    try:
+        return ["## What it did", "", _table(provenance), ""]
+    except (KeyError, TypeError):  # provenance is free-form: another program may write other numbers
+        return []
+
+
+def gguf_card(path: Path) -> str:
+    """The card of a GGUF file, from what its header says of it."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(path)).fields
+
+    def value(key: str) -> Any:
+        return fields[key].contents() if key in fields else None
+
+    name = str(value("general.name") or path.stem)
+    repository = str(value("general.base_model.0.repo_url") or "").removeprefix("https://huggingface.co/")
+    metadata: dict[str, Any] = {
+        **({"base_model": repository, "base_model_relation": "quantized"} if repository.count("/") == 1 else {}),
+        "library_name": "gguf",
+        "tags": ["abliterate", "abliterated", "gguf"],
+    }
+    if value("general.license"):
+        metadata["license"] = str(value("general.license"))
+    told = [(key.removeprefix("abliterate."), value(key)) for key in fields if key.startswith("abliterate.")]
+    lines = [
+        *_head(metadata),
+        f"# {name}, abliterated, GGUF",
+        "",
+        f"`{path.name}`: architecture `{value('general.architecture')}`, "
+        f"{sum(1 for key in fields if not key.startswith('GGUF.'))} header fields, {path.stat().st_size:,} bytes.",
+        "",
+        *(f"- {key}: {shown}" for key, shown in told if not isinstance(shown, list) and len(str(shown)) < 200),
+        *([""] if told else []),
+        *MEANING,
+    ]
+    return "\n".join(lines)
+
+
+def adapter_card(recipe: Recipe, base: str, notes: list[str], rank: int, *, tied: bool, as_measured: bool) -> str:
+    """The card of a PEFT adapter that holds a recipe's edit.
+
+    Args:
+        recipe: the edit.
+        base: the base model as others know it (Hub id or name).
+        notes: what the adapter leaves out or only approximates.
+        rank: the largest rank of its factors.
+        tied: whether it edits an embedding that the base model shares with its head.
+        as_measured: whether it is the very edit that the recipe's numbers are of.
+    """
+    metadata: dict[str, Any] = {
+        **({"base_model": base, "base_model_relation": "adapter"} if "/" in base else {}),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["abliterate", "abliterated", "lora"],
+    }
+    lines = [
+        *_head(metadata),
+        f"# {Path(base).name}, abliterated, as an adapter",
+        "",
+        f"A LoRA of rank {rank} that takes a direction out of what `{base}` writes to its residual stream. "
+        "Nothing was trained: the factors are computed from the weights. Take it off and the base model is back.",
+        "",
+        f'    base = AutoModelForCausalLM.from_pretrained("{base}")',
+        '    model = PeftModel.from_pretrained(base, "THIS_REPOSITORY")',
+        "",
+        "## What it changes",
+        "",
+        *recipe_lines(recipe),
+        *(f"- {note}" for note in notes),
+        "",
+        *(
+            [
+                "The base model's embedding is tied to its head. With the adapter attached, the head stays as it was. "
+                "Merging it as it is would change the head too; untie first:",
+                "",
+                "    head = base.get_output_embeddings()",
+                "    head.weight = torch.nn.Parameter(head.weight.detach().clone())",
+                "    base.config.tie_word_embeddings = False",
+                "",
+            ]
+            if tied
+            else []
+        ),
+        *(_measured(recipe.provenance) if as_measured else []),
+        *MEANING,
+    ]
+    return "\n".join(lines)
+
+
+def _head(metadata: dict[str, Any]) -> list[str]:
+    """The YAML head of a card, which the Hub reads."""
+    import yaml
+
+    return ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", ""]
 
 
 def is_local(source: str) -> bool:

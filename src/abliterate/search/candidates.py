@@ -25,6 +25,7 @@ from abliterate.search.first_token import (
     refusal_log_odds,
     refusal_weights,
 )
+from abliterate.search.frontier import FrontierPoint
 from abliterate.writers import SITES, find_writers, layout
 
 # The paper's limits (Arditi et al. 2024, appendix C).
@@ -55,7 +56,7 @@ class Candidate:
         induce: the same of baseline prompts, with the direction added at its layer.
         divergence: first-token KL(original || edited) on baseline prompts, direction removed.
         refusals: of decoded answers to target prompts, where they were decoded.
-        stage: how far it came: "screened", "scored" or "decoded".
+        stage: how far it came: "screened", "scored" or "decoded"; "fitted" for what a fit started from here.
         note: why it fell out or won.
     """
 
@@ -92,11 +93,12 @@ Choose = Callable[[list[Candidate], list[list[str]]], int]
 
 @dataclass
 class Choice:
-    """What a search gives: the edit, the candidate behind it, and all it looked at."""
+    """What a search gives: the edit, the candidate behind it, all it looked at, and its frontier if it has one."""
 
     edit: Edit
     winner: Candidate
     candidates: list[Candidate] = field(default_factory=list)
+    frontier: list[FrontierPoint] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

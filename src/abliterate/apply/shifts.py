@@ -1,0 +1,131 @@
+"""Shifts, h <- h + c r at a block's output: live in a hook, or in a bias that reaches the stream as it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from abliterate.edit import Shift, normalised
+from abliterate.errors import WriterError
+from abliterate.model import Handle
+from abliterate.writers import Writer, layout
+
+PROBE_TOKENS = 8
+
+
+class Holder(NamedTuple):
+    """A bias that can hold a shift: adding v to it along `axis` adds scale * v to its block's output."""
+
+    name: str
+    axis: int
+    scale: float
+
+
+def check_shifts(handle: Handle, shifts: Sequence[Shift]) -> None:
+    """Raise WriterError when a shift is beyond the model's blocks or of another width."""
+    for shift in shifts:
+        if shift.layer >= handle.layers:
+            raise WriterError(
+                f"the edit shifts at layer {shift.layer}, {handle.source} has layers 0 to {handle.layers - 1}; "
+                "is it for another model?"
+            )
+        if len(shift.direction) != handle.d_model:
+            raise WriterError(
+                f"the edit's shifts have {len(shift.direction)} entries, {handle.source} has d_model "
+                f"{handle.d_model}; is it for another model?"
+            )
+
+
+def bias_holder(handle: Handle, layer: int) -> Holder:
+    """The bias of a block that can hold a shift of its output, the block's last if there are several.
+
+    Found by trying: a vector as large as the stream is added to the bias, and the block's output has to
+    move by a multiple of it, the same at every token. That leaves out biases behind a norm, of an attention that an MLP
+    reads after it, or of experts whose gates don't add up to the same for every token.
+
+    Raises:
+        WriterError: when the block has none.
+    """
+    block = handle.blocks[layer]
+    before = _output(handle, block)
+    generator = torch.Generator().manual_seed(0)
+    vector = normalised(torch.randn(handle.d_model, generator=generator)) * before.norm(dim=-1).mean()
+    for writer in reversed([w for w in layout(handle).writers if w.layer == layer]):
+        name, axis = _bias_of(writer)
+        if name is None:
+            continue
+        parameter = handle.model.get_parameter(name)
+        with _added(parameter, vector, axis):
+            moved = _output(handle, block) - before
+        scale = float((moved @ vector).mean() / (vector @ vector))
+        rounding = 32 * torch.finfo(handle.dtype).eps * before.norm(dim=-1).max()
+        if abs(scale) > 1e-3 and (moved - scale * vector).norm(dim=-1).max() <= rounding:
+            exact = abs(scale - 1) < 8 * torch.finfo(handle.dtype).eps
+            return Holder(name, axis, 1.0 if exact else scale)
+    raise WriterError(
+        f"{type(handle.model).__name__} {handle.source}: block {layer} has no bias that reaches its output as it is, "
+        "so its weights can't hold a shift; these forms can: adapter (with lora_bias), control-vector, hooks"
+    )
+
+
+def bias_additions(handle: Handle, shifts: Sequence[Shift]) -> list[tuple[nn.Parameter, Float[Tensor, ...]]]:
+    """What to add to which bias, float32 and of its shape, so that the weights hold the shifts; one entry per bias.
+
+    Raises:
+        WriterError: when a shift is for another model, or a block has no bias that can hold it.
+    """
+    check_shifts(handle, shifts)
+    additions = []
+    for layer in sorted({shift.layer for shift in shifts}):
+        vector = torch.stack([shift.vector for shift in shifts if shift.layer == layer]).sum(0)
+        name, axis, scale = bias_holder(handle, layer)
+        parameter = handle.model.get_parameter(name)
+        additions.append((parameter, _along(vector / scale, parameter, axis)))
+    return additions
+
+
+def _bias_of(writer: Writer) -> tuple[str | None, int]:
+    """The parameter that adds the same to every token at this writer: its bias, or itself if it is a norm's bias."""
+    return (writer.name, writer.axis) if len(writer.shape) == 1 else (writer.bias, writer.bias_axis)
+
+
+def _along(vector: Tensor, parameter: Tensor, axis: int) -> Tensor:
+    shape = [1] * parameter.ndim
+    shape[axis] = len(vector)
+    return vector.to(parameter.device).view(shape).expand(parameter.shape)
+
+
+@contextlib.contextmanager
+def _added(parameter: nn.Parameter, vector: Tensor, axis: int) -> Iterator[None]:
+    """A vector added to a bias for as long as the context lasts; the bias is then what it was, bit for bit."""
+    was = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.copy_(was.float() + _along(vector, parameter, axis))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(was)
+
+
+@torch.no_grad()
+def _output(handle: Handle, block: nn.Module) -> Float[Tensor, "token d_model"]:
+    """The block's output on a few random tokens, in float32 on the CPU."""
+    seen: list[Tensor] = []
+
+    def look(_module: nn.Module, _args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(out if isinstance(out, Tensor) else out[0])
+
+    hook = block.register_forward_hook(look)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, handle.vocabulary, (1, PROBE_TOKENS), generator=generator)
+        handle.hidden_states(input_ids=ids.to(handle.device), use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0].detach().reshape(PROBE_TOKENS, -1).to("cpu", torch.float32)

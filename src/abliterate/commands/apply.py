@@ -1,0 +1,162 @@
+"""`abliterate apply`: a recipe into a checkpoint, an adapter, a GGUF file or a control vector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from abliterate.commands.common import Json, Overwrite, Quiet, Revision, app, print_result, reported, source_of
+from abliterate.errors import AbliterateError
+
+EXAMPLES = {
+    "checkpoint": "abliterate apply recipe.safetensors Qwen/Qwen3-0.6B --out edited",
+    "checkpoint, in place": "abliterate apply recipe.safetensors ./model --in-place",
+    "checkpoint, planned": "abliterate apply recipe.safetensors ./llama-70b --plan",
+    "adapter": "abliterate apply recipe.safetensors Qwen/Qwen3-0.6B --as adapter --out lora",
+    "gguf": "abliterate apply recipe.safetensors model.Q4_K_M.gguf --as gguf --out edited.gguf",
+    "gguf-adapter": "abliterate apply recipe.safetensors model.Q4_K_M.gguf --as gguf-adapter --out lora.gguf",
+    "control-vector": "abliterate apply shift.safetensors model.gguf --as control-vector --out vector.gguf",
+}
+# Said here and not in apply/forms.py: importing that imports torch, and --help must not.
+FORMS_HELP = (
+    "checkpoint: a copy of the folder with the edit in its weights; adapter: a PEFT LoRA folder; gguf: a copy of the "
+    "GGUF file with the edit in its tensors; gguf-adapter: a llama.cpp LoRA (--lora); control-vector: for llama.cpp's "
+    "--control-vector. Live, without a file: abliterate chat."
+)
+WRITING_PANEL = "How it is written"
+
+
+@app.command(epilog="\n\n".join(f"Example ({form}): {example}" for form, example in EXAMPLES.items()))
+def apply(
+    recipe: Annotated[
+        Path, typer.Argument(help="recipe.safetensors, or the folder that `run` wrote.", show_default=False)
+    ],
+    model: Annotated[
+        str, typer.Argument(help="Model folder or Hub id; for the GGUF forms a GGUF file.", show_default=False)
+    ],
+    form: Annotated[str, typer.Option("--as", metavar="FORM", help=FORMS_HELP)] = "checkpoint",
+    out: Annotated[Path | None, typer.Option(help="Folder or file to write.", show_default=False)] = None,
+    strength: Annotated[float, typer.Option(help="Factor on the recipe's strengths; negative strengthens.")] = 1.0,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would read, write, take and need; needs no weights.")
+    ] = False,
+    norm_preserving: Annotated[
+        bool,
+        typer.Option("--norm-preserving", help="Keep the norms of weights' columns.", rich_help_panel=WRITING_PANEL),
+    ] = False,
+    keep_tied: Annotated[
+        bool,
+        typer.Option(
+            "--keep-tied", help="Edit a tied embedding and head together instead of untying.",
+            rich_help_panel=WRITING_PANEL,
+        ),
+    ] = False,
+    skip_unsupported: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unsupported", help="Leave out, and list, writers that the form can't hold.",
+            rich_help_panel=WRITING_PANEL,
+        ),
+    ] = False,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place", help="Change the model's own files; all or none, also when killed.",
+            rich_help_panel=WRITING_PANEL,
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32, where the form can choose.", rich_help_panel=WRITING_PANEL),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Apply although the recipe was made for a model of another config.")
+    ] = False,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Apply a recipe to a model: no prompts, no forward pass, no training.
+
+    Outputs appear only when whole. After a kill, run the same command again.
+    """
+    with reported(quiet) as terminal:
+        from abliterate.apply.forms import ApplyOptions, apply_recipe
+        from abliterate.recipe import load_recipe
+
+        target = _target(form, model, out, in_place, plan)
+        file = recipe / "recipe.safetensors" if recipe.is_dir() else recipe
+        loaded = load_recipe(file)
+        if overwrite and file.resolve().is_relative_to(target.resolve()):
+            raise AbliterateError(f"recipe {file} lies in {target}, which --overwrite would replace; move it first")
+        options = ApplyOptions(
+            strength=strength, skip_unsupported=skip_unsupported, norm_preserving=norm_preserving, overwrite=overwrite,
+            in_place=in_place, keep_tied=keep_tied, force=force, dtype=dtype, plan=plan, revision=revision,
+        )  # fmt: skip
+        summary = apply_recipe(loaded, source_of(model), target, form, options, terminal)
+    print_result(summary, json_, _planned(summary) if plan else _told(summary))
+
+
+def _target(form: str, model: str, out: Path | None, in_place: bool, plan: bool) -> Path:
+    """Where the output goes.
+
+    Raises:
+        AbliterateError: when it isn't said, or the form can't do what is asked.
+    """
+    from abliterate.apply.forms import FORMS, form_named
+
+    if form not in FORMS:
+        form_named(form)  # raises, and says what there is
+    if (in_place or plan) and form != "checkpoint":
+        raise AbliterateError(f"{'--in-place' if in_place else '--plan'} is for the form checkpoint, not {form}")
+    if out is not None:
+        return out
+    if in_place:
+        return Path(model).expanduser()
+    if plan:
+        return Path("edited")
+    raise AbliterateError("say where the output goes with --out")
+
+
+def _told(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    lines = [f"{summary['form']}: {summary['out']}"]
+    counts = [f"{_size(summary['bytes'])}"] if summary.get("bytes") is not None else []
+    if summary.get("writers") is not None:
+        counts.append(f"{_count(summary['writers'])} writers edited")
+    if summary.get("seconds") is not None:
+        counts.append(f"{summary['seconds']:.1f} s")
+    lines.append(", ".join(counts))
+    lines += [f"note: {note}" for note in summary.get("notes", ())]
+    return "\n".join(line for line in lines if line)
+
+
+def _count(value: Any) -> int:
+    return len(value) if isinstance(value, list | tuple | dict) else int(value)
+
+
+def _planned(plan: dict[str, Any]) -> str:
+    rows = [
+        ("read", _size(plan["bytes_read"])),
+        ("write", f"{_size(plan['bytes_written'])}, {plan['files']} shards; {_size(plan['free_bytes'])} are free"),
+        ("edit", f"{plan['tensors']} tensors of {plan['writers']} writers, {_size(plan['bytes_edited'])}"),
+        ("time", f"about {_duration(plan['seconds'])}"),
+        ("memory", f"about {_size(plan['memory_bytes'])} at most"),
+    ]  # fmt: skip
+    return "\n".join([*(f"{name:<8}{value}" for name, value in rows), *(f"note: {note}" for note in plan["notes"])])
+
+
+def _size(nbytes: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes} bytes"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

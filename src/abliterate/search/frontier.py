@@ -1,0 +1,100 @@
+"""The frontier of refusals against divergence that a search leaves behind, and the choice of one point on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from abliterate.edit import Edit
+from abliterate.errors import AbliterateError
+from abliterate.measure.rates import Rate
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """An edit and what it does on validation prompts.
+
+    Attributes:
+        edit: what is taken out of which writers.
+        refused: of decoded answers to target prompts.
+        divergence: from the original on baseline prompts that it answers, in nats.
+        note: how the search came to it; plain JSON.
+    """
+
+    edit: Edit
+    refused: Rate
+    divergence: float
+    note: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"refusal": self.refused.to_json("refused"), "divergence": self.divergence, **self.note}
+
+    def __str__(self) -> str:
+        return f"{self.refused.count} of {self.refused.total} refused at divergence {self.divergence:.3f}"
+
+
+def non_dominated(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+    """The points that no other one beats or equals in both numbers, fewest refusals first; of twins, the first.
+
+    Example:
+        >>> [str(p) for p in non_dominated(points)]
+        ['0 of 64 refused at divergence 0.124', '3 of 64 refused at divergence 0.061']
+    """
+    kept: list[FrontierPoint] = []
+    for point in sorted(points, key=_order):  # stable, so the first of twins stays first
+        if not kept or point.divergence < kept[-1].divergence:
+            kept.append(point)
+    return kept
+
+
+def choose(
+    points: Sequence[FrontierPoint], max_refusal_rate: float | None = None, max_divergence: float | None = None
+) -> tuple[FrontierPoint, str]:
+    """The point to take, and why.
+
+    With `max_divergence`: the fewest refusals within it. Else with `max_refusal_rate`: the least divergence
+    within it. Where no point is within the limit, the one that comes closest. With neither: the knee.
+
+    Raises:
+        AbliterateError: when there are no points.
+    """
+    front = non_dominated(points)
+    if not front:
+        raise AbliterateError("the search left no edit to choose from; give it more steps or trials")
+    if max_divergence is not None:
+        within = [p for p in front if p.divergence <= max_divergence]
+        if not within:
+            return front[-1], f"{front[-1]}, the least divergence; none is within {max_divergence:g}"
+        return within[0], f"{within[0]}, the fewest refusals within a divergence of {max_divergence:g}"
+    if max_refusal_rate is not None:
+        within = [p for p in front if p.refused.rate <= max_refusal_rate]
+        if not within:
+            return front[0], f"{front[0]}, the fewest refusals; none reached {max_refusal_rate:.0%}"
+        return within[-1], f"{within[-1]}, the least divergence of those that refuse at most {max_refusal_rate:.0%}"
+    best = knee(front)
+    return best, f"{best}, the knee of the frontier"
+
+
+def knee(front: Sequence[FrontierPoint]) -> FrontierPoint:
+    """The point farthest below the line between the frontier's ends, both axes scaled to their range.
+
+    After Satopää et al. 2011 ("Finding a kneedle in a haystack"). Where none lies below, the fewest refusals.
+
+    Args:
+        front: non-dominated points, fewest refusals first.
+    """
+    most, least = front[-1], front[0]
+    refusals = (most.refused.rate - least.refused.rate) or 1.0
+    divergence = (least.divergence - most.divergence) or 1.0
+
+    def below(point: FrontierPoint) -> float:
+        x = (point.refused.rate - least.refused.rate) / refusals
+        y = (point.divergence - most.divergence) / divergence
+        return round(1 - x - y, 9)
+
+    return max(front, key=below)  # the first among equals
+
+
+def _order(point: FrontierPoint) -> tuple[float, float]:
+    return point.refused.rate, point.divergence

@@ -1,0 +1,280 @@
+"""Running many short sequences with gradients, and computing only what is read.
+
+Sequences that share a prefix are laid one after the other into a few long rows: the prefix once per row, no
+padding between them, a mask that lets each see the prefix and itself. Blocks below the first edited one don't
+depend on the edit, so what enters that block is computed once per sequence and kept. Logits are computed at
+the positions asked for only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from abliterate.batches import Prefix, attention_window, inputs, takes_positions
+from abliterate.model import Handle, common_prefix
+
+ROW_TOKENS = 256  # longer rows waste more in attention than they save in prefixes
+KEPT_BYTES = 2 * 2**30  # most memory for what enters the first edited block
+BYTES_PER_STATE = 40  # rough bytes per token, layer and feature that a backward pass keeps in half precision
+
+
+class Row(NamedTuple):
+    """A sequence: its token ids and how many of its last positions logits are wanted at."""
+
+    ids: list[int]
+    outputs: int
+
+
+@dataclass
+class Packer:
+    """Runs rows through a frozen model so that gradients reach whatever hooks put into its blocks.
+
+    Attributes:
+        handle: a loaded model; its parameters are never changed.
+        rows: every row that may be asked for; they share a prefix.
+        first_block: the first block whose output may change; what enters it is kept per row.
+        checkpointing: recompute blocks in the backward pass instead of keeping their insides; by default
+            when keeping them would take more than half of the memory that is free.
+    """
+
+    handle: Handle
+    rows: list[Row]
+    first_block: int = 0
+    checkpointing: bool | None = None
+    _entering: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.handle.model.requires_grad_(False)
+        length = min(common_prefix([r.ids for r in self.rows]), min(len(r.ids) - r.outputs for r in self.rows))
+        self.prefix = list(self.rows[0].ids[: max(0, length)])
+        self.packs = self._packs_exactly()
+
+    def add(self, rows: Sequence[Row]) -> list[int]:
+        """Take in further rows and return their indices.
+
+        Raises:
+            ValueError: when one doesn't start with the prefix that the others share.
+        """
+        if any(row.ids[: len(self.prefix)] != self.prefix for row in rows):
+            raise ValueError("a row doesn't start with the prefix that the others share")
+        self.rows.extend(rows)
+        return list(range(len(self.rows) - len(rows), len(self.rows)))
+
+    def logprobs(self, picked: Sequence[int]) -> list[Float[Tensor, "output vocab"]]:
+        """Log-probabilities (float32) at each picked row's wanted positions, with gradients."""
+        states = self._packed(picked) if self.packs else self._padded(picked)
+        logits = self.handle.logits(torch.cat(states))
+        return list(logits.float().log_softmax(-1).split([len(s) for s in states]))
+
+    def _packed(self, picked: Sequence[int]) -> list[Tensor]:
+        lay = _lay(self.prefix, [self.rows[i].ids for i in picked], self.handle)
+        entering = self._known(picked, lay)
+        with _skipping(self.handle, self.first_block, entering), self._checkpointed(lay.tokens):
+            if entering is None and self.first_block:
+                with _seen(self.handle.blocks[self.first_block]) as seen:
+                    states = self._states(lay.arguments)
+                self._keep(picked, lay, seen[0])
+            else:
+                states = self._states(lay.arguments)
+        return [
+            states[row, end - self.rows[i].outputs : end] for i, (row, _, end) in zip(picked, lay.spans, strict=True)
+        ]
+
+    def _padded(self, picked: Sequence[int]) -> list[Tensor]:
+        """The plain way, for models that don't take a mask of this kind: whole rows, padded on the left."""
+        rows = [self.rows[i] for i in picked]
+        arguments = inputs(self.handle, [r.ids for r in rows], Prefix(0))
+        with self._checkpointed(arguments["input_ids"].numel()):
+            states = self._states(arguments)
+        return [states[place, -row.outputs :] for place, row in enumerate(rows)]
+
+    def _states(self, arguments: dict[str, Any]) -> Tensor:
+        return self.handle.hidden_states(**arguments).last_hidden_state
+
+    def _known(self, picked: Sequence[int], lay: _Lay) -> Tensor | None:
+        """What enters the first edited block [row, position, d_model], when it is kept for all these rows."""
+        if not self.first_block or any(i not in self._entering for i in picked):
+            return None
+        prefix = self._entering[-1]
+        out = prefix.new_zeros(*lay.arguments["input_ids"].shape, prefix.shape[-1])
+        out[:, : len(prefix)] = prefix
+        for i, (row, start, end) in zip(picked, lay.spans, strict=True):
+            out[row, start:end] = self._entering[i]
+        return out
+
+    @torch.no_grad()
+    def _keep(self, picked: Sequence[int], lay: _Lay, entered: Tensor) -> None:
+        if sum(t.nbytes for t in self._entering.values()) > KEPT_BYTES:
+            return
+        self._entering[-1] = entered[0, : len(self.prefix)].clone()
+        for i, (row, start, end) in zip(picked, lay.spans, strict=True):
+            self._entering[i] = entered[row, start:end].clone()
+
+    @contextlib.contextmanager
+    def _checkpointed(self, tokens: int) -> Iterator[None]:
+        handle, wanted = self.handle, self.checkpointing
+        if wanted is None:
+            wanted = torch.is_grad_enabled() and _backward_bytes(handle, tokens) > 0.5 * _free_bytes(handle)
+        blocks = list(handle.blocks)
+        try:
+            for i, block in enumerate(blocks):
+                if wanted and i >= self.first_block:
+                    handle.blocks[i] = _Checkpointed(block)
+            yield
+        finally:
+            for i, block in enumerate(blocks):
+                handle.blocks[i] = block
+
+    @torch.no_grad()
+    def _packs_exactly(self) -> bool:
+        """Whether packed rows give the states that plain ones give; tried out on a few."""
+        window = attention_window(self.handle)
+        longest = max(len(r.ids) for r in self.rows)
+        if not takes_positions(self.handle) or (window is not None and longest > window):
+            return False
+        picked = list(range(len(self.rows)))[:3]
+        try:
+            packed, plain = (torch.cat(way(picked)).double() for way in (self._packed, self._padded))
+        except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+            return False
+        finally:
+            self._entering.clear()
+        error = (packed - plain).norm() / plain.norm()
+        return bool(error < (1e-3 if self.handle.dtype == torch.float32 else 0.05))
+
+
+class _Lay(NamedTuple):
+    """Rows laid one after the other: the model's arguments, and (row, start, end) of each one's own tokens."""
+
+    arguments: dict[str, Any]
+    spans: list[tuple[int, int, int]]
+    tokens: int
+
+
+def _lay(prefix: Sequence[int], rows: Sequence[Sequence[int]], handle: Handle) -> _Lay:
+    own = [list(row[len(prefix) :]) for row in rows]
+    bins = _bins([len(o) for o in own], ROW_TOKENS)
+    width = len(prefix) + max(sum(len(own[i]) for i in members) for members in bins)
+    ids = torch.full((len(bins), width), handle.tokenizer.pad_token_id or 0)
+    positions = torch.zeros(len(bins), width, dtype=torch.long)
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(bins), 1, 1)  # what is left over sees itself
+    past = torch.ones(width, width, dtype=torch.bool).tril()
+    spans: list[tuple[int, int, int]] = [(0, 0, 0)] * len(rows)
+    first = len(prefix)
+    for row, members in enumerate(bins):
+        ids[row, :first] = torch.tensor(prefix, dtype=torch.long)
+        positions[row, :first] = torch.arange(first)
+        sees[row, :first] = past[:first]
+        start = first
+        for i in members:
+            end = start + len(own[i])
+            ids[row, start:end] = torch.tensor(own[i])
+            positions[row, start:end] = torch.arange(first, first + len(own[i]))
+            sees[row, start:end, :first] = True
+            sees[row, start:end, start:end] = past[: end - start, : end - start]
+            spans[i] = (row, start, end)
+            start = end
+    mask = torch.zeros(len(bins), 1, width, width, dtype=handle.dtype)
+    mask.masked_fill_(~sees[:, None], torch.finfo(handle.dtype).min)
+    arguments = {
+        "input_ids": ids.to(handle.device),
+        "attention_mask": mask.to(handle.device),
+        "position_ids": positions.to(handle.device),
+        "use_cache": False,
+    }
+    return _Lay(arguments, spans, ids.numel())
+
+
+def _bins(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Indices grouped so that each group's sizes add up to at most `most` (first fit, largest first)."""
+    bins: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for place, (used, members) in enumerate(bins):
+            if used + sizes[index] <= most:
+                bins[place] = (used + sizes[index], [*members, index])
+                break
+        else:
+            bins.append((sizes[index], [index]))
+    return [members for _, members in bins]
+
+
+class _Passing(nn.Module):
+    """Stands in for a block; what the decoder asks of the block's attributes, the block answers."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not as a submodule: the block's names stay what they are
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+
+class _Skipped(_Passing):
+    """A block left out: hands on what it is given, or the states known to come out of it."""
+
+    def __init__(self, block: nn.Module, states: Tensor | None) -> None:
+        super().__init__(block)
+        self.__dict__["states"] = states
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        states = self.__dict__["states"]
+        return hidden_states if states is None else states
+
+
+class _Checkpointed(_Passing):
+    """A block whose insides are computed again in the backward pass."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.__dict__["block"], *args, use_reentrant=False, **kwargs)
+
+
+@contextlib.contextmanager
+def _skipping(handle: Handle, first_block: int, entering: Tensor | None) -> Iterator[None]:
+    """Leave out the blocks below the first edited one when what enters it is known."""
+    below = [] if entering is None else list(handle.blocks)[:first_block]
+    try:
+        for i, block in enumerate(below):
+            handle.blocks[i] = _Skipped(block, entering if i == 0 else None)
+        yield
+    finally:
+        for i, block in enumerate(below):
+            handle.blocks[i] = block
+
+
+@contextlib.contextmanager
+def _seen(block: nn.Module) -> Iterator[list[Tensor]]:
+    """The stream that enters a block, once it has run."""
+    seen: list[Tensor] = []
+
+    def look(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    hook = block.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _backward_bytes(handle: Handle, tokens: int) -> float:
+    per_state = BYTES_PER_STATE * handle.dtype.itemsize / 2
+    return tokens * handle.layers * handle.d_model * per_state
+
+
+def _free_bytes(handle: Handle) -> float:
+    if handle.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(handle.device)[0])
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return math.inf

@@ -1,0 +1,82 @@
+"""The frontier keeps what nothing beats, and the choice is the one asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abliterate.edit import Edit
+from abliterate.errors import AbliterateError
+from abliterate.measure.rates import Rate
+from abliterate.search.frontier import FrontierPoint, choose, non_dominated
+
+EDIT = Edit.uniform(["w"], torch.tensor([1.0, 0.0]))
+
+
+def point(refused, divergence, total=64, **note):
+    return FrontierPoint(EDIT, Rate(refused, total), divergence, note)
+
+
+POINTS = [point(0, 0.14), point(2, 0.06), point(30, 0.05), point(60, 0.0), point(2, 0.07), point(31, 0.055)]
+
+
+def numbers(points):
+    return [(p.refused.count, p.divergence) for p in points]
+
+
+def test_only_points_that_none_beats_are_kept_fewest_refusals_first():
+    assert numbers(non_dominated(POINTS)) == [(0, 0.14), (2, 0.06), (30, 0.05), (60, 0.0)]
+
+
+def test_of_twins_the_first_stays():
+    twins = [point(1, 0.1, name="first"), point(1, 0.1, name="second")]
+    assert [p.note["name"] for p in non_dominated(twins)] == ["first"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=30))
+def test_every_point_is_kept_or_matched_by_one_that_is(pairs):
+    points = [point(refused, float(divergence), 8) for refused, divergence in pairs]
+    front = non_dominated(points)
+    for p in points:
+        assert any(f.refused.count <= p.refused.count and f.divergence <= p.divergence for f in front)
+    for one in front:
+        for other in front:
+            beaten = other.refused.count <= one.refused.count and other.divergence <= one.divergence
+            assert one is other or not beaten
+
+
+def test_within_a_refusal_rate_the_least_divergence_is_chosen():
+    assert numbers([choose(POINTS, 0.05)[0]]) == [(2, 0.06)]
+    assert numbers([choose(POINTS, 0.5)[0]]) == [(30, 0.05)]
+    assert numbers([choose(POINTS, 0.0)[0]]) == [(0, 0.14)]
+
+
+def test_within_a_divergence_the_fewest_refusals_are_chosen():
+    assert numbers([choose(POINTS, 0.9, max_divergence=0.1)[0]]) == [(2, 0.06)]
+    assert numbers([choose(POINTS, None, max_divergence=1.0)[0]]) == [(0, 0.14)]
+
+
+def test_where_nothing_is_within_the_limit_the_closest_is_chosen_and_it_is_said():
+    best, why = choose(POINTS[1:], 0.01)
+    assert numbers([best]) == [(2, 0.06)] and "none reached 1%" in why
+    best, why = choose(POINTS[:3], max_divergence=0.01)
+    assert numbers([best]) == [(30, 0.05)] and "none is within 0.01" in why
+
+
+def test_with_no_limit_the_knee_is_chosen():
+    assert numbers([choose(POINTS)[0]]) == [(2, 0.06)]
+    assert numbers([choose([point(3, 0.2)])[0]]) == [(3, 0.2)]
+    assert numbers([choose([point(0, 0.2), point(9, 0.1)])[0]]) == [(0, 0.2)]  # a line has no knee
+
+
+def test_no_points_is_an_error_that_says_what_to_do():
+    with pytest.raises(AbliterateError, match="more steps or trials"):
+        choose([], 0.05)
+
+
+def test_a_point_in_json_has_its_interval_and_its_note():
+    found = point(2, 0.06, trial=7).to_json()
+    assert found["refusal"]["refused"] == 2 and found["refusal"]["ci95"][1] > 2 / 64
+    assert found["divergence"] == 0.06 and found["trial"] == 7
