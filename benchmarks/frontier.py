@@ -134,24 +134,29 @@ def export_stage(job: Job) -> None:
     """
     journal = heretic_run.journal_of(job.heretic)
     trials = [t for t in heretic_run.study(job.venv, journal)["trials"] if t["state"] == "COMPLETE"]
-    state = {"trials": len(trials)}
     known = json.loads(job.frontier_file.read_text()) if job.frontier_file.is_file() else {}
-    if known.get("state") != state:
-        heretic_run.copy_study(job.venv, job.heretic, job.export)
-        say(f"Heretic: its frontier after {len(trials)} trials")
-        shown = heretic_run.save_models(job.venv, job.export, job.model, job.options.threads, {}, say)
-        by_index = {trial["index"]: trial for trial in trials}
+    if known.get("trials") == len(trials) and not _to_save(job, known):
+        return
+    heretic_run.copy_study(job.venv, job.heretic, job.export)
+    say(f"Heretic: its frontier after {len(trials)} trials")
+    by_index = {trial["index"]: trial for trial in trials}
+
+    def choose(shown: list[heretic_run.Trial]) -> dict[int, Path]:
         front = [by_index[trial.index] for trial in shown]
-        pick = frontier_verdict.heretic_pick(front)["index"]
-        known = {"state": state, "frontier": front, "pick": pick}
-        job.frontier_file.write_text(json.dumps(known, indent=1) + "\n")
-    wanted = {
+        found = {"trials": len(trials), "frontier": front, "pick": frontier_verdict.heretic_pick(front)["index"]}
+        job.frontier_file.write_text(json.dumps(found, indent=1) + "\n")
+        return _to_save(job, found)
+
+    heretic_run.save_models(job.venv, job.export, job.model, job.options.threads, choose, say)
+
+
+def _to_save(job: Job, front: dict[str, Any]) -> dict[int, Path]:
+    """The trials to judge whose models are neither saved nor judged, and where they go."""
+    return {
         index: job.trial_folder(index)
-        for index in _spread(job, known)
-        if not (job.trial_folder(index) / "config.json").is_file() and not job.evaluation(f"heretic-{index}").is_file()
+        for index in _spread(job, front)
+        if not heretic_run.is_saved(job.trial_folder(index)) and not job.evaluation(f"heretic-{index}").is_file()
     }
-    if wanted:
-        heretic_run.save_models(job.venv, job.export, job.model, job.options.threads, wanted, say)
 
 
 def _spread(job: Job, front: dict[str, Any]) -> list[int]:
@@ -304,7 +309,7 @@ def evaluate_stage(job: Job) -> dict[str, Any]:
 
 def saved(folder: Path) -> Path:
     """The folder, when Heretic's model is in it."""
-    if not (folder / "config.json").is_file():
+    if not heretic_run.is_saved(folder):
         raise SystemExit(f"{folder.name} was judged otherwise before and its model is gone; run with --redo evaluate")
     return folder
 

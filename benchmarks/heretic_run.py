@@ -28,6 +28,7 @@ _TRIAL_ENTRY = re.compile(r"^\[Trial +(\d+)\] Refusals: +(\d+)/(\d+), KL diverge
 _BEGINS = re.compile(r"Running trial (\d+) of (\d+)")
 _ENDS = "Elapsed time: "
 _FINISHED = "Optimization finished!"
+_LAST_FILE = "tokenizer_config.json"  # of a saved model, behind its weights
 Say = Callable[[str], None]
 
 
@@ -39,6 +40,9 @@ class Trial:
     refusals: int
     prompts: int
     divergence: float
+
+
+Choose = Callable[[list[Trial]], dict[int, Path]]
 
 
 # --- Before and after a run --------------------------------------------------------------------------
@@ -154,20 +158,21 @@ def run(venv: Path, folder: Path, model: Path | str, threads: int, say: Say = pr
 
 
 def save_models(
-    venv: Path, folder: Path, model: Path | str, threads: int, wanted: dict[int, Path], say: Say = print
+    venv: Path, folder: Path, model: Path | str, threads: int, choose: Choose, say: Say = print
 ) -> list[Trial]:
     """Have Heretic save the merged models of trials; returns the trials it presents as Pareto optimal.
 
     Args:
         venv, folder, model, threads: as for `run`; the study in `folder` must be finished.
-        wanted: trial's number to the folder that its model goes to; only trials presented can be saved.
+        choose: given the trials presented, says which to save: trial's number to folder.
         say: told a line per model.
 
     Raises:
         SystemExit: when Heretic stops early or doesn't present a trial that is wanted.
     """
     shown: dict[int, tuple[Trial, str]] = {}
-    to_do = dict(wanted)
+    wanted: dict[int, Path] | None = None
+    to_do: dict[int, Path] = {}
     in_menu = left = False
     with _session(venv, folder, model, threads) as (process, lines):
         for line in lines:
@@ -181,6 +186,9 @@ def save_models(
             elif not in_menu and title in _CONTINUE:
                 _answer(process, number)
             elif in_menu and title == "Exit program":  # the last entry of the trials' menu
+                if wanted is None:
+                    wanted = choose([trial for trial, _ in shown.values()])
+                    to_do = dict(wanted)
                 following = next((index for index in to_do if index in shown), None)
                 if following is None:
                     left = True
@@ -192,10 +200,15 @@ def save_models(
                     _answer(process, shown[following][1], "1", str(path), "1", "5")
     if not left:
         raise SystemExit(f"Heretic stopped before its models were saved; see {folder / LOG}")
-    missing = [index for index, path in wanted.items() if not (path / "config.json").is_file()]
+    missing = [index for index, path in (wanted or {}).items() if not is_saved(path)]
     if missing:
         raise SystemExit(f"Heretic didn't save the models of trials {missing}; see {folder / LOG}")
     return [trial for trial, _ in shown.values()]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a model is whole in the folder that Heretic saved it to."""
+    return (folder / _LAST_FILE).is_file()
 
 
 _CONTINUE = ("Continue the previous run", "Show the results from the previous run")

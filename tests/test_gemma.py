@@ -20,9 +20,21 @@ pytestmark = pytest.mark.slow
 TEXT = "A residual stream is what every layer of a transformer reads and adds to."
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gemma():
+    """Loaded once, for unpacking takes long; the last test changes its weights."""
     return load(gemma_gguf(), dtype="float32")
+
+
+def test_the_direction_itself_is_the_wrong_one_on_gemma(gemma):
+    found = layout(gemma)
+    plain = tuple(dataclasses.replace(w, gain=None) for w in found.writers)
+    gemma.__dict__["_layout"] = found._replace(writers=plain)
+    try:
+        with pytest.raises(WriterError, match=r"block 0, mid \(attention writes it\)"):
+            check_proof(gemma)
+    finally:
+        gemma.__dict__["_layout"] = found
 
 
 def test_gemma_is_proved_baked_saved_and_proved_again(gemma, tmp_path):
@@ -50,11 +62,3 @@ def test_gemma_is_proved_baked_saved_and_proved_again(gemma, tmp_path):
     assert prove(again, r).component < 1e-5
     with torch.inference_mode():
         torch.testing.assert_close(model(ids).logits, live, atol=1e-3, rtol=1e-3)
-
-
-def test_the_direction_itself_is_the_wrong_one_on_gemma(gemma):
-    found = layout(gemma)
-    plain = tuple(dataclasses.replace(w, gain=None) for w in found.writers)
-    gemma.__dict__["_layout"] = found._replace(writers=plain)
-    with pytest.raises(WriterError, match=r"block 0, mid \(attention writes it\)"):
-        check_proof(gemma)

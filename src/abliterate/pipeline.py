@@ -7,11 +7,11 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,8 +23,8 @@ from abliterate.edit import Edit
 from abliterate.errors import AbliterateError, NothingToDoError, OutputError, PromptError, WriterError
 from abliterate.files import check_folder, check_space, whole_folder
 from abliterate.loading import DTYPES, load
-from abliterate.measure import Measurement, judged, measure
-from abliterate.measure.decode import Answer, decode
+from abliterate.measure import Measurement, measure
+from abliterate.measure.decode import decode
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.rates import Rate
 from abliterate.model import Handle, find_prefill
@@ -33,38 +33,21 @@ from abliterate.publish.card import public_name, write_card
 from abliterate.recipe import Recipe, save_recipe
 from abliterate.report import html_missing, write_html
 from abliterate.report.gather import Gathered, gather
-from abliterate.search.article import article
-from abliterate.search.candidates import Candidate, Choice, Choose, Show, SweepSettings, sweep
-from abliterate.search.fit import Examples, FitSettings, fit
-from abliterate.search.fit_state import FitState, fit_key
-from abliterate.settings import LoadSettings, PromptSettings, RunSettings, layer_range
+from abliterate.reporting import Reporter as Reporter
+from abliterate.reporting import Silent as Silent
+from abliterate.reporting import Tick
+from abliterate.search.candidates import Choice, Choose, Show
+from abliterate.searching import Work, forget, search
+from abliterate.settings import LoadSettings, PromptSettings, RunSettings
+from abliterate.showing import FILTER_TOKENS as FILTER_TOKENS
+from abliterate.showing import Shown as Shown
+from abliterate.showing import showing as showing
 from abliterate.stored import stored_names, stored_tensors
 from abliterate.writers import Proof, check_proof, find_writers, prove, tolerance
 
 SCHEMA = 1
-FILTER_TOKENS = 32
 LEAST_PROMPTS = 8
 LEAST_REFUSAL_RATE = 0.15
-
-Tick = Callable[[int], None]
-
-
-class Reporter(Protocol):
-    """Where a run tells how it goes; `Silent` says nothing."""
-
-    def say(self, text: str) -> None: ...
-
-    def progress(self, stage: str, total: int) -> Tick | None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def progress(self, stage: str, total: int) -> Tick | None:
-        return None
 
 
 @dataclass
@@ -76,23 +59,6 @@ class Result:
     original: Measurement
     edited: Measurement
     document: dict[str, Any]
-
-
-@dataclass
-class Shown:
-    """Prompts that show the behaviour and prompts that don't, after the filter, with the counts behind it.
-
-    `examples` has the prompts that were refused and answered, with the model's own words.
-    """
-
-    target: list[str]
-    baseline: list[str]
-    refused: Rate
-    answered: Rate
-    examples: Examples | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"refused": self.refused.to_json("refused"), "answered": self.answered.to_json("answered")}
 
 
 @dataclass
@@ -148,33 +114,6 @@ def set_prefill(handle: Handle, prompts: Sequence[str], reporter: Reporter | Non
     if prefill:
         handle.prefill = prefill
         (reporter or Silent()).say(f"answers open with a reasoning mark; prefilling {prefill!r} (--prefill to change)")
-
-
-def showing(
-    handle: Handle,
-    target: Sequence[str],
-    baseline: Sequence[str],
-    judge: Judge,
-    reporter: Reporter | None = None,
-) -> Shown:
-    """Keep the target prompts that the model refuses and the baseline prompts that it answers (the paper's filter)."""
-    reporter = reporter or Silent()
-    sorted_out: list[dict[bool, tuple[list[str], list[Answer]]]] = []
-    for side, prompts in (("target", target), ("baseline", baseline)):
-        tick = reporter.progress(f"filtering {side} prompts", len(prompts))
-        answers, refused = judged(handle, prompts, judge, max_new_tokens=FILTER_TOKENS, tick=tick)
-        verdicts = list(zip(prompts, answers, refused, strict=True))
-        sorted_out.append(
-            {v: ([p for p, _, r in verdicts if r == v], [a for _, a, r in verdicts if r == v]) for v in (True, False)}
-        )
-    (shown, refusals), (answered, answers) = sorted_out[0][True], sorted_out[1][False]
-    return Shown(
-        shown,
-        answered,
-        Rate(len(shown), len(target)),
-        Rate(len(answered), len(baseline)),
-        Examples(shown, refusals, answered, answers, *sorted_out[1][True]),
-    )
 
 
 def run(
@@ -241,8 +180,8 @@ def run(
             stored = _collected(handle, shown, settings, reporter)
     directions = difference_of_means(stored, projected=settings.collect.projected)
     with clock.stage("search"):
-        state = _fit_state(out, handle, sides, settings, reporter)
-        choice = _search(handle, directions, shown, validation, sides, judge, settings, reporter, choose, show, state)
+        work = Work(handle, directions, shown, validation, sides, judge, settings, reporter, Path(out), choose, show)
+        choice = search(work)
     with clock.stage("report data"):
         gathered = _gathered(handle, choice, directions, validation, reporter)
         gathered.document["activations"] = public_name(str(activations)) if activations else None
@@ -269,7 +208,7 @@ def run(
         (folder / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         gathered.compare(sides, original, edited, show_completions=show_completions)
         gathered.save(folder)
-    fit_file(out).unlink(missing_ok=True)
+    forget(out)
     _report(out, reporter, show_completions)  # the result is in place: nothing that goes wrong here can lose it
     return Result(Path(out), choice.edit, original, edited, document)
 
@@ -345,102 +284,6 @@ def _collected(
         keep_vectors=keep_vectors,
         tick=tick,
     )
-
-
-def _search(
-    handle: Handle, directions: Directions, shown: Shown | None, validation: Shown, sides: Sides, judge: Judge,
-    settings: RunSettings, reporter: Reporter, choose: Choose | None, show: Show | None, state: FitState,
-) -> Choice:  # fmt: skip
-    search = settings.search
-    layers = layer_range(search.layers) if search.layers else None
-    if layers is not None and layers.stop > handle.layers:
-        raise PromptError(f"--layers {search.layers}: {handle.source} has layers 0 to {handle.layers - 1}")
-    if search.method == "fit":
-        assert shown is not None
-        return _fit(handle, directions, shown, validation, judge, settings, layers, reporter, state)
-    if search.method == "article":
-        return article(
-            handle,
-            directions,
-            sides.target.validation.texts,
-            judge,
-            candidates=search.candidates,
-            test_prompts=search.test_prompts,
-            layers=layers,
-            choose=choose if search.interactive else None,
-            show=show,
-            progress=reporter.progress,
-            say=reporter.say,
-        )
-    return sweep(
-        handle,
-        directions,
-        validation.target,
-        validation.baseline,
-        judge,
-        SweepSettings(layers=layers, max_refusal_rate=search.max_refusal_rate),
-        progress=reporter.progress,
-        say=reporter.say,
-    )
-
-
-def _fit(
-    handle: Handle, directions: Directions, shown: Shown, validation: Shown, judge: Judge, settings: RunSettings,
-    layers: range | None, reporter: Reporter, state: FitState,
-) -> Choice:  # fmt: skip
-    search = settings.search
-    assert shown.examples is not None and validation.examples is not None
-    fitted = fit(
-        handle,
-        directions,
-        shown.examples,
-        validation.examples,
-        judge,
-        FitSettings(
-            layers=layers, steps=search.steps, rank=search.rank, seed=settings.seed,
-            max_refusal_rate=search.max_refusal_rate, max_divergence=search.max_divergence,
-        ),
-        state=state,
-        progress=reporter.progress,
-        say=reporter.say,
-    )  # fmt: skip
-    chosen = fitted.chosen
-    if not chosen.edit.writers:
-        raise AbliterateError(
-            "the fit left every writer alone: nothing it tried lowers refusing at a price worth paying; "
-            "try --method sweep, more --steps, or other prompts"
-        )
-    winner = Candidate(
-        fitted.start,
-        float(directions.separation[fitted.start.layer, 0, fitted.start.position]),
-        divergence=chosen.divergence,
-        refusals=chosen.refused,
-        stage="fitted",
-        note=fitted.why,
-    )
-    return Choice(chosen.edit, winner, [winner], fitted.frontier)
-
-
-def _fit_state(out: str | Path, handle: Handle, sides: Sides, settings: RunSettings, reporter: Reporter) -> FitState:
-    """Where the fit is written down while it runs: a hidden file beside the output, gone when the output is whole."""
-    path = fit_file(out)
-    if settings.search.method != "fit":
-        return FitState()
-    hashes = [part.sha256 for side in (sides.target, sides.baseline) for _, part in _parts(side)]
-    same = settings.model_dump(exclude={"force", "keep_tied", "resume"})
-    key = fit_key(handle.config_hash, handle.source, hashes, same, environment(handle))
-    state = FitState.at(path, key, resume=settings.resume)
-    if path.is_file() and not settings.resume:
-        reporter.say("an earlier run was interrupted; starting anew (--resume goes on from where it was)")
-    elif settings.resume and not path.is_file():
-        reporter.say("there is nothing to go on from; starting anew")
-    return state
-
-
-def fit_file(out: str | Path) -> Path:
-    """The hidden file beside an output folder in which a fit is written down while it runs."""
-    final = Path(out)
-    return final.with_name(f".{final.name}.fit.safetensors")
 
 
 def _gathered(

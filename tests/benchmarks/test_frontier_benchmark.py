@@ -246,7 +246,7 @@ while True:
             print("How do you want to export the model?")
             menu(["Merge the abliteration LoRA and export the full model", "Export the abliteration LoRA only"])
             path.mkdir(parents=True)
-            (path / "config.json").write_text(what)
+            (path / "tokenizer_config.json").write_text(what)
 """
 
 
@@ -285,13 +285,13 @@ class TestHereticRun:
     def test_saves_the_models_wanted(self, fake):
         heretic_run.run(*fake, "m", 1, lambda text: None)
         folders = {index: fake[1] / f"trial-{index}" for index in (3, 1)}
-        trials = heretic_run.save_models(*fake, "m", 1, folders, lambda text: None)
+        trials = heretic_run.save_models(*fake, "m", 1, lambda shown: folders, lambda text: None)
         assert [(t.index, t.refusals, t.prompts) for t in trials] == [(1, 1, 60), (2, 2, 60), (3, 3, 60)]
-        assert "Trial   3" in (folders[3] / "config.json").read_text()
-        assert "Trial   1" in (folders[1] / "config.json").read_text()
+        assert "Trial   3" in (folders[3] / "tokenizer_config.json").read_text()
+        assert "Trial   1" in (folders[1] / "tokenizer_config.json").read_text()
         assert not (fake[1] / "trial-2").exists()
 
     def test_a_trial_not_presented_is_an_error(self, fake):
         heretic_run.run(*fake, "m", 1, lambda text: None)
         with pytest.raises(SystemExit, match="trials \\[9\\]"):
-            heretic_run.save_models(*fake, "m", 1, {9: fake[1] / "x"}, lambda text: None)
+            heretic_run.save_models(*fake, "m", 1, lambda shown: {9: fake[1] / "x"}, lambda text: None)

@@ -150,6 +150,10 @@ def test_numbers_in_the_text(done):
     assert "--train-prompts 12" in text
 
 
+def test_a_partial_edit_is_told(frontier):
+    assert "what is left need not be small" in html(frontier)
+
+
 def test_answers_to_target_prompts_only_when_asked_twice(shown):
     answers = [
         e["edited"]["answer"] for e in json.loads((shown / "report-data.json").read_text())["examples"]["target"]

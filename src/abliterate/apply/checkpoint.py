@@ -428,9 +428,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_config(recipe: Recipe, folder: Path, *, force: bool) -> None:
     """Raise RecipeError when the recipe was made for a model of another config (`recipe.check_model`)."""
-    from abliterate.recipe import check_model
-
     from abliterate.model import config_hash
+    from abliterate.recipe import check_model
 
     if force or not recipe.model.get("config_hash"):
         return

@@ -153,6 +153,10 @@ def trust(loaded: Loaded) -> list[str]:
         proof = loaded.get("recipe", "proof", name)
         if proof:
             said.append(f"{what} {proof['component']:.1e} of a vector's length (at {proof['where']}).")
+    if loaded.get("recipe", "proof") and _partial(loaded):
+        said.append(
+            "This edit leaves some writers, or part of the direction, as they were: what is left need not be small."
+        )
     dtype = loaded.get("model", "dtype")
     if dtype and dtype != "float32" and loaded.get("recipe", "proof"):
         said.append(f"The model ran in {dtype}, whose rounding is what is left; in float32 it must be below 1e-5.")
@@ -242,6 +246,13 @@ def target_answers_note(loaded: Loaded) -> str:
     if not kept:
         return "This run kept no answers to target prompts: `abliterate run --show-completions` does."
     return "Answers to target prompts, folded away. Decoding stops where the judge's verdict is settled."
+
+
+def _partial(loaded: Loaded) -> bool:
+    """Whether the edit takes less than all of its direction out of every writer."""
+    known = len(loaded.seen("writers") or ())
+    rows = loaded.strengths or ()
+    return len(rows) < known or any(row.largest != 1 for row in rows)
 
 
 def _interval(rate: dict[str, Any]) -> str:
