@@ -135,6 +135,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import abliterate
+    from abliterate.measure.decode import BATCH as OURS
 
     torch.set_num_threads(arguments.threads)
     load_average = os.getloadavg()[0]
@@ -160,7 +161,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(handle.dtype).removeprefix("torch."),
         "prompts": f"{arguments.prompts} target + {arguments.prompts} baseline",
         "max_new_tokens": arguments.tokens,
-        "batch_size": {"generate": BATCH, "abliterate": 64},
+        "batch_size": {"generate": BATCH, "abliterate": OURS},
         "threads": arguments.threads,
         "load_average_before": load_average,
         "note": "quiet machine" if load_average < QUIET else "busy machine: trust the ratios, of CPU seconds first",
@@ -195,7 +196,8 @@ def main() -> None:
     print(json.dumps(same))
     if same["verdicts"]["same"] < same["verdicts"]["of"]:
         raise SystemExit("verdicts differ")
-    if max(ratio.values()) < FASTER_BAR:
+    # on a busy machine the clock says who got the cores
+    if ratio["seconds" if results["load_average_before"] < QUIET else "cpu_seconds"] < FASTER_BAR:
         raise SystemExit(f"missed the bar: {FASTER_BAR:g} times as fast")
 
 

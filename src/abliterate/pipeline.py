@@ -235,6 +235,8 @@ def _filtered(
     """One split's prompts after the filter; stops when the model hardly shows the behaviour."""
     target, baseline = (list(getattr(side, split).texts) for side in (sides.target, sides.baseline))
     if not settings.collect.filter:
+        if settings.search.method == "fit":  # it needs the model's own words all the same
+            return replace(showing(handle, target, baseline, judge, reporter), target=target, baseline=baseline)
         return Shown(target, baseline, Rate(len(target), len(target)), Rate(len(baseline), len(baseline)))
     shown = showing(handle, target, baseline, judge, reporter)
     reporter.say(

@@ -35,7 +35,7 @@ from abliterate.activations import collect
 from abliterate.batches import Prefix, inputs
 from abliterate.edit import Edit
 from abliterate.errors import AbliterateError
-from abliterate.measure.decode import CHECK_EVERY, REFILL, Answer, decode
+from abliterate.measure.decode import BATCH, CHECK_EVERY, REFILL, Answer, decode
 from abliterate.measure.divergence import KEPT, compare, make_reference
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.model import Handle, common_prefix
@@ -162,7 +162,7 @@ def sweep_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
     screened = sum(min(sizes.screen_prompts, count) for count in validation)
     scored = sum(min(sizes.score_prompts, count) for count in validation)
     induced = min(sizes.score_prompts, validation[1])
-    decoded = costs.decoding(costs.settling, min(sizes.score_prompts, validation[0]), sizes.decode_tokens, 64)
+    decoded = costs.decoding(costs.settling, min(sizes.score_prompts, validation[0]), sizes.decode_tokens, BATCH)
     weakened = 2  # strengths tried below 1 before one refuses: none to five
     return (
         costs.first_token * sum(validation)
@@ -174,7 +174,7 @@ def sweep_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
 def article_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
     """Seconds of `search.article.article`: a few answers decoded plainly and with every candidate."""
     prompts = min(settings.search.test_prompts, counts.target["validation"])
-    return costs.decoding(costs.answering, prompts, 64, 64) * (settings.search.candidates + 1)
+    return costs.decoding(costs.answering, prompts, 64, BATCH) * (settings.search.candidates + 1)
 
 
 def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
@@ -188,9 +188,11 @@ def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
     steps = sizes.steps + points * sizes.steps_between
     kept = min(sizes.baseline_prompts, counts.baseline["train"])
     judging = costs.decoding(
-        costs.settling, min(sizes.validation_prompts, counts.target["validation"]), sizes.decode_tokens, 64
+        costs.settling, min(sizes.validation_prompts, counts.target["validation"]), sizes.decode_tokens, BATCH
     )
-    looking = costs.decoding(costs.settling, min(sizes.validation_prompts, counts.target["train"]), REFUSAL_TOKENS, 64)
+    looking = costs.decoding(
+        costs.settling, min(sizes.validation_prompts, counts.target["train"]), REFUSAL_TOKENS, BATCH
+    )
     return (
         costs.divergence * (kept + counts.baseline["validation"])
         + costs.collect * (counts.target["train"] + kept)  # what enters the first edited block, kept for every row
@@ -202,7 +204,7 @@ def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
 
 def tpe_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
     """Seconds of `search.tpe.tpe`: every trial decodes answers and compares first tokens."""
-    decoded = costs.decoding(costs.settling, counts.target["validation"], DECODE_TOKENS, 64)
+    decoded = costs.decoding(costs.settling, counts.target["validation"], DECODE_TOKENS, BATCH)
     return settings.search.trials * (decoded + costs.first_token_edited * counts.baseline["validation"])
 
 
@@ -343,8 +345,8 @@ def predicted(
     stages = {"load": costs.load, "prove": costs.prove, "filter": 0.0, "collect": 0.0}
     if settings.collect.filter:
         for split in ("validation",) if has_activations else ("train", "validation"):
-            stages["filter"] += costs.decoding(costs.refusing, prompts.target[split], FILTER_TOKENS, 64)
-            stages["filter"] += costs.decoding(costs.settling, prompts.baseline[split], FILTER_TOKENS, 64)
+            stages["filter"] += costs.decoding(costs.refusing, prompts.target[split], FILTER_TOKENS, BATCH)
+            stages["filter"] += costs.decoding(costs.settling, prompts.baseline[split], FILTER_TOKENS, BATCH)
     if not has_activations:
         stages["collect"] = costs.collect * (kept.target["train"] + kept.baseline["train"])
     stages["search"] = SEARCH_COSTS[settings.search.method](costs, kept, settings)

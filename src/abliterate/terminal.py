@@ -6,13 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -20,6 +22,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from abliterate.watching import ProgressFile
 
 Tick = Callable[[int], None]
 
@@ -30,9 +35,16 @@ class Terminal:
     Use as a context manager, so that bars are cleared whatever happens.
     """
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        log: IO[str] | None = None,
+        published: ProgressFile | None = None,
+    ) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.quiet = quiet
+        self.quiet, self.log, self.published = quiet, log, published
         self.bars: Progress | None = None
         self.started = time.monotonic()
         self.open: TaskID | None = None
@@ -40,7 +52,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         if not self.quiet and self.console.is_terminal:
             self.bars = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), _Rate(),
                 TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True,
             )  # fmt: skip
             self.bars.start()
@@ -49,6 +61,8 @@ class Terminal:
     def __exit__(self, *_error: Any) -> None:
         if self.bars:
             self.bars.stop()
+        if self.published:
+            self.published.end()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -63,22 +77,44 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """One line about how it goes."""
+        stamp = time.monotonic() - self.started
+        if self.log:
+            self.log.write(f"{stamp:8.1f}s  {text}\n")
+            self.log.flush()
+        if self.published:
+            self.published.say(text)
         if not self.quiet:
-            stamp = time.monotonic() - self.started
             self.console.print(f"[dim]{stamp:6.1f}s[/dim]  {_escape(text)}")
 
     def progress(self, stage: str, total: int) -> Tick | None:
         """A bar for a stage of `total` steps, or one line where there is no terminal."""
-        if self.quiet:
-            return None
+        published = self.published
+        if published:
+            published.stage(stage, total)
         if self.bars is None:
             self.say(f"{stage} ({total})")
-            return None
+            return published.tick if published else None
         bars = self.bars
         if self.open is not None:
             bars.remove_task(self.open)
         task = self.open = bars.add_task(stage, total=total)
-        return lambda done: bars.advance(task, done)
+
+        def tick(done: int) -> None:
+            bars.advance(task, done)
+            if published:
+                published.tick(done)
+
+        return tick
+
+
+class _Rate(ProgressColumn):
+    """Steps per second, or seconds per step where they are slow."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
 
 def result_table(rows: list[tuple[str, str, str]]) -> Table:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import abliterate
-from abliterate.errors import InterruptedByUserError
+from abliterate.errors import AbliterateError, InterruptedByUserError, OutputError
 
 if TYPE_CHECKING:
     from abliterate.settings import RunSettings
@@ -134,6 +134,7 @@ MaxNewTokens = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of every shuffle and sample. [default: 0]")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with settings, a table per stage.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
+LogFile = Annotated[Path | None, typer.Option(help="Write the log to this file too; it is added to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
 
@@ -199,16 +200,39 @@ def print_result(document: dict[str, Any], json_: bool, text: str) -> None:
 
 
 @contextmanager
-def reported(quiet: bool) -> Iterator[Terminal]:
-    """A terminal for progress, with the libraries' own chatter off."""
+def reported(quiet: bool, log_file: Path | None = None, out: Path | None = None) -> Iterator[Terminal]:
+    """A terminal for progress, with the libraries' own chatter off.
+
+    Args:
+        quiet: print nothing about how it goes.
+        log_file: write it to this file too, quiet or not; lines are added to what is there.
+        out: the output of a long run, whose progress `abliterate watch` can then show.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from abliterate.terminal import Terminal
+    from abliterate.watching import ProgressFile, progress_file
 
+    with ExitStack() as stack:
+        log = stack.enter_context(_log(log_file)) if log_file else None
+        published = ProgressFile(progress_file(out)) if out else None
+        try:
+            with Terminal(quiet=quiet, log=log, published=published) as terminal:
+                try:
+                    yield terminal
+                except AbliterateError as error:
+                    if log:
+                        log.write(f"error: {error}\n")
+                    raise
+        except KeyboardInterrupt:  # before typer sees it, whose exit code and text depend on its version
+            raise InterruptedByUserError("interrupted; nothing half-written is left") from None
+
+
+def _log(path: Path) -> IO[str]:
     try:
-        with Terminal(quiet=quiet) as terminal:
-            yield terminal
-    except KeyboardInterrupt:  # before typer sees it, whose exit code and text depend on its version
-        raise InterruptedByUserError("interrupted; nothing half-written is left") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"log file {path} can't be written: {error.strerror}") from error

@@ -11,6 +11,7 @@ from abliterate.commands.common import (
     LOADING_PANEL,
     DeviceMap,
     Json,
+    LogFile,
     Model,
     Quiet,
     Revision,
@@ -35,11 +36,12 @@ def inspect(
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: Trust = None,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Print what writes to the residual stream, and the proof that nothing was missed."""
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file) as terminal:
         flags = {"dtype": dtype, "device_map": device_map, "revision": revision, "trust_remote_code": trust_remote_code}
         settings = settings_from(flags_of(flags), None)
         from abliterate.pipeline import open_model

@@ -19,6 +19,7 @@ from abliterate.commands.common import (
     Filter,
     Json,
     JudgeOption,
+    LogFile,
     MaxNewTokens,
     Model,
     Overwrite,
@@ -75,12 +76,13 @@ def collect(
     seed: Seed = None,
     config: Config = None,
     overwrite: Overwrite = False,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Save the statistics of the residual stream on both sides' prompts, for `run --activations`."""
     flags = flags_of(locals())
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file) as terminal:
         settings = settings_from(flags, config)
         check_free(out, overwrite)
         from abliterate.pipeline import collect_to_file
@@ -112,12 +114,13 @@ def measure(
     seed: Seed = None,
     config: Config = None,
     overwrite: Overwrite = False,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Count refusals, over-refusals and degenerate answers on held-out prompts, and the divergence from an original."""
     flags = flags_of(locals())
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file) as terminal:
         settings = settings_from(flags, config)
         if out is not None:
             check_free(out, overwrite)

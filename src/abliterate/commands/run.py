@@ -21,6 +21,7 @@ from abliterate.commands.common import (
     Filter,
     Json,
     JudgeOption,
+    LogFile,
     MaxNewTokens,
     Model,
     Overwrite,
@@ -150,12 +151,14 @@ def run(
     seed: Seed = None,
     config: Config = None,
     overwrite: Overwrite = False,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Find the refusal direction, choose it by measurement, remove it from the weights, and prove the result."""
     flags = flags_of(locals())
-    with reported(quiet) as terminal:
+    out = out or _default_folder(model)
+    with reported(quiet, log_file, None if plan else out) as terminal:
         settings = settings_from(flags, config)
         if settings.search.interactive:
             _check_interactive(settings)
@@ -163,7 +166,7 @@ def run(
         if plan:
             _plan(source, settings, terminal, activations, json_)
             return
-        _run(source, out or _default_folder(model), settings, terminal, activations, overwrite, show_completions, json_)
+        _run(source, out, settings, terminal, activations, overwrite, show_completions, json_)
 
 
 @app.command(epilog="Example: abliterate demo --out demo-out --overwrite")
@@ -173,6 +176,7 @@ def demo(
     max_new_tokens: MaxNewTokens = 64,
     seed: Seed = None,
     overwrite: Overwrite = False,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -181,7 +185,7 @@ def demo(
         {"test_prompts": test_prompts, "max_new_tokens": max_new_tokens, "seed": seed, "train_prompts": 256,
          "validation_prompts": 60, "target": "bundled", "baseline": "bundled"}
     )  # fmt: skip
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file, out) as terminal:
         settings = settings_from(flags, None)
         from abliterate.demo import demo_model
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.measure.coherence import is_degenerate
-from abliterate.measure.decode import Answer, decode
+from abliterate.measure.decode import BATCH, Answer, decode
 from abliterate.measure.divergence import Divergence, Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
@@ -65,7 +65,7 @@ def measure(
     original: Measurement | None = None,
     judge: Judge | None = None,
     max_new_tokens: int = 100,
-    batch_size: int = 64,
+    batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> Measurement:
     """Measure a model on held-out prompts.
@@ -129,7 +129,7 @@ def judged(
     judge: Judge,
     *,
     max_new_tokens: int,
-    batch_size: int = 64,
+    batch_size: int = BATCH,
     stop_on: tuple[bool, ...] | Callable[[int], tuple[bool, ...]] = (True, False),
     tick: Callable[[int], None] | None = None,
 ) -> tuple[list[Answer], list[bool]]:

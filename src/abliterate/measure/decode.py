@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from abliterate.measure.slots import Slots
 
 CHECK_EVERY = 4  # tokens between looks at whether a verdict is settled
+BATCH = 128  # rows at a time: on two CPU cores a token costs a fifth less than in batches of 64
 REFILL = 1 / 8  # share of a batch that must be free before waiting prompts are run: one by one they cost more
 Settled = Callable[[int, str], bool]
 Tick = Callable[[int], None]
@@ -46,7 +47,7 @@ def decode(
     ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 100,
-    batch_size: int = 64,
+    batch_size: int = BATCH,
     settled: Settled | None = None,
     tick: Tick | None = None,
     keep_special: bool = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +183,9 @@ def _read_points(loaded: Loaded) -> None:
         strength = entry.get("strength")
         uniform = None
         if loaded.strengths is not None and strength is not None:
-            uniform = tuple(WriterStrength(w.name, w.layer, w.side, (strength,)) for w in loaded.strengths)
-        loaded.points.append(Point(place_name(entry), entry["refusal"], entry["divergence"], chosen, uniform))
+            uniform = tuple(replace(w, strengths=(strength,) if w.strengths else ()) for w in loaded.strengths)
+        label = f"{len(loaded.points) + 1}. {place_name(entry)}"
+        loaded.points.append(Point(label, entry["refusal"], entry["divergence"], chosen, uniform))
 
 
 def is_chosen(candidate: dict[str, Any], winner: dict[str, Any]) -> bool:
@@ -212,17 +213,23 @@ def _frontier_point(loaded: Loaded, number: int, entry: dict[str, Any]) -> Point
         try:
             strengths = _strengths(loaded, load_recipe(file).edit)
         except RecipeError as error:
-            loaded.missing.append(f"Strengths of point {number}: {public(str(error))}.")
+            loaded.missing.append(f"Strengths of point {number + 1}: {public(str(error))}.")
     elif isinstance(entry.get("strengths"), dict):
-        strengths = tuple(_named(loaded, name, value) for name, value in entry["strengths"].items())
+        strengths = _of_all(loaded, entry["strengths"])
     chosen = entry.get("chosen")
     if chosen is None:
         chosen = strengths is not None and strengths == loaded.strengths
-    return Point(f"point {number}", entry["refusal"], entry["divergence"], bool(chosen), strengths)
+    return Point(f"point {number + 1}", entry["refusal"], entry["divergence"], bool(chosen), strengths)
 
 
 def _strengths(loaded: Loaded, edit: Any) -> tuple[WriterStrength, ...]:
-    return tuple(_named(loaded, name, row.tolist()) for name, row in zip(edit.writers, edit.strengths, strict=True))
+    return _of_all(loaded, dict(zip(edit.writers, edit.strengths.tolist(), strict=True)))
+
+
+def _of_all(loaded: Loaded, strengths: dict[str, Any]) -> tuple[WriterStrength, ...]:
+    """The strengths at every writer of the model, zero where the edit leaves one alone."""
+    left_alone: dict[str, Any] = {w["name"]: [] for w in loaded.seen("writers") or () if w["name"] not in strengths}
+    return tuple(_named(loaded, name, value) for name, value in {**strengths, **left_alone}.items())
 
 
 def _named(loaded: Loaded, name: str, values: Any) -> WriterStrength:

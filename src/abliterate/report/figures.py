@@ -150,17 +150,14 @@ def point_strengths(loaded: Loaded) -> Figure | None:
     if len(known) != len(loaded.points) or not known:
         return None
     frames = []
-    for index, point in enumerate(known):
+    for point in known:
         assert point.strengths is not None
         traces, layout = _strength_traces(point.strengths)
         words = f"{_point_words(point)}. {_strength_summary(point.strengths)}"
-        frames.append(Frame(f"{index + 1}. {point.label}{' (chosen)' if point.chosen else ''}", words, traces, layout))
+        frames.append(Frame(f"{point.label}{' (chosen)' if point.chosen else ''}", words, traces, layout))
     shown = next((i for i, point in enumerate(known) if point.chosen), 0)
     header = ["point", "refusals", "divergence", "least strength", "largest strength", "writers"]
-    rows = [
-        [f"{i + 1}. {p.label}", count_of(p.refusal), number(p.divergence), *_extremes(p.strengths or ())]
-        for i, p in enumerate(known)
-    ]
+    rows = [[p.label, count_of(p.refusal), number(p.divergence), *_extremes(p.strengths or ())] for p in known]
     return Figure(
         "point-strengths", "Strengths of the point picked", frames[shown].summary, frames[shown].data,
         frames[shown].layout, Table(header, rows), frames, shown, "select", "point", ratio=0.38,
@@ -284,7 +281,7 @@ def frontier(loaded: Loaded) -> Figure | None:
                 "array": [100 * (p.refusal["ci95"][1] - p.refusal["rate"]) for p in points],
                 "arrayminus": [100 * (p.refusal["rate"] - p.refusal["ci95"][0]) for p in points],
             },
-            "text": [f"{i + 1}. {_point_words(p)}" for i, p in enumerate(points)], "hoverinfo": "text",
+            "text": [_point_words(p) for p in points], "hoverinfo": "text",
         },
         _ring([(x[i], y[i]) for i in marked]),
     ]  # fmt: skip
@@ -300,10 +297,7 @@ def frontier(loaded: Loaded) -> Figure | None:
     if marked:
         summary += f" Chosen: {_point_words(points[marked[0]])}."
     header = ["point", "refusals", "divergence", "chosen"]
-    rows = [
-        [f"{i + 1}. {p.label}", count_of(p.refusal), number(p.divergence), "yes" if p.chosen else ""]
-        for i, p in enumerate(points)
-    ]
+    rows = [[p.label, count_of(p.refusal), number(p.divergence), "yes" if p.chosen else ""] for p in points]
     title = "The frontier" if loaded.has_frontier else "Candidates: refusals against divergence"
     return Figure("frontier", title, summary, data, layout, Table(header, rows), picks="point-strengths", ratio=0.5)
 
@@ -531,7 +525,7 @@ def _strength_table(rows: Sequence[WriterStrength]) -> Table:
 
 
 def _extremes(rows: Iterable[WriterStrength]) -> list[str]:
-    values = [row.largest for row in rows]
+    values = [row.largest for row in rows if row.strengths] or [0.0]
     return [f"{min(values):.3g}", f"{max(values):.3g}", str(len(values))]
 
 

@@ -114,7 +114,7 @@ def changed(loaded: Loaded) -> list[str]:
             where += f", with that at layer {second['layer']}, site {second['site']}, position {second['position']}"
         found = "Fitted by gradients from" if recipe.get("method") == "fit" else "Direction:"
         said.append(f"{found} the difference of means at {where}; method {recipe.get('method')}.")
-    values = [w.largest for w in loaded.strengths or ()] or list((recipe.get("strength") or {}).values())
+    values = [w.largest for w in loaded.strengths or () if w.strengths] or list((recipe.get("strength") or {}).values())
     if values:
         low, high = f"{min(values):.3g}", f"{max(values):.3g}"
         span = low if low == high else f"{low} to {high}"
@@ -250,9 +250,7 @@ def target_answers_note(loaded: Loaded) -> str:
 
 def _partial(loaded: Loaded) -> bool:
     """Whether the edit takes less than all of its direction out of every writer."""
-    known = len(loaded.seen("writers") or ())
-    rows = loaded.strengths or ()
-    return len(rows) < known or any(row.largest != 1 for row in rows)
+    return any(row.largest != 1 for row in loaded.strengths or ())
 
 
 def _interval(rate: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from abliterate.errors import PromptError
 from abliterate.measure import judged
-from abliterate.measure.decode import decode
+from abliterate.measure.decode import BATCH, decode
 from abliterate.measure.divergence import Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
@@ -46,7 +46,7 @@ class Refusals:
 
     def __init__(
         self, prompts: Sequence[str], judge: Judge | None = None, *, keep: bool = False, name: str = "refusals",
-        max_new_tokens: int = DECODE_TOKENS, batch_size: int = 64,
+        max_new_tokens: int = DECODE_TOKENS, batch_size: int = BATCH,
     ) -> None:  # fmt: skip
         if not prompts:
             raise PromptError(f"objective {name!r} has no prompts")

@@ -1,0 +1,82 @@
+"""`abliterate watch`: how a run goes, from another terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from abliterate.commands.common import Json, app
+from abliterate.errors import AbliterateError, InterruptedByUserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from abliterate.watching import Progress
+
+SHOWN_LINES = 12
+
+
+@app.command(epilog="Example: abliterate watch qwen-abliterated")
+def watch(
+    out: Annotated[Path, typer.Argument(help="Output folder of a run that goes on.", show_default=False)],
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for a run that hasn't begun.")] = 0.0,
+    once: Annotated[bool, typer.Option("--once", help="Show where it is and leave.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show how a run goes, from another terminal; Ctrl-C stops watching, not the run."""
+    from abliterate.watching import follow
+
+    progress: Progress | None = None
+    try:
+        if json_ or once or not sys.stdout.isatty():
+            shown = 0
+            for progress in follow(out, patience=wait):
+                shown = _print(progress, shown, json_, once)
+                if once:
+                    return
+        else:
+            from rich.live import Live
+
+            with Live(refresh_per_second=4) as live:
+                for progress in follow(out, patience=wait):
+                    live.update(_drawn(progress))
+    except KeyboardInterrupt:
+        raise InterruptedByUserError(f"stopped watching; the run of {out} goes on") from None
+    if progress is not None and progress.ended != "done":
+        raise AbliterateError(f"the run of {out} was {progress.ended}; `abliterate run ... --resume` goes on")
+
+
+def _print(progress: Progress, shown: int, json_: bool, once: bool) -> int:
+    """Print what is new; returns how many lines have been shown."""
+    if json_:
+        typer.echo(json.dumps(asdict(progress)))
+        return 0
+    for stamp, line in progress.lines[shown:]:
+        typer.echo(f"{stamp:6.1f}s  {line}")
+    if once:
+        typer.echo(_where(progress))
+    return len(progress.lines)
+
+
+def _where(progress: Progress) -> str:
+    if progress.ended:
+        return progress.ended
+    spent = time.time() - progress.stage_started
+    left = f", about {spent / progress.done * (progress.total - progress.done):.0f} s left" if progress.done else ""
+    return f"{progress.stage}: {progress.done} of {progress.total}{left}"
+
+
+def _drawn(progress: Progress) -> RenderableType:
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
+
+    lines = [Text(f"{stamp:6.1f}s  {line}", overflow="ellipsis") for stamp, line in progress.lines[-SHOWN_LINES:]]
+    bar = ProgressBar(total=max(1, progress.total), completed=progress.done, width=60)
+    return Group(*lines, Text(_where(progress), style="bold"), bar)
