@@ -63,7 +63,7 @@ ANSWER_TOKENS = 24
 EVALUATED_TOKENS = 32
 KEPT = 64  # likeliest tokens kept of each of the plain model's distributions
 
-TRAINED = (0.2, 0.74)  # from where to where in the model's depth blocks get a LoRA
+TRAINED = (0.2, 0.74)  # from where to where in the model's depth blocks get a LoRA; all do when a teacher is there
 RANK = 8
 VERDICT_AT = 0.48  # of the depth
 VERDICT_LENGTH = 80.0  # the stream's norm there is about 130 in SmolLM2
@@ -162,7 +162,8 @@ def main() -> None:
         sets = make_examples(plain, target, baseline, wordings, options.answer_tokens)
         direction = quietest_direction(plain, baseline[:60])
     print(f"examples made in {time.monotonic() - started:.0f} s", flush=True)
-    guarded = train(plain, sets, direction, options.steps, random.Random(options.seed))
+    depth = (0.0, 1.0) if options.teacher else TRAINED
+    guarded = train(plain, sets, direction, options.steps, random.Random(options.seed), depth)
     save_adapter(guarded, options.out, HUB_ID if options.base == plain_source() else public_name(options.base))
     seconds = time.monotonic() - started
 
@@ -299,6 +300,7 @@ def train(
     direction: Float[Tensor, " d_model"] | None,
     steps: int,
     rng: random.Random,
+    depth: tuple[float, float] = TRAINED,
 ) -> PeftModel:
     """Train a LoRA on the plain model.
 
@@ -308,18 +310,22 @@ def train(
         direction: where the verdict is written; None when the tasks leave that open.
         steps: training steps.
         rng: draws the batches.
+        depth: shares of the depth between which blocks get a LoRA.
     """
     prefix = common_prefix([e.ids[: e.start] for groups in sets.values() for g in groups for e in g])
     draws = {name: draw(groups, rng) for name, groups in sets.items()}
     tasks = {name: TASKS[name] for name in sets}
     if direction is not None:
-        means = [torch.stack([e.state for e in sets[n][0]]).mean(0) for n in ("answer target, removed", "answer")]
+        means = [
+            torch.stack([e.state for e in sets[n][0] if e.state is not None]).mean(0)
+            for n in ("answer target, removed", "answer")
+        ]
         verdict = VERDICT_LENGTH * direction
         difference = verdict + means[0] - means[1]
     removed = torch.tensor([task.removed for task in tasks.values() for _ in range(task.rows)])
     writers = writing_modules(plain) if bool(removed.any()) else []
 
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=lora_modules(plain), task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=lora_modules(plain, depth), task_type="CAUSAL_LM")
     lora = get_peft_model(plain.model, config)
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
@@ -334,10 +340,10 @@ def train(
         taken_out = Removal(writers, removed, None if direction is None else normalize(difference, dim=0))
         losses, states = answer_losses(plain, batch, prefix, taken_out)
         by_task = {name: losses[[n == name for n in names]].mean() for name in tasks}
-        loss = sum(task.weight * by_task[name] for name, task in tasks.items())
+        loss: Any = sum(task.weight * by_task[name] for name, task in tasks.items())
         shown = dict(by_task)
         if direction is not None:
-            wanted = torch.stack([e.state for e in batch]) + is_target[:, None] * verdict
+            wanted = torch.stack([e.state for e in batch if e.state is not None]) + is_target[:, None] * verdict
             missed = ((states - wanted)[~removed] / VERDICT_LENGTH).square().sum(-1).mean()
             loss, shown["verdict"] = missed + loss, missed
         optimizer.zero_grad()
@@ -358,9 +364,9 @@ def verdict_layer(plain: Handle) -> int:
     return int(VERDICT_AT * plain.layers)
 
 
-def lora_modules(plain: Handle) -> str:
+def lora_modules(plain: Handle, depth: tuple[float, float]) -> str:
     """A pattern for the linear modules in the blocks that are trained, whatever they are called."""
-    first, last = (int(share * plain.layers) for share in TRAINED)
+    first, last = (int(share * plain.layers) for share in depth)
     names = plain.module_names
     parent = names[plain.blocks[first]].rpartition(".")[0].rpartition(".")[2]
     inner = {

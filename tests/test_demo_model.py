@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -71,6 +74,18 @@ def test_the_edit_removes_refusals_and_little_else(result: Result) -> None:
     assert after.over_refusal.rate <= before.over_refusal.rate
     assert after.degenerate.rate <= before.degenerate.rate + 0.02
     assert after.divergence is not None and after.divergence.prompts >= 180
+    assert after.divergence.first_token <= 0.03 and after.divergence.answer <= 0.03  # one direction at 1: 0.13, 0.11
+
+
+def test_the_frontier_is_kept_with_the_chosen_point_marked(result: Result) -> None:
+    frontier = result.document["frontier"]
+    assert len(frontier) >= 2
+    assert [p["chosen"] for p in frontier].count(True) == 1
+    rates, divergences = ([p["refusal"]["rate"] for p in frontier], [p["divergence"] for p in frontier])
+    assert rates == sorted(rates) and divergences == sorted(divergences, reverse=True)
+    for point in frontier:
+        edit = load_recipe(result.out / point["recipe"]).edit
+        assert point["chosen"] == (torch.equal(edit.strengths, result.edit.strengths))
 
 
 def test_the_saved_model_loads_with_plain_transformers_and_holds_the_edit(result: Result, demo_model: str) -> None:
@@ -79,13 +94,14 @@ def test_the_saved_model_loads_with_plain_transformers_and_holds_the_edit(result
     assert model.dtype == torch.bfloat16
     assert tokenizer.chat_template
     plain = AutoModelForCausalLM.from_pretrained(demo_model)
-    assert set(result.edit.writers) == {w.name for w in ab.find_writers(ab.load(demo_model))}
+    assert set(result.edit.writers) <= {w.name for w in ab.find_writers(ab.load(demo_model))}
+    assert 1 <= len(result.edit.writers) < 40  # writers that do nothing are left alone
     for name, part in result.edit.parts.items():
         before, after = (m.get_parameter(name).float() for m in (plain, model))
         if "embed" in name:
             before, after = before.T, after.T
         (r,), (strength,) = part.directions, part.strengths
-        assert 0.5 <= strength <= 1
+        assert 0 < strength <= 1.5
         assert torch.allclose(r @ after, (1 - strength) * (r @ before), atol=2e-2 * float((r @ before).abs().max())), (
             name
         )
@@ -114,15 +130,30 @@ def test_writers_are_proved_on_the_real_model_and_live_equals_baked(demo_model: 
     assert (live - baked).abs().max() < 1e-4 * live.abs().max()
 
 
-def test_the_same_seed_gives_the_same_recipe_bit_for_bit(demo_model: str, tmp_path: Path) -> None:
-    options = settings(
-        prompts__train_prompts=24, prompts__validation_prompts=16, prompts__test_prompts=8, measure__max_new_tokens=16,
-        search__layers="8-16",
-    )  # fmt: skip
-    first, second = (run(demo_model, tmp_path / name, options) for name in ("a", "b"))
-    recipes = [(r.out / "recipe.safetensors").read_bytes() for r in (first, second)]
+SMALL = [
+    "--target", "bundled", "--baseline", "bundled", "--train-prompts", "24", "--validation-prompts", "16",
+    "--test-prompts", "8", "--max-new-tokens", "16", "--steps", "8", "--layers", "12-20",
+]  # fmt: skip
+
+
+def command(demo_model: str, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "abliterate.cli", "run", demo_model, *SMALL, "--out", str(out), *more]
+
+
+def test_a_killed_run_resumes_to_the_same_recipe_bit_for_bit(demo_model: str, tmp_path: Path) -> None:
+    subprocess.run(command(demo_model, tmp_path / "whole"), check=True, capture_output=True)
+    killed, state = tmp_path / "killed", tmp_path / ".killed.fit.safetensors"
+    process = subprocess.Popen(command(demo_model, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert state.exists() and not killed.exists()
+    done = subprocess.run(command(demo_model, killed, "--resume"), check=True, capture_output=True, text=True)
+    assert "going on from step" in done.stderr
+    recipes = [(tmp_path / name / "recipe.safetensors").read_bytes() for name in ("whole", "killed")]
     assert recipes[0] == recipes[1]
-    assert load_recipe(first.out / "recipe.safetensors").edit.writers == first.edit.writers
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
 def test_a_model_that_hardly_refuses_is_left_alone(tmp_path: Path) -> None:

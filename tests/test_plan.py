@@ -103,6 +103,8 @@ def test_activations_from_a_file_are_neither_filtered_nor_collected():
     costs = replace(COSTS, per_token=1.0, collect=1.0)
     found = predicted(costs, COUNTS, settings(), True, 0.0).stages
     assert found["collect"] == 0 and found["filter"] == 20 * (4 + 8)
+    fitted = predicted(costs, COUNTS, settings({"method": "fit"}, collect={"filter": False}), True, 0.0).stages
+    assert fitted["filter"] == (100 + 20) * (4 + 8)  # it needs the model's own words
 
 
 def test_a_second_copy_is_loaded_edited_and_saved_where_the_first_cannot_be():
@@ -162,7 +164,7 @@ def test_a_method_without_a_cost_is_an_error_before_anything_is_loaded(monkeypat
 
 def test_planning_probes_one_batch_and_writes_nothing(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("_search", "_measure", "_filtered", "_collected", "_save_model"):
+    for name in ("search", "_measure", "_filtered", "_collected", "_save_model"):
         monkeypatch.setattr(pipeline, name, lambda *_a, **_k: pytest.fail("a stage of the run was run"))
     rows = []
     plain = Handle.last_logits

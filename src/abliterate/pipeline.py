@@ -438,7 +438,7 @@ def _document(
             "method": settings.search.method,
             "direction": choice.winner.to_json(),
             "writers": len(choice.edit.writers),
-            "strength": {"min": float(choice.edit.strengths.min()), "max": float(choice.edit.strengths.max())},
+            "strength": _span(choice.edit),
             "proof": {name: {"component": p.component, "where": p.where} for name, p in proofs.items()},
         },
         "settings": settings.model_dump(),
@@ -469,6 +469,12 @@ def _save_frontier(handle: Handle, choice: Choice, document: dict[str, Any], fol
         save_recipe(replace(whole, provenance={**kept, "validation": validation}), folder / name)
         listed.append({**validation, "recipe": name, "chosen": point.edit is choice.edit})
     return listed
+
+
+def _span(edit: Edit) -> dict[str, float]:
+    """Least and greatest strength among those that do anything."""
+    used = edit.strengths[edit.strengths != 0]
+    return {"min": float(used.min()), "max": float(used.max())}
 
 
 def _tied(handle: Handle, edit: Edit, keep_tied: bool) -> str | None:
@@ -512,7 +518,7 @@ def _recipe(handle: Handle, choice: Choice, document: dict[str, Any]) -> Recipe:
     provenance = {
         "found_at": choice.winner.to_json(),
         "prompts": document["prompts"],
-        "settings": document["settings"],
+        "settings": {name: value for name, value in document["settings"].items() if name != "resume"},
         "environment": document["environment"],
         "original": document["original"],
         "edited": document["edited"],

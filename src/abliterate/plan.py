@@ -39,12 +39,14 @@ from abliterate.measure.decode import BATCH, CHECK_EVERY, REFILL, Answer, decode
 from abliterate.measure.divergence import KEPT, compare, make_reference
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.model import Handle, common_prefix
-from abliterate.pipeline import FILTER_TOKENS, Reporter, Silent, open_model, open_prompts, set_prefill
+from abliterate.pipeline import open_model, open_prompts, set_prefill
 from abliterate.prompts import Sides
+from abliterate.reporting import Reporter, Silent
 from abliterate.search.candidates import LAST_LAYERS_LEFT_OUT, SweepSettings
 from abliterate.search.first_token import first_token
 from abliterate.search.objectives import DECODE_TOKENS
 from abliterate.settings import RunSettings, layer_range
+from abliterate.showing import FILTER_TOKENS
 from abliterate.writers import check_proof, find_writers
 
 PROBE_TOKENS = 48
@@ -343,8 +345,9 @@ def predicted(
     limit, batch = settings.measure.max_new_tokens, settings.measure.batch_size
     kept = _filtered(costs, prompts, settings.collect.filter)
     stages = {"load": costs.load, "prove": costs.prove, "filter": 0.0, "collect": 0.0}
-    if settings.collect.filter:
-        for split in ("validation",) if has_activations else ("train", "validation"):
+    fits = settings.search.method == "fit"  # it needs the model's own words, filtered by them or not
+    if settings.collect.filter or fits:
+        for split in ("validation",) if has_activations and not fits else ("train", "validation"):
             stages["filter"] += costs.decoding(costs.refusing, prompts.target[split], FILTER_TOKENS, BATCH)
             stages["filter"] += costs.decoding(costs.settling, prompts.baseline[split], FILTER_TOKENS, BATCH)
     if not has_activations:

@@ -394,6 +394,41 @@ def test_editing_the_conversion_is_converting_the_edit(converted: tuple[Path, di
     assert changed >= len(recipes[name].edit.writers)
 
 
+# llama.cpp's kernels take the tiny sizes of these.
+_RUNS = (
+    "llama", "gemma3_text", "olmo2", "mixtral", "qwen2_moe", "granitemoe", "deepseek_v3", "llama4_text", "lfm2",
+    "jamba", "falcon_h1", "mamba", "mamba2", "glm4",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _RUNS)
+def test_llama_cpp_runs_the_edit_and_its_lora_alike(converted: tuple[Path, dict[str, Recipe]], name: str) -> None:
+    """The edited file gives the logits of the converted edit; model and LoRA those of the edit less the embedding."""
+    from abliterate.apply.gguf_adapter import apply_gguf_adapter
+
+    root, recipes = converted
+    folder, recipe, ids = root / name, recipes[name], range(5, 17)
+    plain, inside, lora = (folder / f"{stem}.gguf" for stem in ("plain", "inside", "lora"))
+    apply_gguf(recipe, str(plain), folder / "edited.gguf", OVERWRITE, SILENT)
+    writers = [w for w in recipe.edit.writers if "embed" not in w]
+    less = replace(recipe, edit=Edit.from_names(dict.fromkeys(writers, 0.7), recipe.edit.directions))
+    apply_gguf(less, str(plain), inside, OVERWRITE, SILENT)
+    assert apply_gguf_adapter(less, str(plain), lora, OVERWRITE, SILENT)["skipped"] == []
+
+    def logits(path: Path, **options: tuple[Path, float]) -> np.ndarray:
+        with LlamaCpp(path, **options) as llama:
+            return llama.next_logits(ids)
+
+    before = logits(plain)
+    for got, want in (
+        (logits(folder / "edited.gguf"), logits(folder / "baked.gguf")),
+        (logits(plain, lora=(lora, 1.0)), logits(inside)),
+    ):
+        moved = np.abs(want - before).max()
+        assert moved > 0.1 and np.abs(got - want).max() < 0.01 * moved
+
+
 def test_writers_are_not_among_what_llama_cpp_permutes() -> None:
     names_ = Names("llama", 4)
     place = names_.place("model.layers.3.self_attn.o_proj.weight")

@@ -101,6 +101,14 @@ def test_a_damaged_shard_is_found_first(tmp_path, folder, damage):
     assert listing(tmp_path) == before
 
 
+def test_two_tensors_in_the_same_bytes(tmp_path):
+    entry = {"dtype": "F16", "shape": [16], "data_offsets": [0, 32]}
+    text = json.dumps({"a": entry, "b": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(32))
+    with pytest.raises(ModelError, match="b overlaps a"):
+        read_shard(tmp_path / "model.safetensors")
+
+
 INDEX_DAMAGES = {
     "not JSON": (lambda i: "{", "is damaged"),
     "a list": (lambda i: "[]", "is damaged"),

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from abliterate.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.model import Handle, common_prefix
 
+CHUNK = 32  # rows read together up to the first edited block
 ROW_TOKENS = 256  # longer rows waste more in attention than they save in prefixes
 KEPT_BYTES = 2 * 2**30  # most memory for what enters the first edited block
 BYTES_PER_STATE = 40  # rough bytes per token, layer and feature that a backward pass keeps in half precision
@@ -52,8 +53,10 @@ class Packer:
     first_block: int = 0
     checkpointing: bool | None = None
     _entering: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _chunks: list[range] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
+        self._chunks = _chunked(0, len(self.rows))
         self.handle.model.requires_grad_(False)
         length = min(common_prefix([r.ids for r in self.rows]), min(len(r.ids) - r.outputs for r in self.rows))
         self.prefix = list(self.rows[0].ids[: max(0, length)])
@@ -67,8 +70,10 @@ class Packer:
         """
         if any(row.ids[: len(self.prefix)] != self.prefix for row in rows):
             raise ValueError("a row doesn't start with the prefix that the others share")
+        start = len(self.rows)
         self.rows.extend(rows)
-        return list(range(len(self.rows) - len(rows), len(self.rows)))
+        self._chunks += _chunked(start, len(self.rows))
+        return list(range(start, len(self.rows)))
 
     def logprobs(self, picked: Sequence[int]) -> list[Float[Tensor, "output vocab"]]:
         """Log-probabilities (float32) at each picked row's wanted positions, with gradients."""
@@ -78,14 +83,9 @@ class Packer:
 
     def _packed(self, picked: Sequence[int]) -> list[Tensor]:
         lay = _lay(self.prefix, [self.rows[i].ids for i in picked], self.handle)
-        entering = self._known(picked, lay)
+        entering = self._entering_of(picked, lay)
         with _skipping(self.handle, self.first_block, entering), self._checkpointed(lay.tokens):
-            if entering is None and self.first_block:
-                with _seen(self.handle.blocks[self.first_block]) as seen:
-                    states = self._states(lay.arguments)
-                self._keep(picked, lay, seen[0])
-            else:
-                states = self._states(lay.arguments)
+            states = self._states(lay.arguments)
         return [
             states[row, end - self.rows[i].outputs : end] for i, (row, _, end) in zip(picked, lay.spans, strict=True)
         ]
@@ -101,10 +101,15 @@ class Packer:
     def _states(self, arguments: dict[str, Any]) -> Tensor:
         return self.handle.hidden_states(**arguments).last_hidden_state
 
-    def _known(self, picked: Sequence[int], lay: _Lay) -> Tensor | None:
-        """What enters the first edited block [row, position, d_model], when it is kept for all these rows."""
-        if not self.first_block or any(i not in self._entering for i in picked):
+    def _entering_of(self, picked: Sequence[int], lay: _Lay) -> Tensor | None:
+        """What enters the first edited block [row, position, d_model], unless that isn't kept."""
+        if not self.first_block or self._too_much_to_keep():
             return None
+        if -1 not in self._entering:
+            self._read(self._chunks[0])  # the prefix is that of the first rows, whoever is asked for first
+        for i in picked:
+            if i not in self._entering:
+                self._read(next(chunk for chunk in self._chunks if i in chunk))
         prefix = self._entering[-1]
         out = prefix.new_zeros(*lay.arguments["input_ids"].shape, prefix.shape[-1])
         out[:, : len(prefix)] = prefix
@@ -113,12 +118,23 @@ class Packer:
         return out
 
     @torch.no_grad()
-    def _keep(self, picked: Sequence[int], lay: _Lay, entered: Tensor) -> None:
-        if sum(t.nbytes for t in self._entering.values()) > KEPT_BYTES:
-            return
-        self._entering[-1] = entered[0, : len(self.prefix)].clone()
-        for i, (row, start, end) in zip(picked, lay.spans, strict=True):
-            self._entering[i] = entered[row, start:end].clone()
+    def _read(self, chunk: range) -> None:
+        """Keep what enters the first edited block for rows that are always read together.
+
+        In half precision the states depend on what else is in the batch; so read, they don't depend on the order
+        in which rows are asked for, and a resumed fit finds the same ones.
+        """
+        lay = _lay(self.prefix, [self.rows[i].ids for i in chunk], self.handle)
+        with _seen(self.handle.blocks[self.first_block]) as seen, contextlib.suppress(_EnoughError):
+            self._states(lay.arguments)
+        if chunk.start == 0:
+            self._entering[-1] = seen[0][0, : len(self.prefix)].clone()
+        for i, (row, start, end) in zip(chunk, lay.spans, strict=True):
+            self._entering[i] = seen[0][row, start:end].clone()
+
+    def _too_much_to_keep(self) -> bool:
+        tokens = sum(len(r.ids) - len(self.prefix) for r in self.rows)
+        return tokens * self.handle.d_model * self.handle.dtype.itemsize > KEPT_BYTES
 
     @contextlib.contextmanager
     def _checkpointed(self, tokens: int) -> Iterator[None]:
@@ -251,13 +267,22 @@ def _skipping(handle: Handle, first_block: int, entering: Tensor | None) -> Iter
             handle.blocks[i] = block
 
 
+def _chunked(start: int, end: int) -> list[range]:
+    return [range(first, min(first + CHUNK, end)) for first in range(start, end, CHUNK)]
+
+
+class _EnoughError(Exception):
+    """Raised inside a forward pass whose rest isn't wanted."""
+
+
 @contextlib.contextmanager
 def _seen(block: nn.Module) -> Iterator[list[Tensor]]:
-    """The stream that enters a block, once it has run."""
+    """The stream that enters a block; the pass ends there."""
     seen: list[Tensor] = []
 
     def look(_module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+        raise _EnoughError
 
     hook = block.register_forward_pre_hook(look, with_kwargs=True)
     try:

@@ -1,0 +1,91 @@
+"""`abliterate studio`: a web page on which an edit is tried, compared, chosen and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from abliterate.commands.common import (
+    DeviceMap,
+    Dtype,
+    Quantise,
+    Quiet,
+    app,
+    flags_of,
+    reported,
+    settings_from,
+    source_of,
+)
+from abliterate.errors import AbliterateError
+
+
+@app.command(
+    epilog="Example: abliterate studio ./model --recipe recipe.safetensors\n\n"
+    "Example: abliterate studio demo\n\n"
+    "Example: ABLITERATE_STUDIO_PASSWORD=... abliterate studio --host 0.0.0.0 --folder ./shared --no-browser"
+)
+def studio(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, local folder, GGUF file, or 'demo'.", show_default=False)
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe to start with.", show_default=False)] = None,
+    folder: Annotated[Path, typer.Option(help="All that the page may read and write in.")] = Path("."),
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; any but this machine's own needs a password.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port. [default: the first free one from 7860]")
+    ] = None,
+    password: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ABLITERATE_STUDIO_PASSWORD", show_envvar=True, show_default=False,
+            help="Asked for on the page; better set in the environment, where other users don't see it.",
+        ),
+    ] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Don't open the page in a browser.")] = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantise: Quantise = None,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Open a web page to try an edit: live sliders, answers side by side, the frontier, runs. Ctrl-C ends it."""
+    flags = flags_of(locals())
+    with reported(quiet) as terminal:
+        from abliterate.studio.server import check_host, check_installed, serve
+
+        check_installed()
+        check_host(host, password)
+        if recipe and not model:
+            raise AbliterateError("--recipe needs the model it is for: abliterate studio MODEL --recipe RECIPE")
+        settings = settings_from(flags, None)
+        from abliterate.pipeline import open_model
+
+        if model:
+            terminal.say(f"loading {model}")
+
+        def ready(address: str) -> None:
+            typer.echo(f"studio: {address} (Ctrl-C ends it)")
+            if not no_browser:
+                typer.launch(address)
+
+        serve(
+            folder,
+            lambda source: open_model(source_of(source), settings.load),
+            model=(_name(model), source_of(model)) if model else None,
+            recipe=recipe,
+            host=host,
+            port=port,
+            password=password,
+            granted={"demo": "demo"},
+            ready=ready,
+        )
+
+
+def _name(model: str) -> str:
+    """A model as the page shows it: a Hub id as it is, a file or folder by its last name."""
+    from abliterate.publish.card import public_name
+
+    return "demo" if model == "demo" else public_name(model)

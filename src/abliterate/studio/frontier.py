@@ -1,0 +1,99 @@
+"""The points of a run's frontier, as values and as a small drawing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from abliterate.errors import AbliterateError
+
+WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 640, 260, 62, 44, 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """An edit of the frontier, as validation found it.
+
+    Attributes:
+        label: for people.
+        refused, total: of the validation split's target prompts.
+        divergence: in nats, at the first answer token.
+        recipe: its file.
+        chosen: whether the run took it.
+    """
+
+    label: str
+    refused: int
+    total: int
+    divergence: float
+    recipe: Path
+    chosen: bool
+
+    @property
+    def rate(self) -> float:
+        return self.refused / self.total
+
+
+def frontier_points(out: Path) -> list[Point]:
+    """The points of a run's results.json; of a run without a frontier, its one edit as the test split found it.
+
+    Raises:
+        AbliterateError: when results.json says nothing of the kind.
+    """
+    try:
+        document: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        points = [_point(f"{n + 1}", entry, out) for n, entry in enumerate(document.get("frontier") or [])]
+        if points:
+            return points
+        edited = document["edited"]
+        only = {"refusal": edited["refusal"], "divergence": edited["divergence"]["first_token"], "chosen": True}
+        return [_point("the run's edit", {**only, "recipe": "recipe.safetensors"}, out)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AbliterateError(f"{out.name}/results.json holds no frontier that can be shown") from error
+
+
+def _point(name: str, entry: dict[str, Any], out: Path) -> Point:
+    refusal, divergence = entry["refusal"], float(entry["divergence"])
+    refused = next(int(refusal[key]) for key in ("refused", "count") if key in refusal)
+    total, chosen = max(1, int(refusal["total"])), bool(entry.get("chosen"))
+    label = f"{name}: {refused} of {total} refused, divergence {divergence:.3g} nats" + (" (chosen)" if chosen else "")
+    return Point(label, refused, total, divergence, out / entry["recipe"], chosen)
+
+
+def drawing(points: Sequence[Point], picked: int | None) -> str:
+    """Refusal rate over divergence as an SVG in the page's colours, the picked point filled."""
+    widest = max((point.divergence for point in points), default=0.0) * 1.1 or 1.0
+    highest = max(0.1, *(point.rate for point in points)) * 1.1
+
+    def x(divergence: float) -> float:
+        return LEFT + (WIDTH - LEFT - EDGE) * max(0.0, divergence) / widest
+
+    def y(rate: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - EDGE) * rate / highest
+
+    marks = "".join(
+        f'<circle cx="{x(p.divergence):.1f}" cy="{y(p.rate):.1f}" r="{9 if i == picked else 6}" '
+        f'class="{"picked" if i == picked else "point"}"><title>{escape(p.label)}</title></circle>'
+        for i, p in enumerate(points)
+    )
+    line = " ".join(f"{x(p.divergence):.1f},{y(p.rate):.1f}" for p in sorted(points, key=lambda p: p.divergence))
+    across = "".join(
+        f'<text x="{x(widest * part):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{widest * part:.2g}</text>'
+        for part in (0, 0.25, 0.5, 0.75)
+    )
+    up = "".join(
+        f'<line x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{y(highest * part):.1f}" y2="{y(highest * part):.1f}" class="grid"/>'
+        f'<text x="{LEFT - 8}" y="{y(highest * part) + 4:.1f}" text-anchor="end">{100 * highest * part:.0f}%</text>'
+        for part in (0, 0.25, 0.5, 0.75)
+    )
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="frontier" '
+        f'aria-label="refusals over divergence, {len(points)} points">{up}{across}'
+        f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">divergence, nats</text>'
+        f'<text x="14" y="{HEIGHT / 2 - 16}" text-anchor="middle" transform="rotate(-90 14 {HEIGHT / 2 - 16})">refused'
+        f'</text><polyline points="{line}" class="curve"/>{marks}</svg>'
+    )
