@@ -329,7 +329,7 @@ def verdict_stage(job: Job, judged: dict[str, Any]) -> dict[str, Any]:
         "threads": job.options.threads,
         "notes": notes(job, times, settings),
         "bars": bars,
-        "rows": rows,
+        "rows": [frontier_verdict.named(row) for row in rows],
         "times": times | {"ours": json.loads(job.ours_times.read_text()) if job.ours_times.is_file() else None},
         "evaluation": settings,
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
@@ -362,6 +362,12 @@ def notes(job: Job, times: dict[str, Any], settings: dict[str, Any]) -> list[str
         found.append(
             f"its time counts as {median(timed['seconds_per_trial']):.1f} s a trial, the median of "
             f"{len(timed['seconds_per_trial'])} timed apart at a load of {timed['load_before']:.1f} before"
+        )
+    if job.ours_times.is_file():
+        ours = json.loads(job.ours_times.read_text())
+        found.append(
+            f"abliterate took {ours['seconds']:.0f} s by the clock and {ours['cpu_seconds']:.0f} CPU seconds, its own "
+            f"measurements included, at a load of {ours['load_before']:.1f} before"
         )
     if times["starts"] > 1:
         found.append(f"Heretic's run was interrupted and resumed {times['starts'] - 1} times")

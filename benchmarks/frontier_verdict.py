@@ -100,13 +100,13 @@ def _divergence_bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, words in MEASURES.items():
         found = [row["ratios"][name] for row in rows if row["ratios"]]
         unmatched = len(rows) - len(found)
-        worst = f"ratios {min(found):.2f} to {max(found):.2f}" if found else "none of ours refuses so little"
-        reached = f"{sum(ratio <= DIVERGENCE_BAR for ratio in found)} of {len(rows)} refusal rates"
+        spread = f"ratios {min(found):.2f} to {max(found):.2f}" if found else "nothing to compare"
+        reached = f"at {sum(ratio <= DIVERGENCE_BAR for ratio in found)} of {len(rows)} refusal rates"
         bars.append(
             _bar(
                 f"divergence at most {DIVERGENCE_BAR} times Heretic's at each of its refusal rates, {words}",
                 bool(rows) and not unmatched and max(found) <= DIVERGENCE_BAR,
-                f"{reached}; {worst}" + (f"; {unmatched} not reached" if unmatched and found else ""),
+                f"{reached}; {spread}" + (f"; {unmatched} not reached" if unmatched else ""),
             )
         )
     return bars
@@ -117,7 +117,7 @@ def _counts_bar(rows: Sequence[dict[str, Any]], kind: str, words: str) -> dict[s
     pairs = [(counted(row["ours"]), counted(row["heretic"])) for row in rows if row["ours"]]
     worse = [f"{a} against {b}" for a, b in pairs if a > b]
     found = f"higher at {len(worse)} of {len(pairs)} refusal rates" + (f" ({', '.join(worse)})" if worse else "")
-    return _bar(words, len(pairs) == len(rows) and not worse, found)
+    return _bar(words, bool(rows) and len(pairs) == len(rows) and not worse, found)
 
 
 def _time_bar(pick: Model, ours: Sequence[Model], times: dict[str, Any]) -> dict[str, Any]:
@@ -152,11 +152,18 @@ def _ability_bars(pick: Model, our_pick: Model) -> list[dict[str, Any]]:
     ]
 
 
+def named(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with names in place of the models, for a document that lists them anyway."""
+    return row | {side: row[side] and row[side]["name"] for side in ("heretic", "ours")}
+
+
 # --- For people ------------------------------------------------------------------------------------------
 
 
 def markdown(document: dict[str, Any]) -> str:
     """The result as Markdown: what ran, the bars, and a row per model of Heretic's frontier, and all models."""
+    models = [document["original"], *document["heretic"], *document["ours"]]
+    by_name = {model["name"]: model for model in models}
     lines = [
         "# Against Heretic on one model",
         "",
@@ -176,13 +183,13 @@ def markdown(document: dict[str, Any]) -> str:
         "| Heretic refuses | ours | divergence, first token | ratio | along answers | ratio | over-refusals "
         "| degenerate |",
         "|---|---|---|---|---|---|---|---|",
-        *map(_row_line, document["rows"]),
+        *(_row_line(row, by_name) for row in document["rows"]),
         "",
         "Every model by the same evaluator (95% intervals; text in nats per token):",
         "",
         "| model | refused | first token | along answers | over-refused | degenerate | text | questions |",
         "|---|---|---|---|---|---|---|---|",
-        *(_model_line(model) for model in [document["original"], *document["heretic"], *document["ours"]]),
+        *(_model_line(model) for model in models),
     ]
     return "\n".join(lines) + "\n"
 
@@ -191,8 +198,8 @@ def _versions(document: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in document["versions"].items())
 
 
-def _row_line(row: dict[str, Any]) -> str:
-    theirs, ours = row["heretic"], row["ours"]
+def _row_line(row: dict[str, Any], by_name: dict[str, Model]) -> str:
+    theirs, ours = by_name[row["heretic"]], by_name.get(row["ours"])
     total = theirs["refusal"]["total"]
     if ours is None:
         return f"| {refused(theirs)} of {total} ({theirs['name']}) | none | | | | | | |"

@@ -162,7 +162,7 @@ class Handle:
             head = self.model.get_output_embeddings()
             # contiguous: from a slice, the matrix product would copy the whole head
             states = output.last_hidden_state[:, -keep:].contiguous()
-            return head(states.to(head.weight.device)), output.past_key_values
+            return head(states.to(head.weight.device)), getattr(output, "past_key_values", None)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             inputs["logits_to_keep"] = keep
         output = self.model(**inputs)

@@ -82,7 +82,7 @@ class MeasureSettings(_Stage):
 
     judge: str = "lexical"
     max_new_tokens: int = Field(100, ge=1)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(128, ge=1)
 
 
 class RunSettings(_Stage):

@@ -86,6 +86,11 @@ def test_a_refusal_rate_not_reached_is_missed():
     assert "none" in frontier_verdict.markdown(document(rows, bars))
 
 
+def test_nothing_to_compare_meets_no_bar():
+    _, bars = frontier_verdict.verdict(ORIGINAL, [HERETIC[2] | {"pick": True}], ours(), TIMES)
+    assert [bar["met"] for bar in bars[:4]] == [False] * 4
+
+
 def test_time_and_abilities():
     late = ours()
     late[0] |= {"seconds": 201.0, "text_loss": 3.1, "questions": {"correct": 7, "total": 10, "log_score": -2.0}}
@@ -118,7 +123,7 @@ def document(rows, bars):
         "versions": {"torch": "1"},
         "notes": ["n"],
         "bars": bars,
-        "rows": rows,
+        "rows": [frontier_verdict.named(row) for row in rows],
         "original": ORIGINAL,
         "heretic": HERETIC,
         "ours": ours(),

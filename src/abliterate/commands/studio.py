@@ -74,8 +74,8 @@ def studio(
         serve(
             folder,
             lambda source: open_model(source_of(source), settings.load),
-            model=(_name(model), source_of(model)) if model else None,
-            recipe=recipe,
+            model=(_name(model, folder), source_of(model)) if model else None,
+            recipe=(_name(str(recipe), folder), str(recipe)) if recipe else None,
             host=host,
             port=port,
             password=password,
@@ -84,8 +84,11 @@ def studio(
         )
 
 
-def _name(model: str) -> str:
-    """A model as the page shows it: a Hub id as it is, a file or folder by its last name."""
+def _name(source: str, folder: Path) -> str:
+    """A source as the page shows it: relative to the folder if it lies there, else without its path."""
     from abliterate.publish.card import public_name
 
-    return "demo" if model == "demo" else public_name(model)
+    path = Path(source).expanduser().resolve()
+    if path.exists() and path.is_relative_to(folder.expanduser().resolve()):
+        return path.relative_to(folder.expanduser().resolve()).as_posix()
+    return "demo" if source == "demo" else public_name(source)

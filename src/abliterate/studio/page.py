@@ -79,7 +79,8 @@ class Studio:
         recipe = session.scaled_recipe()
         if form not in FORMS:
             raise AbliterateError(f"there is no form {shorten(form)}")
-        source = self.folder.model(model) if model.strip() else session.model.source
+        loaded = model.strip() in ("", session.model.name)
+        source = session.model.handle.source if loaded else self.folder.model(model)
         path = self.folder.output(name)
         return apply_recipe(recipe, source, path, form, ApplyOptions(), _Said())
 

@@ -34,7 +34,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-_FOREIGN = re.compile(rb"<(?:link|script)[^>]*https?://[^>]*>(?:</script>)?")
 
 
 def check_installed() -> None:
@@ -134,7 +133,7 @@ class Guarded:
     """An ASGI application behind the checks that gradio leaves to others.
 
     Requests for another host's name are refused, as are uploads that say they are too large and addresses that gradio
-    would fetch for the page; answers carry HEADERS, and tags for other servers are taken out of the page.
+    would fetch for the page. Answers carry HEADERS: the browser fetches nothing from elsewhere either.
     """
 
     def __init__(self, app: Any, names: tuple[str, ...] | None) -> None:
@@ -151,7 +150,7 @@ class Guarded:
         elif refusal:
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await self.app(scope, receive, _Sender(send, is_page=scope["path"] in ("/", "/login", "/login/")))
+            await self.app(scope, receive, _with_headers(send))
 
     def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, str] | None:
         host = re.sub(r":\d+$", "", headers.get("host", ""))
@@ -169,30 +168,16 @@ class Guarded:
         return None
 
 
-class _Sender:
-    """Sends an answer on with HEADERS, a page without its tags for other servers."""
+def _with_headers(send: Any) -> Any:
+    """The same sender, HEADERS added to each answer."""
 
-    def __init__(self, send: Any, *, is_page: bool) -> None:
-        self.send, self.is_page = send, is_page
-        self.start: Any = None
-        self.body = b""
-
-    async def __call__(self, message: Any) -> None:
+    async def sender(message: Any) -> None:
         if message["type"] == "http.response.start":
-            kept = [pair for pair in message["headers"] if pair[0].decode("latin-1").lower() not in HEADERS]
-            message = {**message, "headers": [*kept, *((k.encode(), v.encode()) for k, v in HEADERS.items())]}
-            if self.is_page:
-                self.start = message
-                return
-        if self.start is not None and message["type"] == "http.response.body":
-            self.body += message.get("body", b"")
-            if message.get("more_body"):
-                return
-            body = _FOREIGN.sub(b"", self.body)
-            kept = [pair for pair in self.start["headers"] if pair[0].lower() != b"content-length"]
-            await self.send({**self.start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})
-            message = {**message, "body": body}
-        await self.send(message)
+            given = [pair for pair in message["headers"] if pair[0].decode("latin-1").lower() not in HEADERS]
+            message = {**message, "headers": [*given, *((k.encode(), v.encode()) for k, v in HEADERS.items())]}
+        await send(message)
+
+    return sender
 
 
 async def _answer(send: Any, code: int, text: str) -> None:
@@ -216,7 +201,7 @@ def serve(
     open_model: Callable[[str], Handle],
     *,
     model: tuple[str, str] | None = None,
-    recipe: Path | None = None,
+    recipe: tuple[str, str] | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     password: str | None = None,
@@ -229,7 +214,7 @@ def serve(
         folder: all the page may read and write in.
         open_model: loads a source.
         model: (name, source) loaded before the page is served; it may lie anywhere.
-        recipe: one to start with; it may lie anywhere.
+        recipe: (name, file) to start with; it may lie anywhere.
         host, port: where; the first free port from 7860 by default.
         password: asked for when set; needed unless `host` is a loopback address.
         granted: further sources the page may use, name -> source.
@@ -249,12 +234,9 @@ def serve(
         from abliterate.studio.page import NO_RECIPE, Studio
         from abliterate.studio.session import Session
 
-        named = {**(granted or {}), **dict([model] if model else [])}
-        recipe_name = recipe.name if recipe else NO_RECIPE
-        studio = Studio(
-            Folder(folder, {**named, **({recipe.name: str(recipe)} if recipe else {})}), Models(open_model),
-            Path(temporary) / "downloads",
-        )  # fmt: skip
+        named = {**(granted or {}), **dict(pair for pair in (model, recipe) if pair)}
+        recipe_name = recipe[0] if recipe else NO_RECIPE
+        studio = Studio(Folder(folder, named), Models(open_model), Path(temporary) / "downloads")
         first = Session()  # held, so that the model named stays loaded
         if model:
             studio.load(first, model[0], recipe_name)
@@ -262,7 +244,7 @@ def serve(
         with listening(host, port) as listener:
             address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
             config = uvicorn.Config(
-                make_app(studio, host=host, password=password), log_level="critical", access_log=False,
+                make_app(studio, host=host, password=password), log_level="critical", access_log=False, server_header=False,
                 timeout_graceful_shutdown=1, lifespan="on",
             )  # fmt: skip
             server = _server(config, lambda: ready(address) if ready else None)

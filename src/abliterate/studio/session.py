@@ -82,7 +82,6 @@ class Answers:
     strengths: Strengths = field(default_factory=Strengths)
 
 
-@dataclass(eq=False)
 class Session:
     """One user's; several streams of one user never run at once (`streaming`).
 
@@ -95,15 +94,16 @@ class Session:
         stopping: set to have the stream that goes on end.
     """
 
-    loaded: Loaded | None = None
-    recipe: Recipe | None = None
-    recipe_name: str = ""
-    strengths: Strengths = field(default_factory=Strengths)
-    question: Question | None = None
-    answers: Answers = field(default_factory=Answers)
-    stopping: bool = False
-    _busy: bool = False
-    _lock: Any = field(default_factory=threading.Lock, repr=False)
+    def __init__(self) -> None:
+        self.loaded: Loaded | None = None
+        self.recipe: Recipe | None = None
+        self.recipe_name = ""
+        self.strengths = Strengths()
+        self.question: Question | None = None
+        self.answers = Answers()
+        self.stopping = False
+        self._busy = False
+        self._lock = threading.Lock()
 
     def __deepcopy__(self, _memo: Any) -> Session:
         return Session()  # gradio copies the value that a user starts with; a lock can't be

@@ -41,8 +41,17 @@ def _install() -> str:
 
 
 @contextlib.contextmanager
-def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iterator[Any]:
-    """A selenium driver that logs what the page says and asks for; skips the test where there is no Chromium."""
+def chromium(
+    *, width: int = 1200, height: int = 900, dark: bool = False, served: bool = False, downloads: Path | None = None
+) -> Iterator[Any]:
+    """A selenium driver that logs what the page says and asks for; skips the test where there is no Chromium.
+
+    Args:
+        width, height: of the viewport, in CSS pixels.
+        dark: whether the system prefers dark pages.
+        served: let it reach servers on 127.0.0.1; it never reaches any other.
+        downloads: folder for what is downloaded.
+    """
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed")
     if not (_found(BROWSERS) and _found(DRIVERS)):
         why = _install()
@@ -54,9 +63,12 @@ def chromium(*, width: int = 1200, height: int = 900, dark: bool = False) -> Ite
         for argument in (
             "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars",
             "--no-first-run", "--disable-component-update", "--disable-background-networking", "--disable-sync",
-            f"--user-data-dir={profile}", "--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},{height}",
+            f"--user-data-dir={profile}", f"--window-size={width},{height}",
+            "--host-resolver-rules=MAP * ~NOTFOUND" + (", EXCLUDE 127.0.0.1" if served else ""),
         ):  # fmt: skip
             options.add_argument(argument)
+        if downloads is not None:
+            options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         driver = webdriver.Chrome(options, webdriver.ChromeService(_found(DRIVERS)))
         try:
