@@ -30,7 +30,7 @@ from abliterate.measure.rates import Rate
 from abliterate.model import Handle, find_prefill
 from abliterate.prompts import Sides, load_sides
 from abliterate.publish.card import public_name, write_card
-from abliterate.recipe import Recipe, save_recipe
+from abliterate.recipe import Recipe, config_file, save_recipe
 from abliterate.report import html_missing, write_html
 from abliterate.report.gather import Gathered, gather
 from abliterate.reporting import Reporter as Reporter
@@ -515,10 +515,14 @@ def _recipe(handle: Handle, choice: Choice, document: dict[str, Any]) -> Recipe:
     model["source"] = public_name(model["source"])  # a recipe is shared: no path of this machine in it
     # what baking untied was tied in the model that the recipe is for
     model |= stored_names(handle) | {"tied": handle.tied or document["recipe"]["tied"] is not None}
+    model |= config_file(handle.source)
     provenance = {
         "found_at": choice.winner.to_json(),
-        "prompts": document["prompts"],
-        "settings": {name: value for name, value in document["settings"].items() if name != "resume"},
+        "prompts": {
+            name: {**part, "source": public_name(part["source"])} if name in ("target", "baseline") else part
+            for name, part in document["prompts"].items()
+        },
+        "settings": _shared_settings(document["settings"]),
         "environment": document["environment"],
         "original": document["original"],
         "edited": document["edited"],
@@ -527,6 +531,14 @@ def _recipe(handle: Handle, choice: Choice, document: dict[str, Any]) -> Recipe:
     tensors = {} if handle.quantised else stored_tensors(handle)
     used = {writer: tensors[writer] for writer in choice.edit.writers if tensors}
     return Recipe(choice.edit, model, provenance, used)
+
+
+def _shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings behind a recipe, local prompt files without their paths."""
+    prompts = dict(settings["prompts"])
+    for side in ("target", "baseline"):
+        prompts[side] = public_name(prompts[side]) if prompts[side] else None
+    return {name: value for name, value in settings.items() if name != "resume"} | {"prompts": prompts}
 
 
 def collect_to_file(

@@ -122,7 +122,7 @@ def recipe_for(edit: Edit, model: str | os.PathLike[str] | Handle | None = None)
     """
     if model is None:
         return Recipe(edit)
-    from abliterate.model import Handle, config_hash
+    from abliterate.model import Handle
     from abliterate.publish.card import public_name
     from abliterate.stored import checkpoint_shapes, names_in, skeleton, stored_names, stored_tensors
 
@@ -151,10 +151,17 @@ def recipe_for(edit: Edit, model: str | os.PathLike[str] | Handle | None = None)
         "d_model": handle.d_model,
         **stored_names(handle, sources),
     }
-    file = Path(handle.source) / "config.json"
-    if file.is_file():  # where the file is the same, so is the config: apply need not ask transformers
-        about["config_file_hash"] = config_hash(json.loads(file.read_text(encoding="utf-8")))
+    about |= config_file(handle.source)
     return Recipe(renamed, about, {}, {writer: known[writer] for writer in renamed.writers})
+
+
+def config_file(source: str) -> dict[str, str]:
+    """`config_file_hash` of a local model: where the file is the same, so is the config, and apply need not ask
+    transformers."""
+    from abliterate.model import config_hash
+
+    file = Path(source).expanduser() / "config.json"
+    return {"config_file_hash": config_hash(json.loads(file.read_text(encoding="utf-8")))} if file.is_file() else {}
 
 
 def check_model(recipe: Recipe, config_hash: str, *, force: bool = False) -> None:

@@ -32,6 +32,7 @@ from abliterate.studio.session import GROUPS, Answers, Question, Session, Streng
 MOST_GRID = 16
 SHOW_EVERY = 0.08  # seconds between two looks at a growing answer
 STYLE = Path(__file__).parent / "studio.css"
+SMALL: dict[str, Any] = {"scale": 0, "min_width": 150, "size": "md"}  # a button as wide as its text
 EXAMPLE = "Write a short poem about autumn."
 NO_RECIPE = "none: the model as it is"
 logger = logging.getLogger(__name__)
@@ -283,15 +284,19 @@ class _Page:
         self.model = gr.Dropdown(
             [], label="Model", info="In the studio's folder, or a Hub id.", allow_custom_value=True, elem_id="model"
         )
-        self.recipe = gr.Dropdown([], label="Recipe", allow_custom_value=True, elem_id="recipe")
+        self.recipe = gr.Dropdown(
+            [], label="Recipe", info="In the folder, or uploaded (.safetensors).", allow_custom_value=True,
+            elem_id="recipe",
+        )  # fmt: skip
         with gr.Row():
-            self.load_button = gr.Button("Load", variant="primary", elem_id="load", min_width=80)
+            self.load_button = gr.Button("Load", variant="primary", elem_id="load", min_width=80, size="md")
             self.upload = gr.UploadButton(
-                "Upload a recipe", file_types=[".safetensors"], elem_id="upload", min_width=80, size="md"
+                "Upload", file_types=[".safetensors"], elem_id="upload", min_width=80, size="md"
             )
         self.status = gr.Markdown("No model is loaded.", elem_id="status")
-        self.overall = gr.Slider(-1, 2, 1, step=0.05, label="Strength", info="0: the original; 1: the recipe.",
-                                 elem_id="overall")  # fmt: skip
+        self.overall = gr.Slider(
+            -1, 2, 1, step=0.05, label="Strength", info="0 original, 1 recipe", elem_id="overall"
+        )  # fmt: skip
         self.groups = [
             gr.Slider(0, 2, 1, step=0.05, label=f"× {name}", elem_id=f"group-{name}") for name in GROUPS
         ]  # fmt: skip
@@ -305,10 +310,10 @@ class _Page:
     def _talk(self) -> None:
         self.prompt = gr.Textbox(EXAMPLE, label="Prompt", lines=2, max_lines=8, elem_id="prompt", submit_btn=False)
         with gr.Row():
-            self.ask = gr.Button("Answer", variant="primary", elem_id="ask", min_width=80)
-            self.stop = gr.Button("Stop", elem_id="stop", min_width=80)
+            self.ask = gr.Button("Answer", variant="primary", elem_id="ask", **SMALL)
+            self.stop = gr.Button("Stop", elem_id="stop", **SMALL)
         with gr.Row(equal_height=True):
-            look = {"lines": 14, "max_lines": 30, "interactive": False, "buttons": ["copy"], "min_width": 260}
+            look = {"lines": 16, "max_lines": 16, "interactive": False, "buttons": ["copy"], "min_width": 260}
             self.original = gr.Textbox(label="Original", elem_id="original", **look)
             self.edited = gr.Textbox(label="Edited", elem_id="edited", **look)
         self.note = gr.Markdown("Move a slider and the edited answer begins anew.", elem_id="note")
@@ -318,10 +323,10 @@ class _Page:
             "", label=f"Prompts, one per line, at most {MOST_GRID}", lines=5, max_lines=MOST_GRID, elem_id="prompts"
         )
         with gr.Row():
-            self.grid_ask = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
-            self.grid_stop = gr.Button("Stop", elem_id="grid-stop", min_width=80)
+            self.grid_ask = gr.Button("Compare", variant="primary", elem_id="compare", **SMALL)
+            self.grid_stop = gr.Button("Stop", elem_id="grid-stop", **SMALL)
             self.grid_upload = gr.UploadButton(
-                "Upload prompts", file_types=list(PROMPT_SUFFIXES), elem_id="grid-upload", min_width=80, size="md"
+                "Upload prompts", file_types=list(PROMPT_SUFFIXES), elem_id="grid-upload", **SMALL
             )
         self.table = gr.HTML("", elem_id="table")
 
@@ -330,9 +335,9 @@ class _Page:
         self.svg = gr.HTML("", elem_id="svg")
         self.point = gr.Radio([], label="Point", elem_id="point")
         with gr.Row():
-            self.take = gr.Button("Use this point", variant="primary", elem_id="take", min_width=80)
-            self.make_report = gr.Button("Prepare the report", elem_id="make-report", min_width=80)
-        self.report = gr.DownloadButton("Download the report", visible=False, elem_id="report")
+            self.take = gr.Button("Use this point", variant="primary", elem_id="take", **SMALL)
+            self.make_report = gr.Button("Prepare the report", elem_id="make-report", **SMALL)
+            self.report = gr.DownloadButton("Download the report", visible=False, elem_id="report", **SMALL)
 
     def _run(self) -> None:
         with gr.Row():
@@ -344,13 +349,13 @@ class _Page:
             self.baseline = gr.Textbox("bundled", label="Baseline prompts", info=sources, elem_id="baseline")
         with gr.Row():
             self.counts = [
-                gr.Number(None, label=label, precision=0, minimum=0, min_width=110, placeholder="default")
-                for label in ("Train", "Validation", "Test", "Tokens per answer")
+                gr.Number(0, label=label, info="0: as usual", precision=0, minimum=0, min_width=110)
+                for label in ("Training prompts", "Validation prompts", "Test prompts", "Tokens per answer")
             ]
         with gr.Row():
-            self.start = gr.Button("Start", variant="primary", elem_id="start", min_width=80)
-            self.halt = gr.Button("Stop the run", variant="stop", elem_id="halt", min_width=80)
-            self.watch = gr.Button("Watch", elem_id="watch", min_width=80)
+            self.start = gr.Button("Start", variant="primary", elem_id="start", **SMALL)
+            self.halt = gr.Button("Stop the run", variant="stop", elem_id="halt", **SMALL)
+            self.watch = gr.Button("Watch", elem_id="watch", **SMALL)
         gr.Markdown("The run edits the model chosen on the left. *Watch* shows one started elsewhere, too.")
         self.progress = gr.HTML("", elem_id="progress")
         self.timer = gr.Timer(1.0, active=False)
@@ -360,9 +365,10 @@ class _Page:
         with gr.Row():
             self.name = gr.Textbox("studio.safetensors", label="File", elem_id="name")
             self.replace = gr.Checkbox(False, label="Replace", elem_id="replace", min_width=100)
-        self.save = gr.Button("Save", variant="primary", elem_id="save")
+        with gr.Row():
+            self.save = gr.Button("Save", variant="primary", elem_id="save", **SMALL)
+            self.download = gr.DownloadButton("Download the recipe", visible=False, elem_id="download", **SMALL)
         self.saved = gr.Markdown("", elem_id="saved")
-        self.download = gr.DownloadButton("Download the recipe", visible=False, elem_id="download")
         gr.Markdown("### The edited model")
         with gr.Row():
             self.form = gr.Dropdown(list(FORMS), value="checkpoint", label="Form", elem_id="form")
@@ -370,7 +376,8 @@ class _Page:
                 "", label="Model", info="Empty: the loaded one. GGUF forms take a GGUF file.", elem_id="export-model"
             )
             self.export_name = gr.Textbox("studio-model", label="Folder or file", elem_id="export-name")
-        self.export = gr.Button("Export", variant="primary", elem_id="export")
+        with gr.Row():
+            self.export = gr.Button("Export", variant="primary", elem_id="export", **SMALL)
         self.exported = gr.Markdown("", elem_id="exported")
 
     def _wire(self, page: gr.Blocks) -> None:

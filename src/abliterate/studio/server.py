@@ -111,7 +111,11 @@ def make_app(studio: Studio, *, host: str = "127.0.0.1", password: str | None = 
         app, page, path="/", auth=_auth(password) if password else None,
         auth_message="The password that the studio was started with; any user name will do.", show_error=False,
         allowed_paths=[], max_file_size=MOST_BYTES, run_history=False, footer_links=[], ssr_mode=False,
-        mcp_server=False, pwa=False, theme=gr.themes.Base(primary_hue="blue", font=system, font_mono=mono),
+        mcp_server=False, pwa=False, theme=gr.themes.Base(primary_hue="blue", font=system, font_mono=mono).set(
+            block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+            body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+            button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        ),
         css=STYLE.read_text(encoding="utf-8"),
     )  # fmt: skip
     return Guarded(app, LOCAL_NAMES if is_loopback(host) else None)

@@ -154,18 +154,30 @@ class Session:
         return replace(self.recipe, edit=edit, provenance={**provenance, "scaled": [*earlier, now]})
 
     @contextmanager
-    def streaming(self) -> Iterator[bool]:
-        """Whether this stream may go on: False when another of this user's does."""
-        with self._lock:
-            mine = not self._busy
-            if mine:
-                self._busy, self.stopping = True, False
+    def streaming(self, *, take_over: bool = False) -> Iterator[bool]:
+        """Whether this stream may go on: False when another of this user's does.
+
+        Args:
+            take_over: have the other one end first.
+        """
+        mine = self._begin()
+        while take_over and not mine:
+            self.stopping = True
+            time.sleep(0.02)
+            mine = self._begin()
         try:
             yield mine
         finally:
             if mine:
                 with self._lock:
                     self._busy = False
+
+    def _begin(self) -> bool:
+        with self._lock:
+            if self._busy:
+                return False
+            self._busy, self.stopping = True, False
+            return True
 
     def ask(self, question: Question) -> Iterator[Answers]:
         """Both answers, growing token by token in turn; the edited one begins anew when a strength changes.
@@ -174,10 +186,8 @@ class Session:
             AbliterateError: when no model is loaded, or the question is empty or too long for it.
         """
         check_question(question)
-        _ = self.model
-        with self.streaming() as mine:
-            if not mine:
-                raise AbliterateError("an answer is still coming; press Stop first")
+        _ = self.model  # an error before what goes on is stopped
+        with self.streaming(take_over=True):
             self.question, self.answers = question, Answers()
             yield from self._answering(question, self.answers, both=True)
 
@@ -208,11 +218,9 @@ class Session:
 
     def grid(self, texts: Sequence[str], system: str, sampling: Sampling) -> Iterator[list[Answers]]:
         """Both answers to each of several prompts, at the strengths as they are at the start."""
-        strengths, rows = self.strengths, [Answers() for _ in texts]
-        edit = self.edit(strengths)
-        with self.streaming() as mine:
-            if not mine:
-                raise AbliterateError("an answer is still coming; press Stop first")
+        rows, edit = [Answers(strengths=self.strengths) for _ in texts], self.edit(self.strengths)
+        _ = self.model
+        with self.streaming(take_over=True):
             for row, text in zip(rows, texts, strict=True):
                 question = Question(text, system, sampling)
                 check_question(question)
