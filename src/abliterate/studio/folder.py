@@ -46,9 +46,11 @@ class Folder:
         text = name.strip()
         if not text or not text.isprintable():
             raise AbliterateError("a name is missing; type one, relative to the studio's folder")
+        if len(text) > 1000 or any(len(part.encode()) > 255 for part in text.split("/")):
+            raise AbliterateError(f"{shorten(text)} is too long for a name")
         try:
             path = (self.root / text).resolve()
-        except (OSError, RuntimeError) as error:  # too long, or links in a circle
+        except (OSError, RuntimeError) as error:  # links in a circle
             raise AbliterateError(f"{shorten(text)} is no path that can be followed") from error
         if not path.is_relative_to(self.root):
             raise AbliterateError(f"{shorten(text)} is outside the studio's folder; start it with another --folder")

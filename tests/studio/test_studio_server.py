@@ -1,0 +1,169 @@
+"""Where the page is served, to whom, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abliterate.errors import AbliterateError
+from abliterate.studio import server
+from command import abliterate, fails
+
+pytest.importorskip("gradio", reason="gradio isn't installed")
+LOCAL = "http://127.0.0.1"
+
+
+@pytest.fixture
+def studio(served, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    from abliterate.loading import load
+    from abliterate.studio.folder import Folder
+    from abliterate.studio.models import Models
+    from abliterate.studio.page import Studio
+
+    return Studio(Folder(served), Models(load), tmp_path / "gradio" / "downloads")
+
+
+@pytest.fixture
+def client(studio):
+    from starlette.testclient import TestClient
+
+    with TestClient(server.make_app(studio), base_url=LOCAL) as found:
+        yield found
+
+
+def test_the_page_asks_nothing_of_anybody_else(client):
+    page = client.get("/")
+    assert page.status_code == 200
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    config = client.get("/config").json()
+    assert config["analytics_enabled"] is False
+    assert config["run_history"] is False
+    assert "fonts.googleapis" not in page.text
+    fonts = client.get("/theme.css").text
+    assert "http" not in fonts
+    assert "system-ui" in fonts
+
+
+def test_another_name_for_this_machine_is_refused(client):
+    for host in ("evil.example", "127.0.0.1.evil.example", "evil.example:7860", ""):
+        assert client.get("/", headers={"host": host}).status_code == 421
+    assert client.get("/", headers={"host": "localhost:7860"}).status_code == 200
+
+
+def test_no_file_of_the_folder_is_served(client, served):
+    (served / "secret.txt").write_text("not for the page")
+    for path in (served / "secret.txt", served / "recipe.safetensors", "/etc/hostname", served / "x" / ".." / "secret.txt"):
+        answer = client.get(f"/gradio_api/file={path}")
+        assert answer.status_code in (403, 404), path
+        assert "not for the page" not in answer.text
+    assert client.get(f"/gradio_api/file={LOCAL}/config").status_code == 404
+
+
+def test_uploads_are_limited_in_size(client):
+    address = "/gradio_api/upload"
+    assert client.post(address, content=b"", headers={"content-length": str(2**27)}).status_code == 413
+    assert client.post(address, content=iter([b"x"]), headers={"transfer-encoding": "chunked"}).status_code == 411
+    assert client.post(address, files={"files": ("r.safetensors", b"x" * 100)}).status_code == 200
+
+
+def test_uploads_are_checked_and_not_kept(studio, tmp_path):
+    from abliterate.studio.page import _Page, build
+    from abliterate.studio.session import Session
+
+    page = _Page.__new__(_Page)
+    page.studio = studio
+    for name, event in (("x.pkl", lambda f: page.uploaded(Session(), f)), ("x.exe", page.prompts_uploaded)):
+        file = tmp_path / name
+        file.write_bytes(b"x")
+        with pytest.raises(AbliterateError, match="is not a"):
+            event(str(file))
+        assert not file.exists()
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"text": f"Name {i}\nrivers."}) + "\n" for i in range(20)))
+    assert page.prompts_uploaded(str(file)).splitlines()[:2] == ["Name 0 rivers.", "Name 1 rivers."]
+    assert not file.exists()
+    assert build(studio)
+
+
+def test_an_unforeseen_error_is_one_line_without_a_trace(capfd):
+    import gradio as gr
+
+    from abliterate.studio.page import told
+
+    def once(value):
+        raise RuntimeError("first line\n<b>second</b> " + value)
+
+    def stream(value):
+        yield 1
+        once(value)
+
+    for call in (lambda: told(once)("x" * 999), lambda: list(told(stream)("x" * 999))):
+        with pytest.raises(gr.Error) as caught:
+            call()
+        said = caught.value.message
+        assert said.startswith("RuntimeError: first line &lt;b&gt;second")
+        assert "\n" not in said and len(said) < 450
+        assert caught.value.print_exception is False
+    assert capfd.readouterr().err == ""
+
+
+def test_the_grid_escapes_what_models_and_users_write():
+    from abliterate.studio.page import grid_table
+    from abliterate.studio.session import Answers
+
+    table = grid_table(["<script>x</script>"], [Answers("<img src=x>", "I'm sorry, but I can't help with that.")], done=True)
+    assert "<script" not in table and "<img" not in table
+    assert "&lt;img src=x&gt;" in table
+    assert "0 of 1 refused by the original, 1 by the edited" in table
+
+
+def test_a_password_is_asked_for(studio):
+    from starlette.testclient import TestClient
+
+    app = server.make_app(studio, host="0.0.0.0", password="let me in")
+    with TestClient(app, base_url="http://studio.example") as client:
+        assert client.get("/config").status_code == 401
+        assert client.get("/gradio_api/startup-events").status_code == 401
+        assert client.post("/gradio_api/upload", files={"files": ("r.safetensors", b"x")}).status_code == 401
+        assert client.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
+        assert client.post("/login", data={"username": "me", "password": "let me in"}).status_code == 200
+        assert client.get("/config").status_code == 200
+        assert "let me in" not in client.get("/").text
+
+
+def test_elsewhere_only_with_a_password(served, monkeypatch):
+    for host in ("0.0.0.0", "::", "192.168.0.7", "studio.example"):
+        line = fails(served, "studio", "--host", host, "--folder", served)
+        assert "ABLITERATE_STUDIO_PASSWORD" in line
+        server.check_host(host, "given")
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
+        server.check_host(host, None)
+    monkeypatch.setenv("ABLITERATE_STUDIO_PASSWORD", "from-the-environment")
+    line = fails(served, "studio", "--host", "0.0.0.0", "--folder", served / "nowhere")
+    assert "nowhere" in line and "from-the-environment" not in line
+    assert "from-the-environment" not in abliterate("studio", "--help").out
+
+
+def test_bad_beginnings_are_one_line(served, monkeypatch):
+    assert "--recipe needs the model" in fails(served, "studio", "--recipe", "x", "--folder", served)
+    assert "not found" in fails(served, "studio", served / "nothing", "--folder", served)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        line = fails(served, "studio", "--port", taken.getsockname()[1], "--folder", served)
+    assert "--port" in line
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    assert "pip install 'abliterate[studio]'" in fails(served, "studio", "--folder", served)
+
+
+def test_the_command_line_imports_nothing_heavy():
+    code = "import sys, abliterate.cli; print([m for m in ('gradio', 'torch', 'uvicorn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout.strip() == "[]", done.stderr
