@@ -228,7 +228,7 @@ def test_prompt_that_leaves_little_room_for_an_answer(desk):
     save_tiny(desk / "gpt2", tiny("gpt2", n_layer=3, n_embd=32, n_head=4, n_positions=160))
     (desk / "bad.txt").write_bytes(texts(f"{b}: {'explain all of this very slowly ' * 7}" for b in BAD))
     (desk / "good.txt").write_bytes(texts(GOOD))
-    succeeds("run", "gpt2", "--target", "bad.txt", "--baseline", "good.txt", *OWN[:-1], "100")
+    succeeds("run", "gpt2", "--target", "bad.txt", "--baseline", "good.txt", "--method", "sweep", *OWN[:-1], "100")
 
 
 # --- the output ---
@@ -419,6 +419,7 @@ def start(desk: Path, *arguments: object) -> subprocess.Popen[str]:
         [sys.executable, "-m", "abliterate.cli", *map(str, arguments), *long],
         cwd=desk, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )  # fmt: skip
     assert process.stderr is not None
     seen = []
@@ -432,7 +433,8 @@ def start(desk: Path, *arguments: object) -> subprocess.Popen[str]:
 
 def test_ctrl_c_leaves_nothing(desk, tiny_folder):
     process = start(desk, "run", tiny_folder, *RUN)
-    assert [p.name for p in desk.iterdir()] == [f".out.{host_tag()}-{process.pid}.tmp"]
+    there = {".out.progress.json", f".out.{host_tag()}-{process.pid}.tmp"}
+    assert {p.name for p in desk.iterdir()} - {".out.progress.json.tmp"} == there
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

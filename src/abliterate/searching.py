@@ -195,12 +195,14 @@ def _fit_state(work: Work) -> FitState:
 
 def fit_file(out: str | Path) -> Path:
     """The hidden file beside an output folder in which a fit is written down while it runs."""
-    return Path(out).with_name(f".{Path(out).name}.fit.safetensors")
+    final = Path(out).absolute()
+    return final.with_name(f".{final.name}.fit.safetensors")
 
 
 def study_file(out: str | Path) -> Path:
     """The hidden journal beside an output folder in which tpe keeps its study while it runs."""
-    return Path(out).with_name(f".{Path(out).name}.study.journal")
+    final = Path(out).absolute()
+    return final.with_name(f".{final.name}.study.journal")
 
 
 def forget(out: str | Path) -> None:

@@ -51,6 +51,7 @@ class ProgressFile:
         self.path = path
         self.progress = Progress(os.getpid(), time.time())
         self.written = 0.0
+        self.has_place = path.parent.is_dir()  # no folder is made for it: a failed run must leave none
 
     def say(self, text: str) -> None:
         progress = self.progress
@@ -61,7 +62,7 @@ class ProgressFile:
     def stage(self, name: str, total: int) -> None:
         progress = self.progress
         progress.stage, progress.done, progress.total, progress.stage_started = name, 0, total, time.time()
-        if self.path.parent.is_dir():
+        if self.has_place:
             self._write()
 
     def tick(self, done: int) -> None:
@@ -70,7 +71,8 @@ class ProgressFile:
             self._write()
 
     def end(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self.has_place:
+            self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
         temporary = self.path.with_name(f"{self.path.name}.tmp")
@@ -82,7 +84,8 @@ class ProgressFile:
 
 def progress_file(out: str | Path) -> Path:
     """The hidden file beside an output in which its run's progress stands."""
-    return Path(out).with_name(f".{Path(out).name}.progress.json")
+    final = Path(out).absolute()
+    return final.with_name(f".{final.name}.progress.json")
 
 
 def read_progress(out: str | Path) -> Progress | None:

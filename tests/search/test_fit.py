@@ -182,7 +182,7 @@ def test_a_second_behaviour_can_be_kept(handle, data):
 def test_nothing_to_fit_on_is_said(handle, data):
     directions, train, validation = data
     empty = Examples([], [], train.baseline, train.answers)
-    with pytest.raises(AbliterateError, match="needs target prompts"):
+    with pytest.raises(AbliterateError, match="none of the target prompts is refused"):
         fit(handle, directions, empty, validation, RefusesWithR(), QUICK)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_the_page_asks_nothing_of_anybody_else(client):
     assert config["run_history"] is False
     assert "fonts.googleapis" not in page.text
     fonts = client.get("/theme.css").text
-    assert "http" not in fonts
+    assert not re.search(r"@import|url\(['\"]?https?:", fonts)
     assert "system-ui" in fonts
 
 
@@ -64,6 +65,12 @@ def test_no_file_of_the_folder_is_served(client, served):
         assert answer.status_code in (403, 404), path
         assert "not for the page" not in answer.text
     assert client.get(f"/gradio_api/file={LOCAL}/config").status_code == 404
+
+
+def test_addresses_that_the_page_does_not_need_are_not_served(client):
+    for path in ("gradio_api/runs", "gradio_api/info", "gradio_api/run-history/records", "gradio_api/vibe-code",
+                 "gradio_api/proxy=http://x", "docs", "openapi.json", "gradio_api/run/predict", "gradio_api/call/x"):  # fmt: skip
+        assert client.get(f"/{path}").status_code == 404, path
 
 
 def test_uploads_are_limited_in_size(client):
@@ -130,7 +137,9 @@ def test_a_password_is_asked_for(studio):
     app = server.make_app(studio, host="0.0.0.0", password="let me in")
     with TestClient(app, base_url="http://studio.example") as client:
         assert client.get("/config").status_code == 401
-        assert client.get("/gradio_api/startup-events").status_code == 401
+        for path in ("queue/data?session_hash=x", "file=/etc/hostname", "upload_progress?upload_id=x", "heartbeat/x"):
+            assert client.get(f"/gradio_api/{path}").status_code == 401, path
+        assert client.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0}).status_code == 401
         assert client.post("/gradio_api/upload", files={"files": ("r.safetensors", b"x")}).status_code == 401
         assert client.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
         assert client.post("/login", data={"username": "me", "password": "let me in"}).status_code == 200

@@ -162,8 +162,12 @@ def fit(
     """
     settings, judge, state = settings or FitSettings(), judge or LexicalJudge(), state or FitState()
     say = say or (lambda text: None)
-    if not train.target or not train.baseline:
-        raise AbliterateError("the fit needs target prompts that are refused and baseline prompts that are answered")
+    for side, prompts, does in (("target", train.target, "refused"), ("baseline", train.baseline, "answered")):
+        if not prompts:
+            raise AbliterateError(
+                f"none of the {side} prompts is {does}, so the fit has nothing to learn from; give others, "
+                "or try --method sweep"
+            )
     job = _Job(handle, directions, train, validation, judge, settings, also, state)
     if state.step:
         say(f"going on from step {state.step}; {len(state.points)} points of the frontier are there")

@@ -24,6 +24,12 @@ INSTALL = "pip install 'abliterate[studio]'"
 FIRST_PORT, PORTS = 7860, 20
 MULTIPART = 64 * 2**10  # what surrounds a file in an upload
 WRONG_PASSWORD = 1.0  # seconds until the next try
+# What the page needs of gradio's many addresses; the rest (run history, editing the app, proxies ...) isn't served.
+ROUTES = re.compile(
+    r"/(gradio_api/)?(|login|logout|login_check|config|app_id|token|theme\.css|favicon\.ico|robots\.txt|manifest\.json|"
+    r"(assets|static|svelte)/.*|queue/(join|data)|cancel|reset|heartbeat/\w+|startup-events|upload|upload_progress|"
+    r"file=(?!https?:).*)/?"
+)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
     "content-security-policy": (
@@ -136,8 +142,8 @@ def _auth(password: str) -> Callable[[str, str], Any]:
 class Guarded:
     """An ASGI application behind the checks that gradio leaves to others.
 
-    Requests for another host's name are refused, as are uploads that say they are too large and addresses that gradio
-    would fetch for the page. Answers carry HEADERS: the browser fetches nothing from elsewhere either.
+    Requests for another host's name are refused, as are addresses that the page doesn't need and uploads that say they
+    are too large. Answers carry HEADERS: the browser fetches nothing from elsewhere either.
     """
 
     def __init__(self, app: Any, names: tuple[str, ...] | None) -> None:
@@ -161,8 +167,8 @@ class Guarded:
         if self.names is not None and host not in self.names:
             return 421, "this studio serves its own machine alone"
         path = scope["path"]
-        if "file=http" in path or "/proxy=" in path:
-            return 404, "the studio fetches nothing from elsewhere"
+        if not ROUTES.fullmatch(path):
+            return 404, "the studio has no such page"
         if path.rstrip("/").endswith("/upload"):
             size = headers.get("content-length", "")
             if not size.isdigit():
