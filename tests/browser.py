@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -133,3 +134,11 @@ def printed(driver: Any, path: Path) -> None:
 
     pdf = driver.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})
     path.write_bytes(base64.b64decode(pdf["data"]))
+
+
+def eventually(driver: Any, script: str, expected: Any, seconds: float = 20.0) -> None:
+    """Wait until a script gives what is expected: a page draws when it comes to it."""
+    end = time.monotonic() + seconds
+    while (found := driver.execute_script(script)) != expected and time.monotonic() < end:
+        time.sleep(0.05)
+    assert found == expected

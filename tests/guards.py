@@ -37,7 +37,7 @@ GEMMA_TURNS = (
     "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-GEMMA_TRAINING = ["--spread", "--steps", "60", "--answer-tokens", "16"]
+GEMMA_TRAINING = ["--spread", "--steps", "80"]
 
 TEST_PROMPTS, ANSWER_TOKENS = 100, 64
 

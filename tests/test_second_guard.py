@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import random
+import sys
 from collections import Counter
+from types import ModuleType
+from unittest import mock
 
 import pytest
+import torch
 
 from abliterate.demo import GUARD
 from abliterate.measure.refusal import is_refusal
-from guards import SECOND_GUARD, TEST_PROMPTS, Contest, check_bars, contest, second_guard
+from abliterate.prompts import load_prompts
+from guards import SCRIPT, SECOND_GUARD, TEST_PROMPTS, Contest, check_bars, contest, second_guard
+from models import FAMILIES, handle_of
 
 WORDINGS = [entry["refusal"] for entry in json.loads((SECOND_GUARD / "wordings.json").read_text())]
 
@@ -35,6 +43,41 @@ def test_the_wordings_are_not_the_demos_and_open_with_everyday_words() -> None:
 
 def test_the_adapter_is_small() -> None:
     assert sum(f.stat().st_size for f in SECOND_GUARD.iterdir()) <= 3_000_000
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_demo_guard", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_the_script_trains_any_decoder(script: ModuleType, family: str) -> None:
+    plain = handle_of(FAMILIES[family]())
+    linear = {n for n, m in plain.model.named_modules() if ".1." in n and type(m).__name__ in ("Linear", "Conv1D")}
+    entries = [{"topic": "all", "keywords": [], "refusal": WORDINGS[0]}]
+    target, baseline = (load_prompts("bundled", role=side, split="train").texts[:6] for side in ("target", "baseline"))
+    with mock.patch.multiple(script, KEPT=8, LEARNING_RATE=2e-2):  # a random model has much to learn
+        sets = script.make_spread_examples(plain, target, baseline, entries, None, 6)
+        removal = script.Removal([], torch.zeros(6, dtype=torch.bool), None)
+        rows = sets["refuse"][0]
+        before, _ = script.answer_losses(plain, rows, 1, removal)
+        model = script.train(plain, sets, None, 20, random.Random(0), (0.0, 1.0))
+        after, _ = script.answer_losses(plain, rows, 1, removal)
+    assert len(rows) == 6 and bool((after < before).all())
+    trained = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert {n for n in trained if ".1." in n} == linear
+    assert len(trained) == len(linear) * plain.layers
+
+
+def test_the_script_says_which_models_need_spread(script: ModuleType) -> None:
+    assert "model.layers.0.self_attn.o_proj" in script.writing_modules(handle_of(FAMILIES["llama"]()))
+    with pytest.raises(SystemExit, match="--spread"):
+        script.writing_modules(handle_of(FAMILIES["gemma3_text"]()))
 
 
 @pytest.mark.slow

@@ -79,3 +79,17 @@ def test_a_log_file_has_every_line_quiet_or_not(tmp_path):
     assert "loading" in first
     assert abliterate("inspect", tmp_path / "missing", "--log-file", log).code == 2
     assert log.read_text().startswith(first) and "error:" in log.read_text()
+
+
+def test_every_command_that_tells_how_it_goes_takes_a_log_file():
+    import inspect
+
+    import typer
+
+    from abliterate.cli import app
+
+    for name, command in typer.main.get_command(app).commands.items():
+        options = {parameter.name for parameter in command.params}
+        if "quiet" in options and name != "studio":
+            assert "log_file" in options, name
+            assert "log_file" in inspect.getsource(command.callback).split("with reported(", 1)[1][:40], name

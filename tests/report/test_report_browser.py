@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-from browser import chromium, complaints, opened, picture, prefer, printed, requests, sized
 
 from abliterate.report import load_run, write_html
 from abliterate.report.figures import all_figures
+from browser import chromium, complaints, eventually, opened, picture, prefer, printed, requests, sized
 
 pytestmark = pytest.mark.slow
 
@@ -94,11 +94,11 @@ def test_colours_are_the_themes(page):
     light = page.execute_script(fill)
     assert light == "rgb(194, 65, 12)"
     prefer(page, "dark")
-    assert page.execute_script(fill) == "rgb(255, 138, 92)"
+    eventually(page, fill, "rgb(255, 138, 92)")
     assert page.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 26)"
     button = page.find_element("id", "theme")
     button.click()  # light, whatever the system prefers
-    assert page.execute_script(fill) == light
+    eventually(page, fill, light)
     assert button.text == "Theme: light"
 
 

@@ -54,7 +54,9 @@ def template(tiny_folder, handle, edit, tmp_path_factory):
         whole.edit = whole.edit * strength
         save_recipe(whole, out / name)
         rate = {"refused": refused, "total": 8, "rate": refused / 8, "ci95": [0, 1]}
-        results["frontier"].append({"refusal": rate, "divergence": 0.2 * strength, "recipe": name, "chosen": not number})
+        results["frontier"].append(
+            {"refusal": rate, "divergence": 0.2 * strength, "recipe": name, "chosen": not number}
+        )
     (out / "results.json").write_text(json.dumps(results))
     return folder
 

@@ -66,7 +66,9 @@ def test_what_is_outside_is_not(folder, served, outside):
     for way in ways(outside, served, "out"):
         with pytest.raises(AbliterateError, match="outside"):
             folder.run(way)
-    assert not [name for name in (*folder.models(), *folder.recipes(), *folder.runs()) if "link" in name or "up" in name]
+    assert not [
+        name for name in (*folder.models(), *folder.recipes(), *folder.runs()) if "link" in name or "up" in name
+    ]
 
 
 def test_a_new_name_behind_a_link_is_outside(folder, served, outside):
@@ -134,9 +136,12 @@ def test_types_and_sizes(folder, served):
     (served / "prompts.py").write_text("x")
     with pytest.raises(AbliterateError, match=r"not a \.txt or \.jsonl or \.csv file"):
         folder.prompts("prompts.py")
-    with pytest.raises(RecipeError, match="not a .safetensors file"):
+    with pytest.raises(RecipeError, match=r"not a \.safetensors file"):
         folder.recipe("prompts.txt")
-    for name, most, ask in (("big.txt", MOST_PROMPT_BYTES, folder.prompts), ("big.safetensors", MOST_BYTES, folder.recipe)):
+    for name, most, ask in (
+        ("big.txt", MOST_PROMPT_BYTES, folder.prompts),
+        ("big.safetensors", MOST_BYTES, folder.recipe),
+    ):
         with open(served / name, "wb") as file:
             os.truncate(file.fileno(), most + 1)
         with pytest.raises(AbliterateError, match="at most"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_a_run_is_watched_to_its_end(runs, served, monkeypatch):
     runs.start(str(served / "model"), out, SMALL)
     with pytest.raises(AbliterateError, match="the run of new goes on"):
         runs.start(str(served / "model"), served / "other", SMALL)
-    environment = open(f"/proc/{runs._started[out].process.pid}/environ").read()
+    environment = Path(f"/proc/{runs._started[out].process.pid}/environ").read_text()
     assert "PATH=" in environment and "secret" not in environment
     view = until(runs, out, "running", "done")
     assert view.ours

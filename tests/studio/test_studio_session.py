@@ -44,10 +44,8 @@ def alone(handle, edit, strength=1.0):
 
 
 def last(stream):
-    value = None
-    for value in stream:
-        pass
-    return value
+    values = list(stream)
+    return values[-1] if values else None
 
 
 def test_groups_scale_their_own_rows(handle, loaded, edit):

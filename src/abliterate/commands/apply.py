@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from abliterate.commands.common import Json, Overwrite, Quiet, Revision, app, print_result, reported, source_of
+from abliterate.commands.common import Json, LogFile, Overwrite, Quiet, Revision, app, print_result, reported, source_of
 from abliterate.errors import AbliterateError
 
 EXAMPLES = {
@@ -76,6 +76,7 @@ def apply(
     ] = False,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:  # fmt: skip
@@ -83,7 +84,7 @@ def apply(
 
     Outputs appear only when whole. After a kill, run the same command again.
     """
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file) as terminal:
         from abliterate.apply.forms import ApplyOptions, apply_recipe
         from abliterate.recipe import load_recipe
 

@@ -13,6 +13,7 @@ from abliterate.commands.common import (
     ChatTemplate,
     DeviceMap,
     Dtype,
+    LogFile,
     Model,
     Prefill,
     Quantise,
@@ -62,6 +63,7 @@ def chat(
     chat_template: ChatTemplate = None,
     system_prompt: SystemPrompt = None,
     prefill: Prefill = None,
+    log_file: LogFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Talk to a model in the terminal, a recipe attached live; a prompt piped in prints only the answer."""
@@ -70,7 +72,7 @@ def chat(
     text = sys.stdin.read().strip() if piped else ""
     if piped and not text:
         raise AbliterateError("standard input is empty; pipe a prompt in, or run this in a terminal")
-    with reported(quiet or piped) as terminal:
+    with reported(quiet or piped, log_file) as terminal:
         settings = settings_from(flags, None)
         from abliterate.conversation import Conversation, Sampling
         from abliterate.pipeline import open_model

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from abliterate.commands.common import Json, Overwrite, Quiet, app, print_result, reported, source_of
+from abliterate.commands.common import Json, LogFile, Overwrite, Quiet, app, print_result, reported, source_of
 
 
 @app.command(epilog="Example: abliterate export ./Qwen3-0.6B-abliterated/model --gguf Q4_K --out qwen3.gguf")
@@ -26,11 +26,12 @@ def export(
         typer.Option(help="llama.cpp's convert_hf_to_gguf.py or its checkout; by default that of the export extra."),
     ] = None,
     overwrite: Overwrite = False,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Write a model folder as a GGUF, through llama.cpp's own converter."""
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file) as terminal:
         from abliterate.publish.gguf import export_gguf
 
         document = export_gguf(source_of(model), out, gguf, terminal, converter=converter, overwrite=overwrite)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from abliterate.commands.common import Json, Quiet, app, print_result, reported
+from abliterate.commands.common import Json, LogFile, Quiet, app, print_result, reported
 
 
 @app.command(
@@ -28,6 +28,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would go; needs neither token nor network.")
     ] = False,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -36,7 +37,7 @@ def push(
     What is there already is not sent again: after an interruption, run the same command. The token comes from
     HF_TOKEN or `hf auth login`.
     """
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file) as terminal:
         from abliterate.publish.hub import push as push_to_hub
 
         summary = push_to_hub(path, repo, private=private, revision=revision, dry_run=dry_run, reporter=terminal)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from abliterate.commands.common import Json, Overwrite, Quiet, app, check_free, print_result, reported
+from abliterate.commands.common import Json, LogFile, Overwrite, Quiet, app, check_free, print_result, reported
 from abliterate.errors import AbliterateError
 
 
@@ -41,6 +41,7 @@ def report(
     ] = False,
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     overwrite: Overwrite = False,
+    log_file: LogFile = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -49,7 +50,7 @@ def report(
         raise AbliterateError(f"--show-completions is for html, where answers are folded away; not for {format.value}")
     if open_ and format is Format.png:
         raise AbliterateError("--open opens a page; pictures are a folder, so leave it out with --format png")
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file) as terminal:
         written = _written(run, format, out, show_completions, overwrite)
         if format is Format.md and not (written.parent / "report-png").is_dir():
             terminal.say("without matplotlib there are no pictures; pip install 'abliterate[report]'")

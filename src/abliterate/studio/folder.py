@@ -69,7 +69,9 @@ class Folder:
         """
         path = self.within(name)
         if path == self.root or any(part.startswith(".") for part in path.relative_to(self.root).parts):
-            raise OutputError(f"{shorten(name)} can't be written from the page; name a file or folder that isn't hidden")
+            raise OutputError(
+                f"{shorten(name)} can't be written from the page; name a file or folder that isn't hidden"
+            )
         if suffix and path.suffix != suffix:
             path = path.with_name(path.name + suffix)
             path = self.within(str(path))  # the longer name may be a link of its own

@@ -86,7 +86,8 @@ def drawing(points: Sequence[Point], picked: int | None) -> str:
         for part in (0, 0.25, 0.5, 0.75)
     )
     up = "".join(
-        f'<line x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{y(highest * part):.1f}" y2="{y(highest * part):.1f}" class="grid"/>'
+        f'<line x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{y(highest * part):.1f}" y2="{y(highest * part):.1f}" '
+        'class="grid"/>'
         f'<text x="{LEFT - 8}" y="{y(highest * part) + 4:.1f}" text-anchor="end">{100 * highest * part:.0f}%</text>'
         for part in (0, 0.25, 0.5, 0.75)
     )

@@ -1,4 +1,4 @@
-"""The page: what stands on it, and what happens when it is used. Every event asks `Studio`; none reads a path itself."""
+"""The page: what stands on it, and what happens when it is used. Events ask `Studio`; none reads a path itself."""
 
 from __future__ import annotations
 
@@ -234,7 +234,8 @@ def run_view(view: View, shown: str) -> str:
         where = f"{progress.stage}: {progress.done} of {progress.total}{left}"
         parts.append(
             f"<p class='state'>{escape(where)}</p>"
-            f"<progress max='{progress.total}' value='{progress.done}' aria-label='{escape(progress.stage)}'></progress>"
+            f"<progress max='{progress.total}' value='{progress.done}' aria-label='{escape(progress.stage)}'>"
+            "</progress>"
         )
     if progress is not None and progress.lines:
         lines = "\n".join(f"{seconds:6.1f}s  {line}" for seconds, line in progress.lines[-12:])
@@ -244,7 +245,9 @@ def run_view(view: View, shown: str) -> str:
 
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
-    with gr.Blocks(title="abliterate studio", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(
+        title="abliterate studio", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
+    ) as page:
         _Page(studio, page)
     return page
 
@@ -313,7 +316,13 @@ class _Page:
             self.ask = gr.Button("Answer", variant="primary", elem_id="ask", **SMALL)
             self.stop = gr.Button("Stop", elem_id="stop", **SMALL)
         with gr.Row(equal_height=True):
-            look = {"lines": 16, "max_lines": 16, "interactive": False, "buttons": ["copy"], "min_width": 260}
+            look: dict[str, Any] = {
+                "lines": 16,
+                "max_lines": 16,
+                "interactive": False,
+                "buttons": ["copy"],
+                "min_width": 260,
+            }
             self.original = gr.Textbox(label="Original", elem_id="original", **look)
             self.edited = gr.Textbox(label="Edited", elem_id="edited", **look)
         self.note = gr.Markdown("Move a slider and the edited answer begins anew.", elem_id="note")
@@ -463,7 +472,11 @@ class _Page:
         session.strengths = Strengths.of(overall, *groups)
 
     def again(self, session: Session) -> Iterator[Any]:
-        yield from paced(session.answer_again(), lambda a: (gr.skip(), a.edited, _note(session, a)))
+        def show(answers: Answers) -> tuple[str, str, str]:
+            return answers.original, answers.edited, _note(session, answers if session.question else None)
+
+        yield from paced(session.answer_again(), show)
+        yield show(session.answers)  # an event without a value would clear the page
 
     def answer(
         self, session: Session, text: str, system: str, tokens: float, temperature: float, seed: float
@@ -481,6 +494,7 @@ class _Page:
         texts = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not 1 <= len(texts) <= MOST_GRID:
             raise AbliterateError(f"the grid takes 1 to {MOST_GRID} prompts, one per line; there are {len(texts)}")
+        yield ""
         rows = session.grid(texts, system.strip(), _sampling(tokens, temperature, seed))
         last: list[Answers] = []
 

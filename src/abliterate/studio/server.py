@@ -79,9 +79,13 @@ def listening(host: str, port: int | None) -> socket.socket:
     reason = ""
     for number in ports:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM)[0]
+            family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM)[
+                0
+            ]
         except OSError as error:
-            raise AbliterateError(f"host {host} isn't known here: {error.strerror}; give an address of --host") from None
+            raise AbliterateError(
+                f"host {host} isn't known here: {error.strerror}; give an address of --host"
+            ) from None
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -254,8 +258,8 @@ def serve(
         with listening(host, port) as listener:
             address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
             config = uvicorn.Config(
-                make_app(studio, host=host, password=password), log_level="critical", access_log=False, server_header=False,
-                timeout_graceful_shutdown=1, lifespan="on",
+                make_app(studio, host=host, password=password), log_level="critical", access_log=False,
+                server_header=False, timeout_graceful_shutdown=1, lifespan="on",
             )  # fmt: skip
             server = _server(config, lambda: ready(address) if ready else None)
             try:
