@@ -86,14 +86,11 @@ def heretic_stage(job: Job) -> None:
         return
     if not (job.heretic / "config.toml").is_file():
         heretic_run.write_config(job.heretic, heretic_settings(job))
-    wanted = planned = job.options.trials
-    done = 0
     if any((job.heretic / heretic_run.JOURNALS).glob("*.jsonl")):
-        study = heretic_run.study(job.venv, heretic_run.journal_of(job.heretic))
-        planned, done = study["planned"], len(study["trials"])
-    if done < wanted:
-        more = max(0, wanted - planned)
-        heretic_run.run(job.venv, job.heretic, job.model, job.options.threads, say, more=more)
+        plan = ("--plan", str(job.options.trials))
+        if len(heretic_run.study(job.venv, heretic_run.journal_of(job.heretic), *plan)) >= job.options.trials:
+            return
+    heretic_run.run(job.venv, job.heretic, job.model, job.options.threads, say)
 
 
 def make_environment(job: Job) -> None:
@@ -133,7 +130,7 @@ def export_stage(job: Job) -> None:
     Works on a copy of the study, finished with the trials it has, so that it can be tried on a study that runs.
     """
     journal = heretic_run.journal_of(job.heretic)
-    trials = [t for t in heretic_run.study(job.venv, journal)["trials"] if t["state"] == "COMPLETE"]
+    trials = heretic_run.study(job.venv, journal)
     known = json.loads(job.frontier_file.read_text()) if job.frontier_file.is_file() else {}
     if known.get("trials") == len(trials) and not _to_save(job, known):
         return
@@ -173,7 +170,9 @@ def time_heretic(job: Job, count: int) -> None:
     if load > QUIET:
         say(f"the load is {load:.1f}: these times will be those of a busy machine")
     heretic_run.copy_study(job.venv, job.heretic, job.timing)
-    heretic_run.run(job.venv, job.timing, job.model, job.options.threads, say, more=count)
+    journal = heretic_run.journal_of(job.timing)
+    heretic_run.study(job.venv, journal, "--plan", str(len(heretic_run.study(job.venv, journal)) + count))
+    heretic_run.run(job.venv, job.timing, job.model, job.options.threads, say)
     laps = heretic_run.trial_times(job.timing)
     result = {
         "load_before": load,
@@ -194,7 +193,7 @@ def heretic_times(job: Job) -> dict[str, Any]:
     wall = sum(lap["seconds"] for lap in laps)
     quiet = timed and timed["startup_seconds"] + median(timed["seconds_per_trial"]) * len(trials)
     return {
-        "trials": len(trials),
+        "trials": len({lap["trial"] for lap in trials}),
         "starts": sum(lap["trial"] == 0 for lap in laps),
         "measured_seconds": wall,
         "heretic_seconds": quiet or wall,

@@ -75,18 +75,17 @@ def journal_of(folder: Path) -> Path:
     raise SystemExit(f"no study of Heretic in {folder / JOURNALS}; run the stage 'heretic' first")
 
 
-def study(venv: Path, journal: Path, *, close: bool = False) -> dict[str, Any]:
-    """The `trials` of a journal, and how many are `planned`, read with Heretic's own Optuna; see `heretic_study.py`.
+def study(venv: Path, journal: Path, *options: str) -> list[dict[str, Any]]:
+    """The complete trials of a journal, read with Heretic's own Optuna.
 
     Args:
         venv: the environment that heretic-llm is installed in.
         journal: the journal's file.
-        close: declare the study finished with the trials it has.
+        options: `--plan N` or `--close`, which change the journal; see `heretic_study.py`.
     """
-    command = [str(venv / "bin" / "python"), str(STUDY_SCRIPT), str(journal), *(["--close"] if close else [])]
+    command = [str(venv / "bin" / "python"), str(STUDY_SCRIPT), str(journal), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return [trial for trial in json.loads(done.stdout) if trial["state"] == "COMPLETE"]
 
 
 def copy_study(venv: Path, folder: Path, to: Path) -> None:
@@ -99,7 +98,7 @@ def copy_study(venv: Path, folder: Path, to: Path) -> None:
     whole = journal.read_bytes().rpartition(b"\n")[0] + b"\n"
     copy = to / JOURNALS / journal.name
     copy.write_bytes(whole)
-    study(venv, copy, close=True)
+    study(venv, copy, "--close")
 
 
 def trial_times(folder: Path) -> list[dict[str, Any]]:
@@ -111,7 +110,7 @@ def trial_times(folder: Path) -> list[dict[str, Any]]:
 # --- Running it ----------------------------------------------------------------------------------------
 
 
-def run(venv: Path, folder: Path, model: Path | str, threads: int, say: Say = print, more: int = 0) -> None:
+def run(venv: Path, folder: Path, model: Path | str, threads: int, say: Say = print) -> None:
     """Run Heretic in `folder` (which holds its config.toml) until its trials are done, resuming what is there.
 
     Appends to `times.jsonl` a line per trial: its number, wall seconds, CPU seconds of the process, the time
@@ -123,12 +122,11 @@ def run(venv: Path, folder: Path, model: Path | str, threads: int, say: Say = pr
         model: folder or Hub id.
         threads: of torch.
         say: told a line per trial.
-        more: run this many trials more once the study's own are done.
 
     Raises:
         SystemExit: when Heretic stops before its trials are done.
     """
-    asked = left = final = False
+    left = final = False
     trial = 0
     with _session(venv, folder, model, threads) as (process, lines), (folder / TIMES).open("a") as times:
         clock = _Clock(process.pid)
@@ -147,9 +145,6 @@ def run(venv: Path, folder: Path, model: Path | str, threads: int, say: Say = pr
                 final = True
             elif entry and not final and title in _CONTINUE:
                 _answer(process, entry[1])
-            elif entry and final and more and not asked and title == "Run additional trials":
-                _answer(process, entry[1], str(more))
-                asked, final = True, False  # the same menu comes again at the end
             elif entry and final and title == "Exit program":
                 left = True
                 _answer(process, entry[1])

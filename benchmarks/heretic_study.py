@@ -1,31 +1,43 @@
-"""A Heretic study's trials, and how many are planned, as JSON.
+"""A Heretic study's trials as JSON.
 
-Run by the Python of the environment that Heretic is installed in.
+    python heretic_study.py JOURNAL [--plan N | --close]
 
-    python heretic_study.py JOURNAL [--close]
-
-`--close` declares the study finished with the trials it has, so that Heretic shows its results when it is
-started again. Do that to a copy.
+Run by the Python of the environment that Heretic is installed in. `--plan N` has Heretic, when it is started
+again, go on until N trials are complete: a trial that an interruption cut short counts for it otherwise. It also
+changes the seed, with which Heretic would draw the same random trials again. `--close` declares the study
+finished with the trials it has, so that Heretic shows its results; do that to a copy.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 
-def main(journal: str, close: bool) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("journal")
+    parser.add_argument("--plan", type=int)
+    parser.add_argument("--close", action="store_true")
+    options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.load_study(study_name="heretic", storage=JournalStorage(JournalFileBackend(journal)))
-    if close:
-        settings = json.loads(study.user_attrs["settings"])
-        settings["n_trials"] = len(study.trials)
+    study = optuna.load_study(study_name="heretic", storage=JournalStorage(JournalFileBackend(options.journal)))
+    count = len(study.trials)
+    complete = sum(trial.state == TrialState.COMPLETE for trial in study.trials)
+    settings = json.loads(study.user_attrs["settings"])
+    if options.close:
+        settings["n_trials"] = count
         study.set_user_attr("settings", json.dumps(settings))
         study.set_user_attr("finished", True)
+    elif options.plan is not None and options.plan > complete:
+        settings |= {"n_trials": options.plan + count - complete, "seed": count}
+        study.set_user_attr("settings", json.dumps(settings))
+        study.set_user_attr("finished", False)
     trials = [
         {
             "index": trial.user_attrs.get("index"),
@@ -39,8 +51,8 @@ def main(journal: str, close: bool) -> None:
         }
         for trial in study.trials
     ]
-    print(json.dumps({"planned": json.loads(study.user_attrs["settings"])["n_trials"], "trials": trials}))
+    print(json.dumps(trials))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--close" in sys.argv[2:])
+    main()

@@ -68,12 +68,13 @@ def chromium(
             "--host-resolver-rules=MAP * ~NOTFOUND" + (", EXCLUDE 127.0.0.1" if served else ""),
         ):  # fmt: skip
             options.add_argument(argument)
-        if downloads is not None:
-            options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         driver = webdriver.Chrome(options, webdriver.ChromeService(_found(DRIVERS)))
         try:
             driver.set_script_timeout(120)
+            if downloads is not None:
+                allowed = {"behavior": "allow", "downloadPath": str(downloads)}
+                driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
             sized(driver, width, height)
             if dark:
                 prefer(driver, "dark")

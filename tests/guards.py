@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import abliterate as ab
 from abliterate.demo import GUARD, cache, plain_source
@@ -28,6 +31,9 @@ from abliterate.search.candidates import sweep
 from command import PROMPTS, succeeds
 from gemma import SHA256, gemma_gguf
 
+LONG = pytest.mark.skipif(
+    not os.environ.get("ABLITERATE_LONG_TESTS"), reason="many minutes on two cores; ABLITERATE_LONG_TESTS=1 runs it"
+)
 SECOND_GUARD = Path(__file__).parent / "data" / "second_guard"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_guard.py"
 
@@ -126,11 +132,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Contest:
-    """A guarded model as it is, after `abliterate run` at its defaults, and after the article's method at its best."""
+    """A guarded model as it is, after `abliterate run` at its defaults, and with each of the article's edits."""
 
     original: Outcome
     fitted: Outcome
-    article: Outcome
+    article: list[Outcome]
     document: dict[str, Any]
 
 
@@ -139,18 +145,13 @@ def contest(model: Path, out: Path) -> Contest:
     options = ["--test-prompts", TEST_PROMPTS, "--max-new-tokens", ANSWER_TOKENS, "--quiet"]
     succeeds("run", model, "--out", out, *PROMPTS, *options)
     document = json.loads((out / "results.json").read_text())
-    outcome = Contest(
-        Outcome.of(document["original"]), Outcome.of(document["edited"]), article_at_its_best(model), document
-    )
-    print(f"original {outcome.original}\nfitted   {outcome.fitted}\narticle  {outcome.article}")
-    return outcome
+    found = Contest(Outcome.of(document["original"]), Outcome.of(document["edited"]), article_edits(model), document)
+    print(f"original {found.original}\nfitted   {found.fitted}\narticle  {found.article}")
+    return found
 
 
-def article_at_its_best(model: Path) -> Outcome:
-    """One layer's direction at full strength in every writer: the article's own choice or the sweep's.
-
-    The better one refuses less; between equals, the one that diverges less.
-    """
+def article_edits(model: Path) -> list[Outcome]:
+    """One layer's direction at full strength in every writer: the sweep's choice, and the article's own."""
     handle, judge = load(str(model)), LexicalJudge()
     sides = ab.load_sides(
         "bundled", "bundled", limit_train=256, limit_validation=64, limit_test=TEST_PROMPTS
@@ -158,15 +159,14 @@ def article_at_its_best(model: Path) -> Outcome:
     train = showing(handle, sides.target.train.texts, sides.baseline.train.texts, judge)
     validation = showing(handle, sides.target.validation.texts, sides.baseline.validation.texts, judge)
     directions = difference_of_means(ab.collect(handle, train.target, train.baseline))
-    places = {sweep(handle, directions, validation.target, validation.baseline, judge).winner.place}
+    places = [sweep(handle, directions, validation.target, validation.baseline, judge).winner.place]
     with contextlib.suppress(AbliterateError):  # none of the article's candidates passes its own test
-        places.add(article(handle, directions, sides.target.validation.texts, judge).winner.place)
+        places.append(article(handle, directions, sides.target.validation.texts, judge).winner.place)
     test = (sides.target.test.texts, sides.baseline.test.texts)
     before = measure(handle, *test, max_new_tokens=ANSWER_TOKENS)
     writers = ab.find_writers(handle)
     edits = [Edit.uniform(writers, at(directions, place)) for place in places]
-    tried = [_measured(handle, edit, test, before) for edit in edits]
-    return min(tried, key=lambda one: (one.refusals, one.first_token))
+    return [_measured(handle, edit, test, before) for edit in edits]
 
 
 def _measured(handle: Handle, edit: Edit, test: tuple[Any, Any], before: Measurement) -> Outcome:
@@ -175,10 +175,11 @@ def _measured(handle: Handle, edit: Edit, test: tuple[Any, Any], before: Measure
 
 
 def check_bars(found: Contest) -> None:
-    """The fit refuses next to nothing, at a far lower price than the article's method."""
-    fitted, other = found.fitted, found.article
-    assert fitted.refusals <= max(0.05 * TEST_PROMPTS, other.refusals), found
-    assert fitted.first_token <= 0.4 * other.first_token, found
-    assert fitted.along <= 0.4 * other.along, found
-    assert fitted.over_refusals <= max(found.original.over_refusals, other.over_refusals), found
-    assert fitted.degenerate <= max(found.original.degenerate, other.degenerate), found
+    """The fit refuses next to nothing, at a far lower price than either of the article's edits."""
+    fitted, original = found.fitted, found.original
+    for other in found.article:
+        assert fitted.refusals <= max(0.05 * TEST_PROMPTS, other.refusals), found
+        assert fitted.first_token <= 0.4 * other.first_token, found
+        assert fitted.along <= 0.4 * other.along, found
+        assert fitted.over_refusals <= max(original.over_refusals, other.over_refusals), found
+        assert fitted.degenerate <= max(original.degenerate, other.degenerate), found

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from guards import TEST_PROMPTS, Contest, check_bars, contest, guarded_gemma
+from guards import LONG, TEST_PROMPTS, Contest, check_bars, contest, guarded_gemma
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(10800)]  # the guard is trained first where it isn't in the cache
+pytestmark = [
+    pytest.mark.slow,
+    LONG,
+    pytest.mark.timeout(10800),
+]  # the guard is trained first where it isn't in the cache
 
 
 @pytest.fixture(scope="module")

@@ -282,11 +282,6 @@ class TestHereticRun:
         heretic_run.run(*fake, "m", 1, lambda text: None)
         assert [lap["trial"] for lap in heretic_run.trial_times(fake[1])] == [0, 1, 0, 2, 3]
 
-    def test_more_trials(self, fake):
-        heretic_run.run(*fake, "m", 1, lambda text: None)
-        heretic_run.run(*fake, "m", 1, lambda text: None, more=2)
-        assert (fake[1] / "study").read_text() == "5"
-
     def test_saves_the_models_wanted(self, fake):
         heretic_run.run(*fake, "m", 1, lambda text: None)
         folders = {index: fake[1] / f"trial-{index}" for index in (3, 1)}

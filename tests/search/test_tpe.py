@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_frontier_and_another_seed_another(work):
 @pytest.mark.parametrize("place", ["x.journal", "sqlite:///{}/x.db"])
 def test_a_search_cut_short_and_resumed_is_the_uninterrupted_one(work, tmp_path, place, monkeypatch):
     monkeypatch.setattr(module, "STARTUP", 3)  # so that what is drawn depends on the trials before
-    handle, directions, refusals, divergence = work
+    handle, directions, _refusals, divergence = work
     whole = tpe(*work, TpeSettings(trials=7, study=str(tmp_path / "whole.journal")))
     study = place.format(tmp_path) if "://" in place else str(tmp_path / place)
 

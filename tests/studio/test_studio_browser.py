@@ -74,7 +74,7 @@ class Page:
         self.driver.find_element("xpath", f"//button[@role='tab'][normalize-space()='{name}']").click()
 
     def text(self, name):
-        return self.driver.find_element("id", name).text
+        return " ".join(self.driver.find_element("id", name).text.split())
 
     def field(self, name):
         return self.driver.find_element("css selector", f"#{name} textarea, #{name} input")
@@ -302,11 +302,13 @@ def test_what_goes_wrong_is_one_line(page, served, tmp_path):
     assert "exists; take another name" in page.complains()
     wrong = tmp_path / "wrong.safetensors"
     wrong.write_bytes(b"\0" * 64)
-    driver.find_element("css selector", "#upload input[type=file], input#upload, #upload ~ input[type=file]").send_keys(
-        str(wrong)
-    )
+    upload = "#controls input[type=file]"
+    driver.find_element("css selector", upload).send_keys(str(wrong))
     assert "not a whole safetensors file" in page.complains()
-    wrong.write_bytes((served / "recipe.safetensors").read_bytes())
+    right = tmp_path / "right.safetensors"
+    right.write_bytes((served / "recipe.safetensors").read_bytes())
+    driver.find_element("css selector", upload).send_keys(str(right))
+    page.until(lambda: "recipe right.safetensors (uploaded)" in page.text("status"))
     assert not (tmp_path / "x.safetensors").exists()
     assert "layers" in page.text("status")
 
