@@ -26,7 +26,11 @@ def main() -> None:
     parser.add_argument("--close", action="store_true")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.load_study(study_name="heretic", storage=JournalStorage(JournalFileBackend(options.journal)))
+    storage = JournalStorage(JournalFileBackend(options.journal))
+    if not storage.get_all_studies():  # interrupted before its first trial
+        print("[]")
+        return
+    study = optuna.load_study(study_name="heretic", storage=storage)
     count = len(study.trials)
     complete = sum(trial.state == TrialState.COMPLETE for trial in study.trials)
     settings = json.loads(study.user_attrs["settings"])
