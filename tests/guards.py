@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 import abliterate as ab
 from abliterate.demo import GUARD, cache, plain_source
@@ -31,9 +28,6 @@ from abliterate.search.candidates import sweep
 from command import PROMPTS, succeeds
 from gemma import SHA256, gemma_gguf
 
-LONG = pytest.mark.skipif(
-    not os.environ.get("ABLITERATE_LONG_TESTS"), reason="many minutes on two cores; ABLITERATE_LONG_TESTS=1 runs it"
-)
 SECOND_GUARD = Path(__file__).parent / "data" / "second_guard"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_guard.py"
 

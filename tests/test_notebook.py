@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.measure.refusal import is_refusal
+from long import LONG
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "walkthrough.ipynb"
 nbformat = pytest.importorskip("nbformat", reason="nbformat isn't installed")
@@ -39,6 +40,7 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 
 @pytest.mark.slow
+@LONG
 def test_it_runs_and_says_what_it_should(notebook, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient isn't installed")
     pytest.importorskip("ipykernel", reason="ipykernel isn't installed")

@@ -16,7 +16,8 @@ import torch
 from abliterate.demo import GUARD
 from abliterate.measure.refusal import is_refusal
 from abliterate.prompts import load_prompts
-from guards import LONG, SCRIPT, SECOND_GUARD, TEST_PROMPTS, Contest, check_bars, contest, second_guard
+from guards import SCRIPT, SECOND_GUARD, TEST_PROMPTS, Contest, check_bars, contest, second_guard
+from long import LONG
 from models import FAMILIES, handle_of
 
 WORDINGS = [entry["refusal"] for entry in json.loads((SECOND_GUARD / "wordings.json").read_text())]

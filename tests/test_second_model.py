@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from guards import LONG, TEST_PROMPTS, Contest, check_bars, contest, guarded_gemma
+from guards import TEST_PROMPTS, Contest, check_bars, contest, guarded_gemma
+from long import LONG
 
 pytestmark = [
     pytest.mark.slow,

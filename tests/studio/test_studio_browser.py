@@ -14,8 +14,9 @@ import pytest
 
 from abliterate.recipe import load_recipe
 from browser import chromium, complaints, picture, prefer, requests, sized
+from long import LONG
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, LONG]
 pytest.importorskip("gradio", reason="gradio isn't installed")
 
 
