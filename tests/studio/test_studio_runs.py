@@ -10,6 +10,7 @@ import pytest
 from abliterate.errors import AbliterateError, OutputError
 from abliterate.studio.frontier import drawing, frontier_points
 from abliterate.studio.runs import PASSWORD_VARIABLE, Runs
+from long import LONG
 
 SMALL = [
     "--target=bundled", "--baseline=bundled", "--train-prompts=8", "--validation-prompts=8", "--test-prompts=8",
@@ -33,6 +34,7 @@ def until(runs, out, *states, seconds=300):
 
 
 @pytest.mark.slow
+@LONG
 def test_a_run_is_watched_to_its_end(runs, served, monkeypatch):
     monkeypatch.setenv(PASSWORD_VARIABLE, "secret")
     out = served / "new"
@@ -51,6 +53,7 @@ def test_a_run_is_watched_to_its_end(runs, served, monkeypatch):
 
 
 @pytest.mark.slow
+@LONG
 def test_a_run_is_stopped_and_leaves_nothing(runs, served):
     out = served / "new"
     before = sorted(served.iterdir())
@@ -64,6 +67,7 @@ def test_a_run_is_stopped_and_leaves_nothing(runs, served):
 
 
 @pytest.mark.slow
+@LONG
 def test_why_a_run_failed_is_told_on_one_line(runs, served):
     out = served / "new"
     runs.start(str(served / "model"), out, ["--target=missing.txt", "--baseline=bundled"])
