@@ -2,9 +2,10 @@
 
     python benchmarks/decode.py                 # writes benchmarks/results/decode.json
 
-What `abliterate measure` runs: answers of 100 tokens to 100 target prompts, where decoding may stop once the
-verdict is settled, and to 100 baseline prompts, decoded to the limit unless they refuse, because degenerate
-answers are counted among them. `generate` does them in batches of 32. The two take turns within one process.
+Answers of at most 100 tokens to 100 target and 100 baseline prompts. `generate` does them in batches of 32; ours two
+ways: `judging`, as a search judges a point: an answer may stop once its verdict is settled; and `measuring`, as
+`abliterate measure` runs: baseline answers are decoded to the limit unless they refuse, because degenerate answers are
+counted among them. The bar is about judging; measuring is reported beside it. All take turns within one process.
 """
 
 from __future__ import annotations
@@ -67,14 +68,14 @@ def by_generate(handle: Any, texts: dict[str, list[str]], tokens: int) -> dict[s
     return {"ids": ids, "verdicts": verdicts}
 
 
-def by_abliterate(handle: Any, texts: dict[str, list[str]], tokens: int) -> dict[str, Any]:
+def ours(handle: Any, texts: dict[str, list[str]], tokens: int, baseline_stops: tuple[bool, ...]) -> dict[str, Any]:
     from abliterate.measure import judged
     from abliterate.measure.judges import LexicalJudge
 
     prompts, count = [*texts["target"], *texts["baseline"]], len(texts["target"])
     answers, refused = judged(
         handle, prompts, LexicalJudge(), max_new_tokens=tokens,
-        stop_on=lambda index: (True, False) if index < count else (True,),
+        stop_on=lambda index: (True, False) if index < count else baseline_stops,
     )  # fmt: skip
     parts = {"target": slice(count), "baseline": slice(count, None)}
     return {
@@ -84,7 +85,16 @@ def by_abliterate(handle: Any, texts: dict[str, list[str]], tokens: int) -> dict
     }
 
 
-WAYS = {"generate": by_generate, "abliterate": by_abliterate}
+def by_judging(handle: Any, texts: dict[str, list[str]], tokens: int) -> dict[str, Any]:
+    return ours(handle, texts, tokens, (True, False))
+
+
+def by_measuring(handle: Any, texts: dict[str, list[str]], tokens: int) -> dict[str, Any]:
+    return ours(handle, texts, tokens, (True,))
+
+
+OURS = {"judging": by_judging, "measuring": by_measuring}
+WAYS: dict[str, Any] = {"generate": by_generate, **OURS}
 
 
 def timed(way: str, handle: Any, texts: dict[str, list[str]], tokens: int) -> tuple[dict[str, Any], dict[str, float]]:
@@ -94,7 +104,7 @@ def timed(way: str, handle: Any, texts: dict[str, list[str]], tokens: int) -> tu
 
 
 def agreement(handle: Any, texts: dict[str, list[str]], theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """How many verdicts and texts are the same; a stopped answer must be the other's beginning.
+    """How many verdicts and texts are the same; a stopped answer should be the other's beginning.
 
     For every text that differs: by how much, at the first token that does, the likelier of the two tokens leads
     in the model's logits when each prompt is run alone.
@@ -135,7 +145,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import abliterate
-    from abliterate.measure.decode import BATCH as OURS
+    from abliterate.measure.decode import BATCH as OUR_BATCH
 
     torch.set_num_threads(arguments.threads)
     load_average = os.getloadavg()[0]
@@ -153,24 +163,29 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     middle = {way: {key: statistics.median(run[key] for run in runs[way]) for key in runs[way][0]} for way in WAYS}
     # the two of a turn met the same neighbours: their ratio is steadier than either
     ratios = {
-        key: [ours[key] and theirs[key] / ours[key] for theirs, ours in zip(*runs.values(), strict=True)]
-        for key in ("seconds", "cpu_seconds")
+        way: {
+            key: [theirs[key] / own[key] for theirs, own in zip(runs["generate"], runs[way], strict=True)]
+            for key in ("seconds", "cpu_seconds")
+        }
+        for way in OURS
     }
     return {
         "model": Path(handle.source).name,
         "dtype": str(handle.dtype).removeprefix("torch."),
         "prompts": f"{arguments.prompts} target + {arguments.prompts} baseline",
         "max_new_tokens": arguments.tokens,
-        "batch_size": {"generate": BATCH, "abliterate": OURS},
+        "batch_size": {"generate": BATCH, "abliterate": OUR_BATCH},
         "threads": arguments.threads,
         "load_average_before": load_average,
         "note": "quiet machine" if load_average < QUIET else "busy machine: trust the ratios, of CPU seconds first",
         "median": middle,
-        "times_as_fast": {key: statistics.median(values) for key, values in ratios.items()},
+        "times_as_fast": {
+            way: {key: statistics.median(values) for key, values in by_key.items()} for way, by_key in ratios.items()
+        },
         "times_as_fast_by_turn": ratios,
         "tokens_run": {way: sum(len(row) for side in SIDES for row in found[way]["ids"][side]) for way in WAYS},
         "refused": {way: {side: sum(found[way]["verdicts"][side]) for side in SIDES} for way in WAYS},
-        "agreement": agreement(handle, texts, found["generate"], found["abliterate"]),
+        "agreement": {way: agreement(handle, texts, found["generate"], found[way]) for way in OURS},
         "runs": runs,
         "machine": {"cores": os.cpu_count(), "system": platform.system()},
         "versions": {"python": platform.python_version()}
@@ -191,13 +206,15 @@ def main() -> None:
     results = compare(arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    same, ratio = results["agreement"], results["times_as_fast"]
-    print(f"{ratio['seconds']:.1f} times as fast by the clock, {ratio['cpu_seconds']:.1f} in CPU seconds")
-    print(json.dumps(same))
-    if same["verdicts"]["same"] < same["verdicts"]["of"]:
-        raise SystemExit("verdicts differ")
+    for way in OURS:
+        same, ratio = results["agreement"][way], results["times_as_fast"][way]
+        print(f"{way}: {ratio['seconds']:.1f} times as fast by the clock, {ratio['cpu_seconds']:.1f} in CPU seconds")
+        print(json.dumps({name: value for name, value in same.items() if isinstance(value, dict)}))
+        if same["verdicts"]["same"] < same["verdicts"]["of"]:
+            raise SystemExit("verdicts differ")
     # on a busy machine the clock says who got the cores
-    if ratio["seconds" if results["load_average_before"] < QUIET else "cpu_seconds"] < FASTER_BAR:
+    clock = "seconds" if results["load_average_before"] < QUIET else "cpu_seconds"
+    if results["times_as_fast"]["judging"][clock] < FASTER_BAR:
         raise SystemExit(f"missed the bar: {FASTER_BAR:g} times as fast")
 
 

@@ -238,11 +238,13 @@ def our_points(job: Job) -> list[dict[str, Any]]:
     document = json.loads((job.ours / "results.json").read_text())
     times = json.loads(job.ours_times.read_text()) if job.ours_times.is_file() else {}
     whole, cpu = times.get("seconds"), times.get("cpu_seconds")
+    # a point counts from the run's start; what the process did outside its stages (imports first of all) is added
+    outside = max(0.0, whole - sum(document["timings_s"].values())) if whole else 0.0
     # a method that finds one edit has no frontier but that
     listed = document.get("frontier") or [{"recipe": "recipe.safetensors", "chosen": True}]
     points = []
     for number, point in enumerate(listed):
-        seconds = point.get("seconds", whole)
+        seconds = point["seconds"] + outside if "seconds" in point else whole
         points.append(
             {
                 "name": f"ours {number}",

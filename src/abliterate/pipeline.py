@@ -37,6 +37,7 @@ from abliterate.reporting import Reporter as Reporter
 from abliterate.reporting import Silent as Silent
 from abliterate.reporting import Tick
 from abliterate.search.candidates import Choice, Choose, Show
+from abliterate.search.frontier import FrontierPoint
 from abliterate.searching import Work, forget, search
 from abliterate.settings import LoadSettings, PromptSettings, RunSettings
 from abliterate.showing import FILTER_TOKENS as FILTER_TOKENS
@@ -64,6 +65,7 @@ class Result:
 @dataclass
 class _Clock:
     seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -201,7 +203,7 @@ def run(
             document = _document(handle, settings, sides, shown, choice, original, edited, proofs, clock)
             document["recipe"]["tied"] = tied
             save_recipe(_recipe(handle, choice, document), folder / "recipe.safetensors")
-            document["frontier"] = _save_frontier(handle, choice, document, folder)
+            document["frontier"] = _save_frontier(handle, choice, document, folder, clock)
             _save_model(_to_save(handle, choice.edit, settings), folder / "model")
             write_card(folder / "model" / "README.md", handle, document)
         document["timings_s"] = clock.seconds
@@ -457,7 +459,9 @@ def _document(
     }
 
 
-def _save_frontier(handle: Handle, choice: Choice, document: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _save_frontier(
+    handle: Handle, choice: Choice, document: dict[str, Any], folder: Path, clock: _Clock
+) -> list[dict[str, Any]]:
     """A recipe per point of the frontier, with what validation found; the chosen one is marked."""
     listed = []
     for number, point in enumerate(choice.frontier):
@@ -467,8 +471,15 @@ def _save_frontier(handle: Handle, choice: Choice, document: dict[str, Any], fol
         whole = _recipe(handle, replace(choice, edit=point.edit), document)
         kept = {k: v for k, v in whole.provenance.items() if k not in ("original", "edited")}
         save_recipe(replace(whole, provenance={**kept, "validation": validation}), folder / name)
-        listed.append({**validation, "recipe": name, "chosen": point.edit is choice.edit})
+        listed.append({**validation, **_found(point, clock), "recipe": name, "chosen": point.edit is choice.edit})
     return listed
+
+
+def _found(point: FrontierPoint, clock: _Clock) -> dict[str, float]:
+    """How long after the run's start a point was there, and the process's CPU seconds until then."""
+    if point.found is None:
+        return {}
+    return {"seconds": round(point.found.clock - clock.started, 1), "cpu_seconds": round(point.found.cpu, 1)}
 
 
 def _span(edit: Edit) -> dict[str, float]:

@@ -32,7 +32,7 @@ from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.model import Handle
 from abliterate.search.fit_state import FitState
-from abliterate.search.frontier import FrontierPoint, choose, non_dominated
+from abliterate.search.frontier import FrontierPoint, Moment, choose, non_dominated
 from abliterate.search.packed import Packer
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
 from abliterate.writers import Writer, find_writers
@@ -417,7 +417,7 @@ class _Job:
             _, refused = judged(self.handle, prompts, self.judge, max_new_tokens=settings.decode_tokens)
             drift = compare(self.handle, self.held_out)
         note = {"weight": weight, "divergence_along": drift.answer, "step": self.state.step}
-        return FrontierPoint(edit, Rate(sum(refused), len(refused)), drift.first_token, note)
+        return FrontierPoint(edit, Rate(sum(refused), len(refused)), drift.first_token, note, Moment.now())
 
 
 def blocks_to_edit(directions: Directions, layers: int) -> range:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from abliterate.edit import Edit
 from abliterate.errors import AbliterateError
 from abliterate.measure.rates import Rate
+
+
+class Moment(NamedTuple):
+    """When a point was there: readings of time.monotonic() and time.process_time(), in seconds."""
+
+    clock: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        return cls(time.monotonic(), time.process_time())
 
 
 @dataclass(frozen=True)
@@ -20,12 +32,15 @@ class FrontierPoint:
         refused: of decoded answers to target prompts.
         divergence: from the original on baseline prompts that it answers, in nats.
         note: how the search came to it; plain JSON.
+        found: when this process had it, None for one from an earlier process. It is no part of a recipe, which
+            the same seed gives again to the byte.
     """
 
     edit: Edit
     refused: Rate
     divergence: float
     note: dict[str, Any] = field(default_factory=dict)
+    found: Moment | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return {"refusal": self.refused.to_json("refused"), "divergence": self.divergence, **self.note}
