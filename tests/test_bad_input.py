@@ -353,12 +353,6 @@ def test_options(desk, tiny_folder, options, said):
         assert part in line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
-def test_quantise_without_cuda(desk, tiny_folder):
-    line = fails(desk, "run", tiny_folder, *RUN, "--quantise", "4bit")
-    assert "--quantise 4bit needs a CUDA device" in line
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [("a = [", "not valid TOML"), ("[search]\nzork = 1", "search.zork"), ("search = 1", "search")],

@@ -73,9 +73,9 @@ def _quantised() -> Finding:
     import torch
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        return Finding(False, "4- and 8-bit loading: not installed; with CUDA, pip install 'abliterate[quantised]'")
-    ok = torch.cuda.is_available()
-    return Finding(ok, "4- and 8-bit loading: ready" if ok else "4- and 8-bit loading: needs CUDA")
+        return Finding(False, "4- and 8-bit loading: not installed; pip install 'abliterate[quantised]'")
+    where = "ready" if torch.cuda.is_available() else "ready, on the CPU: saves memory, not time"
+    return Finding(True, f"4- and 8-bit loading: {where}")
 
 
 def _hub() -> Finding:

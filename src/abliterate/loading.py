@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def load(
         dtype: "auto" tries bfloat16, float16, float32 in turn and keeps the first that runs with finite
             logits; or one of these names.
         device_map: as in transformers ("auto", "cpu", "cuda:0"); None means "auto" where CUDA is, else CPU.
-        quantise: "4bit" or "8bit" through bitsandbytes, on CUDA.
+        quantise: "4bit" or "8bit" through bitsandbytes; without a GPU it computes on the CPU, to save memory, not time.
         revision: Hub commit, branch or tag.
         trust_remote_code: run model code that comes with the Hub repository.
         chat_template, system_prompt, prefill: see `chat.format_prompts`.
@@ -195,6 +196,8 @@ def _from_pretrained(source: str, where: str, options: dict[str, Any]) -> Any:
     except Exception as error:
         raise ModelError(_explain(source, error)) from error
     model, info = loaded
+    if "quantization_config" in options:
+        _keep_gradients(model)
     if "gguf_file" in options:
         forget_quantisation(model)
     elif info["missing_keys"]:
@@ -243,14 +246,24 @@ def _bitsandbytes(quantise: str) -> Any:
 
     if quantise not in ("4bit", "8bit"):
         raise ModelError(f"unknown quantisation '{quantise}'; choose 4bit or 8bit")
-    if not torch.cuda.is_available():
-        raise ModelError(f"--quantise {quantise} needs a CUDA device, and there is none here; leave it out")
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(f'--quantise {quantise} needs bitsandbytes: pip install "abliterate[quantised]"')
     if quantise == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=True,
     )  # fmt: skip
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU: gradients don't pass the kernel for the packed ones.
+
+    It repacks a layer at its first forward without gradients, for good, and gives zeros for gradients from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @torch.inference_mode()

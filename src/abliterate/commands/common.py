@@ -54,7 +54,7 @@ Dtype = Annotated[
 DeviceMap = Annotated[
     str | None, typer.Option(help="As in transformers: auto, cpu, cuda:0.", rich_help_panel=LOADING_PANEL)
 ]
-Quantise = Annotated[str | None, typer.Option(help="4bit or 8bit, on CUDA.", rich_help_panel=LOADING_PANEL)]
+Quantise = Annotated[str | None, typer.Option(help="4bit or 8bit, to save memory.", rich_help_panel=LOADING_PANEL)]
 Revision = Annotated[str | None, typer.Option(help="Hub commit, branch or tag.", rich_help_panel=LOADING_PANEL)]
 Trust = Annotated[
     bool | None,
