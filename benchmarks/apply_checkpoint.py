@@ -1,17 +1,24 @@
 """Time and memory of `abliterate apply --as checkpoint` against `cp -r` of the same checkpoint.
 
-    python benchmarks/apply_checkpoint.py       # writes benchmarks/results/apply_checkpoint.json; 13 GB of disk
+    python benchmarks/apply_checkpoint.py       # writes benchmarks/results/apply_checkpoint.json; 9 GB of disk
 
-A synthetic Llama of 4 GiB in 8 shards (the shapes of an 8B's blocks) is copied and edited in turn, some times. Before
-each, the output before is removed, the disk synced and the source read, so that both find it in memory: with
-`--cold` it is dropped from memory instead. Both write to the page cache and sync nothing. The time of apply is that
-of its whole process, interpreter and imports included; its memory is the process's peak, as the kernel counts it.
+A synthetic Llama of 4 GiB in 8 shards (the shapes of an 8B's blocks) is copied and edited in turn, each as often as
+`--rounds` says, and each is first in every other round. Before every run, of the one as of the other: what the run
+before wrote is removed and the disk synced; the source is read, so that it lies in memory (with `--cold` it is dropped
+from there instead); and as much memory as will be written is touched and let go again. The last is for virtual
+machines whose host takes free pages back: whoever writes first then waits for the host, four times as long as the
+copying takes, and which of the two that is would be chance. With pages at hand `cp` is at its fastest, so this is the
+strict way to compare. Both write to the page cache and sync nothing. The time of apply is that of its whole process,
+interpreter and imports included; its memory is the process's peak, as the kernel counts it. The ratio is that of the
+median times; the ratio of each round's two neighbours is in the result too, and the median of these has to meet the
+bar as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -20,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,9 +132,10 @@ def check(folder: Path) -> None:
                 assert part.norm() < 0.01 * was.norm(), name
 
 
-def settle(folder: Path, output: Path, cold: bool) -> None:
-    """Remove the output, let the disk be done, and bring the source into memory, or drop it from there."""
-    shutil.rmtree(output, ignore_errors=True)
+def settle(folder: Path, outputs: Iterable[Path], size: int, cold: bool) -> None:
+    """Bring the machine into the state in which every run starts, whichever it is (see above)."""
+    for output in outputs:
+        shutil.rmtree(output, ignore_errors=True)
     os.sync()
     buffer = bytearray(2**24)
     for file in sorted((folder / "model").iterdir()):
@@ -136,6 +145,15 @@ def settle(folder: Path, output: Path, cold: bool) -> None:
             else:
                 while source.readinto(buffer):
                     pass
+    child("touch", size)
+
+
+def touch(size: int) -> None:
+    """Write to every page of this much memory; it is let go when the process ends."""
+    with mmap.mmap(-1, size) as pages:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        pages[:: mmap.PAGESIZE] = b"x" * len(range(0, size, mmap.PAGESIZE))
 
 
 def timed(command: list[str]) -> Run:
@@ -150,31 +168,33 @@ def timed(command: list[str]) -> Run:
     return Run(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
-def compare(folder: Path, rounds: int, cold: bool) -> dict[str, Any]:
-    """Copy and edit in turn; the numbers of each."""
+def compare(folder: Path, size: int, rounds: int, cold: bool) -> dict[str, Any]:
+    """Copy and edit in turn; the numbers of each. What was edited last is left."""
     copy, edited = folder / "copy", folder / "edited"
     commands = {
-        "cp": (copy, ["cp", "-r", str(folder / "model"), str(copy)]),
-        "apply": (edited, [
+        "cp": ["cp", "-r", str(folder / "model"), str(copy)],
+        "apply": [
             sys.executable, "-m", "abliterate.cli", "apply", str(folder / "recipe.safetensors"), str(folder / "model"),
             "--out", str(edited), "--quiet", "--json",
-        ]),
+        ],
     }  # fmt: skip
     runs: dict[str, list[Run]] = {"cp": [], "apply": []}
     loads = []
     for index in range(rounds):
         for way in ("cp", "apply") if index % 2 == 0 else ("apply", "cp"):
-            output, command = commands[way]
-            settle(folder, output, cold)
+            settle(folder, (copy, edited), size, cold)
             loads.append(os.getloadavg()[0])
-            runs[way].append(timed(command))
+            runs[way].append(timed(commands[way]))
             print(f"{way:6} {runs[way][-1].seconds:6.2f} s, CPU {runs[way][-1].cpu:5.2f} s", file=sys.stderr)
-            if way == "cp":
-                shutil.rmtree(copy)
+    if not edited.exists():
+        timed(commands["apply"])  # for `check`
     medians = {way: statistics.median(run.seconds for run in found) for way, found in runs.items()}
+    ratios = [ours.seconds / theirs.seconds for ours, theirs in zip(runs["apply"], runs["cp"], strict=True)]
     return {
         "source": "cold" if cold else "in memory",
         "ratio": round(medians["apply"] / medians["cp"], 3),
+        "median_ratio_of_rounds": round(statistics.median(ratios), 3),
+        "ratio_of_rounds": [round(ratio, 3) for ratio in ratios],
         "seconds": {way: [round(run.seconds, 2) for run in found] for way, found in runs.items()},
         "cpu_seconds": {way: [round(run.cpu, 2) for run in found] for way, found in runs.items()},
         "median_seconds": {way: round(value, 2) for way, value in medians.items()},
@@ -183,8 +203,9 @@ def compare(folder: Path, rounds: int, cold: bool) -> dict[str, Any]:
     }
 
 
-def child(step: str, folder: Path) -> None:
-    subprocess.run([sys.executable, __file__, "--step", step, "--folder", str(folder)], check=True)
+def child(step: str, what: Path | int) -> None:
+    """Do a step in a process of its own: this one must stay small, and quiet."""
+    subprocess.run([sys.executable, __file__, "--step", step, str(what)], check=True)
 
 
 def processor() -> str:
@@ -195,30 +216,36 @@ def processor() -> str:
 def main() -> None:
     """Build, compare, check, write the result, and fail when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cold", action="store_true", help="also with the source dropped from memory")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--step", choices=("build", "check"), help=argparse.SUPPRESS)
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        {"build": build, "check": check}[arguments.step](arguments.folder)
+        step, what = arguments.step
+        touch(int(what)) if step == "touch" else {"build": build, "check": check}[step](Path(what))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         child("build", folder)
         size = sum(file.stat().st_size for file in (folder / "model").iterdir())
-        results = [compare(folder, arguments.rounds, cold) for cold in ([False, True] if arguments.cold else [False])]
+        states = [False, True] if arguments.cold else [False]
+        results = [compare(folder, size, arguments.rounds, cold) for cold in states]
         child("check", folder)
     largest = max(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for _, shape in tensors()) / 2**20
     bar = MEMORY_BAR_TENSORS * largest + MEMORY_BAR_MB
     document = {
+        "protocol": "before each run, of either: outputs removed, disk synced, source read (or, cold, dropped from "
+        "memory), as much memory touched as will be written; order alternates; times are of whole processes",
         "checkpoint": {"gib": round(size / 2**30, 2), "shards": SHARDS, "largest_tensor_mb": round(largest, 1)},
         "results": results,
         "bars": {"ratio": TIME_BAR, "peak_mb": round(bar, 1)},
-        "passed": all(r["ratio"] <= TIME_BAR and r["peak_mb"] <= bar for r in results),
+        "passed": all(
+            max(r["ratio"], r["median_ratio_of_rounds"]) <= TIME_BAR and r["peak_mb"] <= bar for r in results
+        ),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(),
-                    "torch": version("torch"), "transformers": version("transformers")},
+                    "numpy": version("numpy")},
     }  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(document, indent=2) + "\n")

@@ -31,6 +31,7 @@ def write_model(
     inner: int = INNER,
     untied: bool = False,
     biases: bool = False,
+    down_biases: bool = False,
     experts: int = 0,
     seed: int = 0,
 ) -> Path:
@@ -58,6 +59,8 @@ def write_model(
             matrices[f"blk.{block}.ffn_down.weight"] = random(width, inner)
         if biases:
             vectors[f"blk.{block}.attn_output.bias"] = random(width)
+        if down_biases:
+            vectors[f"blk.{block}.ffn_down.bias"] = random(width)
     for name, values in matrices.items():
         writer.add_tensor(name, pack(values, kind), raw_dtype=GGMLQuantizationType[kind])
     for name, values in vectors.items():

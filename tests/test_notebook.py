@@ -1,4 +1,4 @@
-"""The notebook is executed, and its key cells gave what their text says."""
+"""The notebook is executed at smaller sizes, and its key cells gave what their text says."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from abliterate.measure.refusal import is_refusal
-from long import LONG
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "walkthrough.ipynb"
+SIZES = {"TRAIN": 24, "VALIDATION": 12, "TEST": 12, "TOKENS": 24, "TRIED": 6, "DECODED": 2}
 nbformat = pytest.importorskip("nbformat", reason="nbformat isn't installed")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
@@ -29,6 +29,21 @@ def test_outputs_are_stripped_and_every_cell_is_explained(notebook):
             assert before is not None and before.cell_type == "markdown" and len(before.source) > 40, cell.source
 
 
+def parameters(notebook):
+    """The cell with the sizes, as papermill would find it."""
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    return cell
+
+
+def test_the_sizes_stand_in_one_cell(notebook):
+    found: dict[str, int] = {}
+    exec(parameters(notebook).source, found)
+    assert {name for name in found if name.isupper()} == set(SIZES)
+    assert all(found[name] > size for name, size in SIZES.items())
+    rest = "".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert all(rest.count(name) > 1 for name in SIZES)
+
+
 def printed(cell) -> str:
     return "".join(output.get("text", "") for output in cell.outputs if output.output_type == "stream")
 
@@ -40,14 +55,16 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 
 @pytest.mark.slow
-@LONG
 def test_it_runs_and_says_what_it_should(notebook, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient isn't installed")
     pytest.importorskip("ipykernel", reason="ipykernel isn't installed")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the notebook's own folder goes
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-                            ).execute()  # fmt: skip
+    parameters(notebook).source = "\n".join(f"{name} = {size}" for name, size in SIZES.items())
+    nbclient.NotebookClient(
+        notebook, timeout=1800, startup_timeout=600, iopub_timeout=600, raise_on_iopub_timeout=True,
+        kernel_name="python3", resources={"metadata": {"path": tmp_path}},
+    ).execute()  # fmt: skip
     said = {
         name: printed(cell)
         for cell in notebook.cells
@@ -56,15 +73,15 @@ def test_it_runs_and_says_what_it_should(notebook, tmp_path, monkeypatch):
         if KEYS[name] in cell.source
     }
     assert set(said) == set(KEYS)
-    assert numbers(r"train: (\d+) of 48 target", said["filter"])[0] > 40
+    assert numbers(rf"train: (\d+) of {SIZES['TRAIN']} target", said["filter"])[0] > 0.8 * SIZES["TRAIN"]
     assert numbers(r"left: (\S+)", said["proof"])[0] < 0.05
     (refused, total) = numbers(r"refused: (\d+) of (\d+);", said["before"])
-    assert refused / total > 0.85
+    assert refused / total > 0.8
     assert "chosen: layer" in said["sweep"]
     original, total = numbers(r"original: (\d+) of (\d+) refused", said["after"])
     edited, _ = numbers(r"edited: (\d+) of (\d+) refused", said["after"])
     assert original == refused
-    assert edited / total < 0.3
+    assert edited / total < 0.4
     first, along = numbers(r"divergence: (\S+) nats at the first token, (\S+) along", said["after"])
     assert 0 < first < 1.5
     assert 0 < along < 1.5

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from abliterate import recipe as module
+from abliterate import recipe_file as module
 from abliterate.edit import Edit, Shift, orthonormal
 from abliterate.errors import OutputError, RecipeError
 from abliterate.recipe import KEY, Recipe, check_model, load_recipe, save_recipe

@@ -153,14 +153,54 @@ def collect(
     return Activations(statistics[0], statistics[1])
 
 
+def collect_rows(
+    handle: Handle,
+    target: Sequence[Sequence[int]],
+    baseline: Sequence[Sequence[int]],
+    *,
+    positions: int = 1,
+    answers: tuple[Sequence[int], Sequence[int]] | None = None,
+    batch_size: int = 32,
+    winsorise: float | None = None,
+    keep_vectors: bool = False,
+    tick: Tick | None = None,
+) -> Activations:
+    """`collect` over token ids, at their last positions or averaged along the answers that they end with.
+
+    Args:
+        handle: a loaded model.
+        target, baseline: token ids of each row.
+        positions: last positions to read, where `answers` is None.
+        answers: how many of each row's last tokens are its answer, per side: what is kept of a row is then the mean
+            of the stream over them, as one position.
+        batch_size, winsorise, keep_vectors, tick: as for `collect`.
+
+    Raises:
+        PromptError: when a side is empty, or a row is shorter than what is read of it.
+        NonFiniteError: naming the layer where the stream is NaN or infinite.
+    """
+    statistics = []
+    for place, ids in enumerate((target, baseline)):
+        if not len(ids):
+            raise PromptError("collecting needs rows on both sides; one side is empty")
+        lengths = answers[place] if answers else [positions] * len(ids)
+        if not all(0 < length <= len(row) for row, length in zip(ids, lengths, strict=True)):
+            raise PromptError("an answer is empty, or a row is shorter than what is to be read of it")
+        prefix = share_prefix(handle, ids, keep=max(lengths))
+        along = list(lengths) if answers else None
+        statistics.append(_side(handle, ids, prefix, positions, batch_size, winsorise, keep_vectors, tick, along))
+    return Activations(statistics[0], statistics[1])
+
+
 @torch.inference_mode()
 def _side(
     handle: Handle, ids: Sequence[Sequence[int]], prefix: Prefix, positions: int, batch_size: int,
-    winsorise: float | None, keep_vectors: bool, tick: Tick | None,
+    winsorise: float | None, keep_vectors: bool, tick: Tick | None, along: Sequence[int] | None = None,
 ) -> SideStatistics:  # fmt: skip
     running = _Running(keep_vectors)
     for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
-        stream = _read(handle, [ids[i] for i in batch], prefix, positions)
+        rows, lengths = [ids[i] for i in batch], [along[i] for i in batch] if along else None
+        stream = _read(handle, rows, prefix, positions, lengths)
         check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
         running.add(winsorised(stream, winsorise) if winsorise else stream, batch)
         if tick:
@@ -169,14 +209,17 @@ def _side(
 
 
 def _read(
-    handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix, positions: int
+    handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix, positions: int, along: Sequence[int] | None = None
 ) -> Float[Tensor, "prompt layer site position d_model"]:
-    """The stream of one batch at every site's last positions, on the CPU in the model's dtype."""
+    """The stream of one batch at every site's last positions, on the CPU in the model's dtype.
+
+    With `along`, the mean over so many last tokens of each row instead, in float32.
+    """
     read: Tensor | None = None
 
     def look(layer: int, site: str, stream: Tensor) -> None:
         nonlocal read
-        last = stream[:, -positions:]
+        last = stream[:, -positions:] if along is None else _means(stream, along)
         if read is None:
             shape = (len(rows), handle.layers, len(SITES), *last.shape[1:])
             read = torch.full(shape, float("nan"), dtype=last.dtype)
@@ -188,6 +231,14 @@ def _read(
         handle.hidden_states(**arguments)
     assert read is not None
     return read
+
+
+def _means(
+    stream: Float[Tensor, "prompt token d_model"], along: Sequence[int]
+) -> Float[Tensor, "prompt one d_model"]:
+    """Each row's mean over its last tokens, as many as `along` says; rows are padded on the left."""
+    means = [row[-length:].float().mean(0) for row, length in zip(stream, along, strict=True)]
+    return torch.stack(means)[:, None]
 
 
 def winsorised(vectors: Float[Tensor, "*any d_model"], quantile: float) -> Float[Tensor, "*any d_model"]:

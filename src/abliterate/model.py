@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from abliterate.chat import check_context, format_prompts
 from abliterate.errors import ModelError, NonFiniteError
+from abliterate.recipe_file import config_hash as config_hash
 
 if TYPE_CHECKING:
     from abliterate.edit import Edit
@@ -211,19 +210,6 @@ class Handle:
         from abliterate.apply.weights import bake
 
         bake(self, edit, keep_tied=keep_tied)
-
-
-# Fields that differ between copies of one model (its path, its version of transformers, what baking itself changes).
-_UNSHAPED = (
-    "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config",
-    "tie_word_embeddings", "architectures", "use_cache",
-)  # fmt: skip
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    """Sha256 (hex, 64 characters) of a config, without the fields that differ between copies of one model."""
-    kept = {k: v for k, v in config.items() if k not in _UNSHAPED}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

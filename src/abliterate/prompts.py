@@ -122,8 +122,8 @@ def load_prompts(
 
 
 def load_sides(
-    target: str | None = None,
-    baseline: str | None = None,
+    target: str | Sequence[str] | None = None,
+    baseline: str | Sequence[str] | None = None,
     *,
     target_column: str | None = None,
     baseline_column: str | None = None,
@@ -139,8 +139,8 @@ def load_sides(
     bundled prompts if the Hub can't be reached, and then `notes` says so.
 
     Args:
-        target: source of the prompts that show the behaviour, as for `load_prompts`.
-        baseline: source of the prompts that don't.
+        target: source of the prompts that show the behaviour, as for `load_prompts`, or their texts.
+        baseline: source of the prompts that don't, or their texts.
         target_column: the target's column with the prompts; guessed if None.
         baseline_column: the baseline's column with the prompts; guessed if None.
         seed: of every cut and of every sample taken to meet a limit.
@@ -156,11 +156,8 @@ def load_sides(
         >>> len(sides.target.train), len(sides.target.validation), len(sides.target.test)
         (117, 60, 200)
     """
-    limits = {"train": limit_train, "validation": limit_validation, "test": limit_test}
-    for name, limit in limits.items():
-        if limit is not None and limit < 1:
-            raise PromptError(f"the limit of {limit} prompts for the {name} split leaves none; use 1 or more")
-    sources: dict[Role, str | None] = {"target": target, "baseline": baseline}
+    limits = _checked({"train": limit_train, "validation": limit_validation, "test": limit_test})
+    sources: dict[Role, str | Sequence[str] | None] = {"target": target, "baseline": baseline}
     columns: dict[Role, str | None] = {"target": target_column, "baseline": baseline_column}
     read, notes = _read_sides(sources, columns)
     unique: dict[Role, dict[str, tuple[str, ...]]] = {}
@@ -178,6 +175,35 @@ def load_sides(
     return Sides(target_splits, baseline_splits, tuple(notes))
 
 
+def load_one_set(
+    source: str | Sequence[str],
+    *,
+    column: str | None = None,
+    seed: int = 0,
+    limit_train: int | None = None,
+    limit_validation: int | None = None,
+    limit_test: int | None = None,
+) -> Sides:
+    """One set of prompts as both sides, for a behaviour that any prompt can show; splits as for `load_sides`.
+
+    Raises:
+        PromptError: the source can't be read, is too small, or shares a prompt between splits.
+    """
+    limits = _checked({"train": limit_train, "validation": limit_validation, "test": limit_test})
+    read, notes = _read_sides({"baseline": source}, {"baseline": column})
+    origin, splits = read["baseline"]
+    unique, repeat_notes = _disjoint(splits, origin)
+    one = _limited(_cut(unique, origin, seed), limits, origin, seed)
+    return Sides(one, one, tuple(notes + repeat_notes))
+
+
+def _checked(limits: dict[str, int | None]) -> dict[str, int | None]:
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise PromptError(f"the limit of {limit} prompts for the {name} split leaves none; use 1 or more")
+    return limits
+
+
 def normalise(text: str) -> str:
     """The form in which two prompts count as the same: caseless, without punctuation, single spaces."""
     squeezed = " ".join(text.casefold().translate(_PUNCTUATION_TO_SPACE).split())
@@ -188,7 +214,7 @@ def normalise(text: str) -> str:
 
 
 def _read_sides(
-    sources: Mapping[Role, str | None], columns: Mapping[Role, str | None]
+    sources: Mapping[Role, str | Sequence[str] | None], columns: Mapping[Role, str | None]
 ) -> tuple[dict[Role, tuple[Origin, dict[str, list[str]]]], list[str]]:
     """Read both sides; if a default can't be reached, every default is taken from the bundled prompts."""
     read: dict[Role, tuple[Origin, dict[str, list[str]]]] = {}
@@ -196,6 +222,9 @@ def _read_sides(
     # Explicit sources first: their errors shouldn't wait for a download.
     for role in sorted(sources, key=lambda role: sources[role] is None):
         source = sources[role]
+        if source is not None and not isinstance(source, str):
+            read[role] = (Origin("given as texts", f"the list of {role} prompts", role), {"": list(source)})
+            continue
         origin = locate(source or DEFAULT_SOURCES[role], role, columns[role], None)
         try:
             splits, read_notes = _read_splits(origin)

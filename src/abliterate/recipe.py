@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from abliterate.edit import Edit, Shift
-from abliterate.errors import RecipeError, shorten
+from abliterate.errors import RecipeError
 from abliterate.files import whole_file
+from abliterate.recipe_file import KEY as KEY
+from abliterate.recipe_file import MOST_BYTES as MOST_BYTES
+from abliterate.recipe_file import SCHEMA, RecipeFile, read_recipe
+from abliterate.recipe_file import check_model as check_model
 
 if TYPE_CHECKING:
     from abliterate.model import Handle
-    from abliterate.stored import StoredTensor
-
-SCHEMA = 1
-KEY = "abliterate.recipe"
-MOST_BYTES = 64 * 2**20
-TENSORS = {"directions", "strengths"}
-SHIFT_TENSORS = {"shift_directions", "shift_sizes"}
-
-_TEXT: tuple[type, str] = (str, "a string")
-_COUNT: tuple[type, str] = (int, "a positive integer")
-# What a recipe says of its model, where it says it: (type, its name in errors, whether null will do).
-_MODEL_FIELDS = {
-    "source": (*_TEXT, True), "revision": (*_TEXT, True), "class": (*_TEXT, True), "config_hash": (*_TEXT, True),
-    "layers": (*_COUNT, False), "d_model": (*_COUNT, False), "tied": (bool, "true or false", False),
-    "embedding": (*_TEXT, True), "head": (*_TEXT, True),
-}  # fmt: skip
+    from abliterate.stored_tensor import StoredTensor
 
 
 @dataclass
@@ -83,30 +70,15 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     Raises:
         RecipeError: naming the rule of docs/recipe.md that the file breaks.
     """
-    path = Path(path)
-    tensors, metadata = _read(path)
-    if set(tensors) not in (TENSORS, TENSORS | SHIFT_TENSORS):
-        raise RecipeError(
-            f"recipe {path} holds tensors {sorted(tensors)}; rule 2: exactly directions and strengths, "
-            "and with shifts shift_directions and shift_sizes"
-        )
-    wrong = [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]
-    if wrong:
-        raise RecipeError(f"recipe {path}: rule 2: all tensors are float32, {wrong[0]} is not")
-    try:
-        document = _document(metadata)
-    except ValueError as error:
-        raise RecipeError(f"recipe {path}: rule 3: {error}") from error
-    try:
-        edit = _edit(document, tensors)
-        _check_width(document, edit)
-    except ValueError as error:
-        raise RecipeError(f"recipe {path}: rule 4: {error}") from error
-    try:
-        stored = _stored(document, edit)
-    except ValueError as error:
-        raise RecipeError(f"recipe {path}: rule 5: {error}") from error
-    return Recipe(edit, document["model"], document["provenance"], stored)
+    return from_arrays(read_recipe(path))
+
+
+def from_arrays(recipe: RecipeFile) -> Recipe:
+    """A recipe with its edit in torch."""
+    edit = recipe.edit
+    shifts = tuple(Shift(s.layer, torch.from_numpy(s.direction), s.size) for s in edit.shifts)
+    tensors = Edit(edit.writers, torch.from_numpy(edit.directions), torch.from_numpy(edit.strengths), shifts)
+    return Recipe(tensors, recipe.model, recipe.provenance, recipe.tensors)
 
 
 def recipe_for(edit: Edit, model: str | os.PathLike[str] | Handle | None = None) -> Recipe:
@@ -164,24 +136,6 @@ def config_file(source: str) -> dict[str, str]:
     return {"config_file_hash": config_hash(json.loads(file.read_text(encoding="utf-8")))} if file.is_file() else {}
 
 
-def check_model(recipe: Recipe, config_hash: str, *, force: bool = False) -> None:
-    """Raise RecipeError when a recipe was made for a model of another config.
-
-    Args:
-        recipe: one that says no config hash fits any model.
-        config_hash: of the model at hand (`Handle.config_hash`).
-        force: let it pass.
-    """
-    made_for = recipe.model.get("config_hash")
-    if force or not made_for or made_for == config_hash:
-        return
-    name = recipe.model.get("source") or "another model"
-    raise RecipeError(
-        f"the recipe was made for {name} with config hash {shorten(made_for, 13)}, this model's is "
-        f"{shorten(config_hash, 13)}; give the model it was made for, or --force to apply it all the same"
-    )
-
-
 def _renamed(edit: Edit, known: dict[str, tuple[StoredTensor, ...]], source: str) -> Edit:
     """The edit with its writers named as in memory; all the tensors of one writer, named alike, become that one."""
     from abliterate.stored import resolved
@@ -199,101 +153,3 @@ def _renamed(edit: Edit, known: dict[str, tuple[StoredTensor, ...]], source: str
         raise RecipeError("the edit names a writer twice, by its names in memory and in the checkpoint")
     strengths = torch.stack([rows[name] for name in names]) if names else edit.strengths
     return Edit(tuple(writers[name] for name in names), edit.directions, strengths, edit.shifts)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file of modest size."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise RecipeError(f"recipe {path} not found")
-    if path.stat().st_size > MOST_BYTES:
-        raise RecipeError(f"recipe {path} is {path.stat().st_size:,} bytes; rule 1: at most {MOST_BYTES:,}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except PermissionError as error:
-        raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from error
-    # a dtype that torch has no name for, a shape too large for it ...: the reader has errors of many kinds
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
-        raise RecipeError(f"recipe {path} is not a whole safetensors file: {shorten(str(error))}; rule 1") from error
-
-
-def _document(metadata: dict[str, str]) -> dict[str, Any]:
-    """The JSON of the metadata, its fields of the types they should be.
-
-    Raises:
-        ValueError: saying which is not.
-    """
-    if KEY not in metadata:
-        raise ValueError(f"it has no '{KEY}' in its metadata")
-    try:
-        document = json.loads(metadata[KEY])
-        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair can't be printed
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"metadata '{KEY}' is not JSON: {shorten(str(error))}") from error
-    schema = document.get("schema") if isinstance(document, dict) else type(document).__name__
-    if not isinstance(document, dict) or isinstance(schema, bool) or schema != SCHEMA:
-        raise ValueError(f"schema is {shorten(str(schema))}; this version reads schema {SCHEMA}")
-    if not _names(document.get("writers")):
-        raise ValueError("writers is a list of parameter names")
-    for name in ("model", "provenance"):
-        if not isinstance(document.get(name), dict):
-            raise ValueError(f"{name} is an object")
-    for name, (kind, words, nullable) in _MODEL_FIELDS.items():
-        value = document["model"].get(name, None if nullable else kind(1))
-        wrong = type(value) is not kind or (isinstance(value, int) and kind is int and value < 1)
-        if wrong and not (nullable and value is None):
-            raise ValueError(f"model.{name} is {words}")
-    layers = document.get("shift_layers", [])
-    if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < 10**6 for layer in layers):
-        raise ValueError("shift_layers is a list of block indices")
-    if not isinstance(document.get("tensors", {}), dict):
-        raise ValueError("tensors is an object")
-    return document
-
-
-def _names(value: Any) -> bool:
-    """Whether it is a list of names that can be shown."""
-    return isinstance(value, list) and all(isinstance(name, str) and name.isprintable() for name in value)
-
-
-def _edit(document: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
-    layers = document.get("shift_layers", [])
-    rows = tensors.get("shift_directions", torch.zeros(0, 1))
-    sizes = tensors.get("shift_sizes", torch.zeros(0))
-    if rows.ndim != 2 or sizes.ndim != 1 or not len(rows) == len(sizes) == len(layers):
-        raise ValueError(f"shifts {tuple(rows.shape)} and {tuple(sizes.shape)} don't fit {len(layers)} layers")
-    shifts = [Shift(layer, row, float(size)) for layer, row, size in zip(layers, rows, sizes, strict=True)]
-    return Edit(tuple(document["writers"]), tensors["directions"], tensors["strengths"], tuple(shifts))
-
-
-def _check_width(document: dict[str, Any], edit: Edit) -> None:
-    width = document["model"].get("d_model", edit.d_model)
-    if width != edit.d_model:
-        raise ValueError(f"directions have {edit.d_model} entries, model.d_model is {width}")
-    layers = document["model"].get("layers")
-    if layers is not None and any(shift.layer >= layers for shift in edit.shifts):
-        raise ValueError(f"a shift is beyond the model's {layers} layers")
-
-
-def _stored(document: dict[str, Any], edit: Edit) -> dict[str, tuple[StoredTensor, ...]]:
-    if "tensors" not in document:
-        return {}
-    from abliterate.stored import StoredTensor
-
-    entries = document["tensors"]
-    if set(entries) != set(edit.writers):
-        raise ValueError("tensors has an entry for every writer, and no other")
-    if not all(isinstance(found, list) and found for found in entries.values()):
-        raise ValueError("an entry of tensors is a list with at least one tensor")
-    stored = {writer: tuple(map(StoredTensor.from_json, entries[writer])) for writer in edit.writers}
-    flat: Iterable[StoredTensor] = [tensor for found in stored.values() for tensor in found]
-    seen: set[str] = set()
-    for tensor in flat:
-        if tensor.name in seen:
-            raise ValueError(f"tensor {shorten(tensor.name)} belongs to two writers")
-        if tensor.shape[tensor.axis] != edit.d_model:
-            raise ValueError(f"{tensor.name} is {list(tensor.shape)}, not {edit.d_model} along dimension {tensor.axis}")
-        seen.add(tensor.name)
-    return stored

@@ -7,17 +7,21 @@ from pathlib import Path
 
 from abliterate.directions import Directions, Place
 from abliterate.errors import AbliterateError, PromptError
+from abliterate.keeping import Kept, kept_reference
 from abliterate.measure.judges import Judge
 from abliterate.model import Handle
 from abliterate.prompts import Sides
 from abliterate.reporting import Reporter
 from abliterate.search.article import article
 from abliterate.search.candidates import Candidate, Choice, Choose, Show, SweepSettings, sweep
-from abliterate.search.fit import FitSettings, fit
+from abliterate.search.fit import UNIT, FitSettings, fit
 from abliterate.search.fit_state import FitState, fit_key
 from abliterate.search.frontier import FrontierPoint, choose
+from abliterate.search.stand_ins import StandIn, Staying
 from abliterate.settings import RunSettings, layer_range
 from abliterate.showing import Shown
+
+KEPT_TOKENS = 8  # of the original's answers to kept prompts along which drifting counts
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Work:
         judge, settings, reporter: as in the run.
         out: where the run's output will be.
         choose, show: for the article's method, by hand.
+        kept: what must not change; the directions are orthogonal to it already.
     """
 
     handle: Handle
@@ -46,6 +51,7 @@ class Work:
     out: Path
     choose: Choose | None = None
     show: Show | None = None
+    kept: Kept | None = None
 
     @property
     def layers(self) -> range | None:
@@ -113,6 +119,8 @@ def _fit(work: Work) -> Choice:
             max_refusal_rate=options.max_refusal_rate,
             max_divergence=options.max_divergence,
         ),
+        also=_staying_kept(work),
+        kept=work.kept.span if work.kept else None,
         state=_fit_state(work),
         progress=work.reporter.progress,
         say=work.reporter.say,
@@ -127,11 +135,14 @@ def _tpe(work: Work) -> Choice:
     options, kept = work.settings.search, study_file(work.out)
     if not (work.settings.resume or options.study):
         kept.unlink(missing_ok=True)
+    refusals = Refusals(work.validation.target, work.judge)
+    divergence = DivergenceFromOriginal(original_reference(work.handle, work.validation.baseline))
+    watched = kept_reference(work.handle, work.kept.keep, KEPT_TOKENS) if work.kept else None
     frontier = tpe(
         work.handle,
         work.directions,
-        Refusals(work.validation.target, work.judge),
-        DivergenceFromOriginal(original_reference(work.handle, work.validation.baseline)),
+        refusals,
+        divergence,
         TpeSettings(
             trials=options.trials,
             seed=work.settings.seed,
@@ -139,6 +150,7 @@ def _tpe(work: Work) -> Choice:
             resume=work.settings.resume,
             layers=work.layers,
         ),
+        objectives=[refusals, divergence, DivergenceFromOriginal(watched, "kept")] if watched else None,
         progress=work.reporter.progress,
         say=work.reporter.say,
     )
@@ -171,6 +183,12 @@ def _choice(work: Work, chosen: FrontierPoint, why: str, frontier: list[Frontier
     return Choice(chosen.edit, winner, [winner], frontier)
 
 
+def _staying_kept(work: Work) -> list[tuple[float, StandIn]]:
+    """What the fit lowers for kept prompts: drifting on them, weighted as on baseline prompts."""
+    reference = kept_reference(work.handle, work.kept.keep, KEPT_TOKENS) if work.kept else None
+    return [(1 / UNIT, Staying(reference, "kept"))] if reference else []
+
+
 METHODS = {"fit": _fit, "sweep": _sweep, "article": _article, "tpe": _tpe}
 
 
@@ -184,6 +202,8 @@ def _fit_state(work: Work) -> FitState:
         for side in (work.sides.target, work.sides.baseline)
         for part in (side.train, side.validation, side.test)
     ]
+    if work.kept:
+        hashes.append(work.kept.sha256)
     same = work.settings.model_dump(exclude={"force", "keep_tied", "resume"})
     key = fit_key(work.handle.config_hash, work.handle.source, hashes, same, environment(work.handle))
     if resume and not path.is_file():

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -15,11 +15,13 @@ from abliterate.errors import AbliterateError
 ENVIRONMENT_PREFIX = "ABLITERATE_"
 
 
-class _Stage(BaseModel):
+class Stage(BaseModel):
+    """A table of settings: unknown names are errors, values don't change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LoadSettings(_Stage):
+class LoadSettings(Stage):
     """How the model is loaded and prompts become conversations."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -32,7 +34,7 @@ class LoadSettings(_Stage):
     prefill: str | None = None
 
 
-class PromptSettings(_Stage):
+class PromptSettings(Stage):
     """Where prompts come from, and how many a side each split gives."""
 
     target: str | None = None
@@ -44,7 +46,7 @@ class PromptSettings(_Stage):
     test_prompts: int = Field(200, ge=4)
 
 
-class CollectSettings(_Stage):
+class CollectSettings(Stage):
     """Which activations count."""
 
     positions: int | None = Field(None, ge=1)
@@ -54,7 +56,7 @@ class CollectSettings(_Stage):
     batch_size: int = Field(32, ge=1)
 
 
-class SearchSettings(_Stage):
+class SearchSettings(Stage):
     """How the edit is chosen."""
 
     method: Literal["fit", "sweep", "article", "tpe"] = "fit"
@@ -77,7 +79,7 @@ class SearchSettings(_Stage):
         return value
 
 
-class MeasureSettings(_Stage):
+class MeasureSettings(Stage):
     """How a model is judged."""
 
     judge: str = "lexical"
@@ -85,13 +87,15 @@ class MeasureSettings(_Stage):
     batch_size: int = Field(128, ge=1)
 
 
-class RunSettings(_Stage):
+class RunSettings(Stage):
     """All of `abliterate run`."""
 
     seed: int = 0
     force: bool = False
     keep_tied: bool = False
     resume: bool = False
+    behaviour: str = "refusal"
+    keep: str | None = None
     load: LoadSettings = Field(default_factory=LoadSettings)
     prompts: PromptSettings = Field(default_factory=lambda: PromptSettings.model_validate({}))
     collect: CollectSettings = Field(default_factory=lambda: CollectSettings.model_validate({}))
@@ -115,15 +119,23 @@ def layer_range(text: str) -> range:
     return range(first, last + 1)
 
 
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
 def resolve(
-    flags: Mapping[str, Any], config: str | os.PathLike[str] | None = None, environment: Mapping[str, str] | None = None
-) -> RunSettings:
+    flags: Mapping[str, Any],
+    config: str | os.PathLike[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    *,
+    kind: type[Settings] = RunSettings,  # type: ignore[assignment]
+) -> Settings:
     """Settings from a TOML file, the environment and flags; the later wins.
 
     Args:
         flags: dotted names to values ("measure.max_new_tokens": 48); None values are left out.
         config: TOML file with a table per stage.
         environment: variables such as ABLITERATE_MEASURE__MAX_NEW_TOKENS; `os.environ` by default.
+        kind: the settings wanted; a command with a stage of its own adds it in a subclass.
 
     Raises:
         AbliterateError: on an unreadable file, an unknown name or a value out of range; names it.
@@ -131,14 +143,15 @@ def resolve(
     merged: dict[str, Any] = _read_toml(config) if config else {}
     for name, value in (os.environ if environment is None else environment).items():
         dotted = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-        known = dotted in RunSettings.model_fields or (dotted.split(".")[0] in _STAGES and "." in dotted)
+        stage = kind.model_fields.get(dotted.split(".")[0])
+        known = stage is not None and ("." in dotted) == _is_table(stage.annotation)
         if name.startswith(ENVIRONMENT_PREFIX) and known:
             _put(merged, dotted, value)
     for dotted, value in flags.items():
         if value is not None:
             _put(merged, dotted, value)
     try:
-        return RunSettings.model_validate(merged)
+        return kind.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -147,7 +160,8 @@ def resolve(
         ) from error
 
 
-_STAGES = ("load", "prompts", "collect", "search", "measure")
+def _is_table(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -10,11 +10,12 @@ their true shapes, every weight a view into one small random buffer.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,84 +24,13 @@ from torch import Tensor, nn
 
 from abliterate.errors import ModelError, RecipeError, WriterError, shorten
 from abliterate.model import Handle
+from abliterate.stored_tensor import Shape, misfit
+from abliterate.stored_tensor import StoredGain as StoredGain
+from abliterate.stored_tensor import StoredTensor as StoredTensor
 from abliterate.writers import Writer, layout
 
 if TYPE_CHECKING:
     from abliterate.recipe import Recipe
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StoredGain:
-    """The norm between a stored tensor and the stream: it multiplies by plus + its weight, [d_model].
-
-    Attributes:
-        name: the norm's weight in the checkpoint.
-        plus: 1.0 where the gain is 1 + weight (Gemma), else 0.0.
-        centred: whether the norm takes the mean off first (LayerNorm), so that what reaches the stream is
-            gain * (x - mean(x)).
-    """
-
-    name: str
-    plus: float = 0.0
-    centred: bool = False
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a checkpoint that belongs to a writer.
-
-    Attributes:
-        name: its name in the checkpoint.
-        shape: its shape there.
-        axis: the dimension that runs along d_model.
-        bias: whether it is the writer's bias (or one expert's).
-        gain: the norm behind it, if there is one.
-    """
-
-    name: str
-    shape: Shape
-    axis: int
-    bias: bool = False
-    gain: StoredGain | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        gain = self.gain and {"name": self.gain.name, "plus": self.gain.plus, "centred": self.gain.centred}
-        return {"name": self.name, "shape": list(self.shape), "axis": self.axis, "bias": self.bias, "gain": gain}
-
-    @classmethod
-    def from_json(cls, entry: Any) -> StoredTensor:
-        """Read one back.
-
-        Raises:
-            ValueError: naming the field that is missing or of another type.
-        """
-        fields = _fields(entry, {"name": str, "shape": list, "axis": int, "bias": bool, "gain": (dict, type(None))})
-        shape, axis, gain = fields["shape"], fields["axis"], fields["gain"]
-        if not shape or not all(type(n) is int and n > 0 for n in shape):
-            raise ValueError(f"the shape of {fields['name']} is not a list of positive integers")
-        if not 0 <= axis < len(shape):
-            raise ValueError(f"the axis of {fields['name']} is {axis}, its shape {shape}")
-        if gain is not None:
-            gain = StoredGain(**_fields(gain, {"name": str, "plus": (int, float), "centred": bool}))
-            if gain.plus not in (0.0, 1.0):
-                raise ValueError(f"the gain of {fields['name']} has plus {gain.plus}, which is 0 or 1")
-            gain = StoredGain(gain.name, float(gain.plus), gain.centred)
-        return cls(fields["name"], tuple(shape), axis, fields["bias"], gain)
-
-
-def _fields(entry: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a JSON object that has exactly these, each of its type."""
-    if not isinstance(entry, dict) or set(entry) != set(kinds):
-        raise ValueError(f"a stored tensor is not an object with the keys {', '.join(kinds)}")
-    for key, kind in kinds.items():
-        value = entry[key]
-        # bool is an int to Python, but not to JSON
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not fits or (key == "name" and not value.isprintable()):
-            raise ValueError(f"'{key}' of a stored tensor is {shorten(repr(value), 40)}")
-    return entry
 
 
 def stored_tensors(
@@ -219,7 +149,7 @@ def tensors_for(recipe: Recipe, folder: str | os.PathLike[str]) -> dict[str, tup
         ModelError: when the folder holds no config.json or no safetensors.
     """
     there = checkpoint_shapes(folder)
-    if recipe.tensors and all(w in recipe.tensors for w in recipe.edit.writers) and not _misfit(recipe.tensors, there):
+    if recipe.tensors and all(w in recipe.tensors for w in recipe.edit.writers) and not misfit(recipe.tensors, there):
         return recipe.tensors
     handle = skeleton(folder)
     if recipe.edit.d_model != handle.d_model:
@@ -229,22 +159,10 @@ def tensors_for(recipe: Recipe, folder: str | os.PathLike[str]) -> dict[str, tup
         )
     known = stored_tensors(handle, names_in(handle.model, there))
     found = {name: known[writer] for name, writer in resolved(recipe.edit.writers, known, handle.source).items()}
-    misfit = _misfit(found, there)
-    if misfit:
-        raise RecipeError(f"the recipe doesn't fit {handle.source}: {misfit}; is it for another model?")
+    problem = misfit(found, there)
+    if problem:
+        raise RecipeError(f"the recipe doesn't fit {handle.source}: {problem}; is it for another model?")
     return found
-
-
-def _misfit(tensors: Mapping[str, Sequence[StoredTensor]], there: Mapping[str, Shape | None]) -> str:
-    """The first tensor that a checkpoint lacks or has in another shape; empty when all fit."""
-    for tensor in (t for entries in tensors.values() for t in entries):
-        if tensor.name not in there:
-            return f"it has no tensor {tensor.name}"
-        if there[tensor.name] not in (None, tensor.shape):
-            return f"its {tensor.name} is {list(there[tensor.name] or ())}, not {list(tensor.shape)}"
-        if tensor.gain and tensor.gain.name not in there:
-            return f"it has no tensor {tensor.gain.name}"
-    return ""
 
 
 def resolved(names: Iterable[str], known: Mapping[str, Sequence[StoredTensor]], source: str) -> dict[str, str]:
@@ -353,21 +271,32 @@ def skeleton(folder: str | os.PathLike[str]) -> Handle:
     from transformers import AutoConfig
     from transformers.utils import logging as hf_logging
 
-    from abliterate.loading import auto_class
-
     hf_logging.set_verbosity_error()
     source = Path(folder)
     if not (source / "config.json").is_file():
         raise ModelError(f"model folder {source}: there is no config.json in it; name the folder that holds the model")
     try:
         config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=torch.float32)
+        return skeleton_of(config, str(folder))
     except Exception as error:
         raise ModelError(f"model folder {source}: its config.json can't be used: {shorten(str(error), 300)}") from error
+
+
+def skeleton_of(config: Any, source: str) -> Handle:
+    """The same of a config at hand.
+
+    Args:
+        config: a transformers config; it is not changed.
+        source: the model's name, for errors.
+    """
+    from abliterate.loading import auto_class
+
+    config = copy.deepcopy(config)  # building a model notes its dtype there
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     _fill(model)
     model.eval().requires_grad_(False)
-    return Handle(model, tokenizer=None, source=str(folder))
+    return Handle(model, tokenizer=None, source=source)
 
 
 # An expert's rows start at a multiple of 64 bytes in float32, as grouped matrix products ask.

@@ -16,7 +16,7 @@ from abliterate.apply import blocks, factors, pieces
 from abliterate.apply.checkpoint import local_folder
 from abliterate.apply.shards import read_shard
 from abliterate.apply.weights import bake, removed
-from abliterate.edit import Edit, Shift, orthonormal
+from abliterate.edit import Edit, orthonormal
 from abliterate.errors import AbliterateError, ModelError, NonFiniteError, OutputError, RecipeError, WriterError
 from abliterate.recipe import recipe_for
 from abliterate.writers import find_writers
@@ -126,7 +126,6 @@ def test_small_pieces_give_the_same_bytes(tmp_path, monkeypatch):
         apply_to(small_recipe(), folder, tmp_path / f"{name}-whole", **options)
     monkeypatch.setattr(pieces, "PIECE", 100)
     monkeypatch.setattr(blocks, "BLOCK", 20)
-    monkeypatch.setattr(blocks, "NARROW", 3)
     for name, options in (("plain", {}), ("norms", {"norm_preserving": True})):
         apply_to(small_recipe(), folder, tmp_path / f"{name}-parts", **options)
         whole, parts = (tensors_of(tmp_path / f"{name}-{how}") for how in ("whole", "parts"))
@@ -254,12 +253,51 @@ def test_a_shift_goes_into_the_bias(tmp_path):
 
 
 def test_a_shift_without_a_bias_says_which_forms_can(tmp_path):
-    handle = handle_of(tiny_llama())
+    handle = handle_of(FAMILIES["mistral"]())
     folder = saved(tmp_path, handle.model)
-    edit = Edit((), torch.zeros(0, 32), torch.zeros(0, 0), (Shift(1, torch.eye(32)[0], 2.0),))
     with pytest.raises(WriterError, match=r"block 1 .*control-vector"):
-        apply_to(recipe_for(edit, handle), folder, tmp_path / "out")
+        apply_to(recipe_for(Edit.shifting(1, torch.eye(32)[0], 2.0), handle), folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+@pytest.mark.parametrize("shards", ["one file", "several"])
+def test_a_shift_goes_into_a_bias_that_the_config_gives_the_class(tmp_path, family, shards):
+    """With a removal that unties the embedding: three changes to the config, the header and the index at once."""
+    handle = handle_of(cast(FAMILIES[family](), torch.bfloat16))
+    options = {} if shards == "one file" else {"max_shard_size": "20KB"}
+    folder = saved(tmp_path, handle.model, **options)
+    edit = Edit.uniform(find_writers(handle), torch.randn(32), 0.5) + Edit.shifting(2, torch.randn(32), 3.0)
+    recipe = recipe_for(edit, handle)
+    summary = apply_to(recipe, folder, tmp_path / "out")
+    assert any("is zero" in note or "all but 1 of them zero" in note for note in summary["notes"])
+    before, after = tensors_of(folder), tensors_of(tmp_path / "out")
+    new = {name: t for name, t in after.items() if name not in before and name != "lm_head.weight"}
+    assert new and all(name.endswith(".bias") and t.dtype == torch.bfloat16 for name, t in new.items())
+    assert sum(bool(t.any()) for t in new.values()) == 1
+    if shards == "several":
+        index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(after)
+    with edit.attached(handle):
+        live = handle.model(IDS).logits.float()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert (again(IDS).logits - live).abs().max() < 0.05 * live.abs().max()
+    # in place, the same bytes
+    inside = tmp_path / "inside"
+    shutil.copytree(folder, inside)
+    apply_to(recipe, inside, inside, in_place=True)
+    found = tensors_of(inside)
+    assert set(found) == set(after) and all(torch.equal(found[name], after[name]) for name in after)
+    assert (inside / "config.json").read_bytes() == (tmp_path / "out/config.json").read_bytes()
+
+
+def test_the_plan_counts_the_biases_that_are_new(tmp_path):
+    handle = handle_of(tiny_llama(tied=False))
+    folder = saved(tmp_path, handle.model)
+    recipe = recipe_for(Edit.shifting(2, torch.randn(32), 3.0), handle)
+    planned = apply_to(recipe, folder, tmp_path / "out", plan=True)
+    summary = apply_to(recipe, folder, tmp_path / "out")
+    assert summary["bytes"] == planned["bytes_written"] == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
 
 
 # --- merged, renamed and community models ---

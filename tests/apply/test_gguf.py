@@ -230,9 +230,16 @@ def test_what_the_form_cant_do_it_refuses(tmp_path: Path) -> None:
     for options in ({"norm_preserving": True}, {"in_place": True}, {"dtype": "float16"}):
         with pytest.raises(AbliterateError, match="can't be done with --as gguf"):
             apply_gguf(recipe, str(model), tmp_path / "out.gguf", replace(OVERWRITE, **options), SILENT)
-    shifted = replace(recipe, edit=recipe.edit + Edit.shifting(1, torch.ones(WIDTH), 2.0))
-    with pytest.raises(AbliterateError, match="control-vector"):
-        apply_gguf(shifted, str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
+    shift = Edit.shifting(1, torch.ones(WIDTH), 2.0)
+    for other in (
+        write_model(tmp_path / "other.gguf", architecture="qwen2"), write_model(tmp_path / "moe.gguf", experts=2)
+    ):  # fmt: skip
+        with pytest.raises(AbliterateError, match=r"no bias there that llama.cpp reads.*control-vector"):
+            apply_gguf(Recipe(shift), str(other), tmp_path / "out.gguf", OVERWRITE, SILENT)
+    with pytest.raises(RecipeError, match="shifts at block 7"):
+        apply_gguf(
+            Recipe(Edit.shifting(7, torch.ones(WIDTH), 2.0)), str(model), tmp_path / "out.gguf", OVERWRITE, SILENT
+        )
     with pytest.raises(OutputError, match="is the model itself"):
         apply_gguf(recipe, str(model), model, OVERWRITE, SILENT)
     (tmp_path / "there.gguf").write_bytes(b"mine")
@@ -428,6 +435,26 @@ def test_llama_cpp_runs_the_edit_and_its_lora_alike(converted: tuple[Path, dict[
     ):
         moved = np.abs(want - before).max()
         assert moved > 0.1 and np.abs(got - want).max() < 0.01 * moved
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_shift_goes_into_the_down_projections_bias(tmp_path: Path, biases: bool) -> None:
+    """A new tensor, or one that is there, whose direction is taken out first; all else keeps its bytes."""
+    model = write_model(tmp_path / "model.gguf", "Q8_0", untied=True, down_biases=biases)
+    recipe = recipe_of(names())
+    r = recipe.edit.directions[0]
+    both = replace(recipe, edit=recipe.edit + Edit.shifting(1, torch.ones(WIDTH), 2.0) + Edit.shifting(1, r, 0.5))
+    planned = apply_gguf(both, str(model), tmp_path / "p.gguf", replace(OVERWRITE, plan=True), SILENT)
+    summary = apply_gguf(both, str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
+    assert "blk.1.ffn_down.bias hold the shifts" in summary["notes"][0]
+    assert abs(planned["bytes"] - (tmp_path / "out.gguf").stat().st_size) <= 64
+    name, found = "blk.1.ffn_down.bias", values_of(tmp_path / "out.gguf", "blk.1.ffn_down.bias")
+    was = values_of(model, name) if biases else np.zeros(WIDTH)
+    wanted = without(was, r.numpy(), 1.0, 0) + sum(s.vector.numpy() for s in both.edit.shifts)
+    assert np.abs(found - wanted).max() < 1e-6
+    apply_gguf(recipe, str(model), tmp_path / "without.gguf", OVERWRITE, SILENT)
+    others = [n for n in open_gguf(tmp_path / "without.gguf").tensors if n != name]
+    assert all(bytes_of(tmp_path / "out.gguf", n) == bytes_of(tmp_path / "without.gguf", n) for n in others)
 
 
 def test_writers_are_not_among_what_llama_cpp_permutes() -> None:

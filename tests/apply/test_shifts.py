@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from abliterate.apply.biases import find_switch
 from abliterate.apply.shifts import bias_holder
 from abliterate.edit import Edit, Shift, normalised
-from abliterate.errors import WriterError
+from abliterate.errors import NonFiniteError, WriterError
 from abliterate.model import Handle
 from abliterate.writers import find_writers, watch_sites
-from models import FAMILIES, handle_of, tiny, tiny_llama
+from models import FAMILIES, cast, handle_of, save_tiny, tiny, tiny_llama
 
 D, LAYERS = 32, 4
 IDS = torch.tensor([[5, 9, 17, 33, 101, 7]])
@@ -96,14 +98,74 @@ def test_the_bias_that_the_mlp_reads_first_is_not_taken():
         bias_holder(handle, 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_a_class_without_biases_says_so_and_stays_as_it_is(family):
     handle = handle_of(FAMILIES[family]())
     before = {name: p.clone() for name, p in handle.model.named_parameters()}
+    config = handle.model.config.to_dict()
     edit = Edit.uniform(find_writers(handle), direction()) + Edit.shifting(1, direction(), 1.0)
     with pytest.raises(WriterError, match=r"ForCausalLM tiny: block 1 has no bias.*lora_bias.*control-vector, hooks"):
         edit.bake(handle)
+    assert list(before) == [name for name, _ in handle.model.named_parameters()]
     assert all(torch.equal(p, before[name]) for name, p in handle.model.named_parameters())
+    assert handle.model.config.to_dict() == config
+
+
+# --- biases that the class can have ---
+
+# what in its config gives the class biases, found by trying; a parallel block's attention bias holds a shift too
+SWITCHES = {"llama": "mlp_bias", "granite": "mlp_bias", "cohere": "attention_bias"}
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((f, torch.float32) for f in SWITCHES), ("llama", torch.bfloat16), ("cohere", torch.bfloat16)],
+)
+def test_a_class_that_can_have_biases_is_given_them(tmp_path, family, dtype):
+    handle = handle_of(cast(FAMILIES[family](), dtype))
+    edit = Edit.uniform(find_writers(handle), direction(3), 0.5) + Edit.shifting(2, direction(), 2.0)
+    names = {name for name, _ in handle.model.named_parameters()}
+    plain = logits(handle)
+    with edit.attached(handle):
+        live = logits(handle)
+    edit.bake(handle)
+    assert getattr(handle.model.config, SWITCHES[family]) is True
+    new = {n: p for n, p in handle.model.named_parameters() if n not in names and "lm_head" not in n}
+    assert new and all(n.endswith("bias") for n in new)
+    assert sum(bool(p.any()) for p in new.values()) == 1  # all the others are zero
+    save_tiny(tmp_path, handle.model)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    rounding = 2e-4 if dtype == torch.float32 else 0.05
+    for found in (logits(handle), again(IDS).logits):
+        assert (found - live).abs().max() < rounding * live.abs().max()
+    assert (live - plain).abs().max() > 4 * rounding * live.abs().max()
+
+
+def test_a_switch_that_gives_none_at_the_blocks_output_is_not_taken():
+    """Qwen's attention bias is read by the MLP behind it, Gemma's lies before a norm."""
+    for family in ("qwen3", "gemma3_text", "mistral"):
+        assert find_switch(FAMILIES[family]().config, family, [1]) is None
+
+
+def test_what_was_given_is_taken_back_when_baking_fails():
+    handle = handle_of(tiny_llama(tied=False))
+    find_writers(handle)
+    handle.model.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
+    before, config = list(handle.model.state_dict()), handle.model.config.to_dict()
+    edit = Edit.uniform(find_writers(handle), direction()) + Edit.shifting(1, direction(), 1.0)
+    with pytest.raises(NonFiniteError):
+        edit.bake(handle)
+    assert list(handle.model.state_dict()) == before and handle.model.config.to_dict() == config
+
+
+def test_the_negative_of_a_shift_undoes_it():
+    handle = handle_of(tiny_llama(tied=False))
+    plain = logits(handle)
+    edit = Edit.shifting(1, direction(), 2.0)
+    edit.bake(handle)
+    assert (logits(handle) - plain).abs().max() > 1e-2
+    (-edit).bake(handle)
+    torch.testing.assert_close(logits(handle), plain, atol=1e-5, rtol=0)
 
 
 def test_trying_a_bias_leaves_it_bit_for_bit():

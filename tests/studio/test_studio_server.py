@@ -113,6 +113,137 @@ def test_uploads_are_checked_and_not_kept(studio, tmp_path):
     assert build(studio)
 
 
+def handler(studio):
+    """What the page's events call, without a page."""
+    from abliterate.studio.page import _Page
+
+    page = _Page.__new__(_Page)
+    page.studio = studio
+    return page
+
+
+@pytest.fixture
+def session(studio):
+    from abliterate.studio.session import Session
+
+    made = Session()
+    studio.load(made, "model", "recipe.safetensors")
+    return made
+
+
+def test_an_export_tells_how_far_it_is(studio, session, served):
+    shown = list(handler(studio).export_form(session, "checkpoint", "", "edited"))
+    assert "Wrote edited as checkpoint" in shown[-1]
+    assert (served / "edited" / "model.safetensors").is_file()
+    export = session.export
+    assert export.state.total > 0 and export.state.done == export.state.total
+    from abliterate.studio.page import progress_view
+
+    seen = progress_view(export.state, studio.folder, going=True)
+    assert f"<progress max='{export.state.total}' value='{export.state.total}'" in seen
+    assert str(served) not in seen
+
+
+def test_an_export_is_stopped_and_leaves_nothing(studio, session, served, monkeypatch):
+    from abliterate.studio import page
+
+    apply, before = page.apply_recipe, sorted(served.iterdir())
+
+    def begin(recipe, source, path, form, options, reporter):
+        handler(studio).export_stopped(session)
+        return apply(recipe, source, path, form, options, reporter)
+
+    with pytest.raises(AbliterateError, match="no export of yours"):
+        handler(studio).export_stopped(session)
+    monkeypatch.setattr(page, "apply_recipe", begin)
+    for form in page.FORMS:
+        if "gguf" not in form and form != "control-vector":
+            shown = handler(studio).export_form(session, form, "", "edited")
+            with pytest.raises(AbliterateError, match="was stopped; nothing of it is left"):
+                list(shown)
+            assert sorted(served.iterdir()) == before, form
+
+
+def test_exports_end_with_the_studio(studio, session, served, monkeypatch):
+    from abliterate.studio import page
+
+    apply, before = page.apply_recipe, sorted(served.iterdir())
+
+    def begin(*arguments):
+        studio.end()
+        return apply(*arguments)
+
+    monkeypatch.setattr(page, "apply_recipe", begin)
+    with pytest.raises(AbliterateError, match="was stopped"):
+        list(handler(studio).export_form(session, "checkpoint", "", "edited"))
+    assert sorted(served.iterdir()) == before
+
+
+def test_the_page_names_no_folder_of_this_machine(studio, served, tmp_path):
+    from abliterate.studio.page import run_view, told
+    from abliterate.studio.runs import View
+    from abliterate.watching import Progress
+
+    studio.folder.granted["theirs"] = str(tmp_path / "some where" / "else")
+    lines = [
+        (1.0, f"loading {served / 'model'}"),
+        (2.0, f"loading {tmp_path / 'some where' / 'else'}"),
+        (3.0, "read /root/.cache/x/demo-model-1: 3 of 4 and/or Qwen/Qwen3"),
+        (4.0, f"folder {served} is full"),
+    ]
+    view = View(served / "new", "failed", Progress(lines=lines), f"{served / 'new'} isn't empty, nor is /srv/data/x")
+    shown = run_view(view, studio.folder)
+    assert str(tmp_path) not in shown and "/root" not in shown and "/srv" not in shown
+    for text in (
+        "loading model\n",
+        "loading theirs\n",
+        "read demo-model-1: 3 of 4 and/or Qwen/Qwen3",
+        "folder the folder is full",
+        "new failed: new isn&#x27;t empty, nor is x",
+    ):
+        assert text in shown, text
+
+    def fails_there():
+        raise AbliterateError(f"{served / 'model' / 'config.json'} can't be read")
+
+    import gradio as gr
+
+    with pytest.raises(gr.Error) as caught:
+        told(fails_there, studio.folder.public)()
+    assert caught.value.message.startswith("model/config.json can")
+    assert caught.value.duration is None  # it stands until it was read
+
+
+def test_the_lists_show_what_is_loaded(studio, session, served, tmp_path):
+    from abliterate.studio.page import NO_RECIPE
+    from abliterate.studio.session import Session
+
+    page = handler(studio)
+
+    def shown(update):
+        assert update["value"] in update["choices"]
+        return update["value"]
+
+    model, recipe, *_ = page.loaded(session, "model", "recipe.safetensors")
+    assert (model["value"], shown(recipe)) == ("model", "recipe.safetensors")
+    assert shown(page.loaded(session, "model", NO_RECIPE)[1]) == NO_RECIPE
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes((served / "recipe.safetensors").read_bytes())
+    assert shown(page.uploaded(session, str(file))[0]) == "mine.safetensors (uploaded)"
+    assert not file.exists()
+    uploaded = session.recipe
+    assert shown(page.loaded(session, "model", "mine.safetensors (uploaded)")[1]) == "mine.safetensors (uploaded)"
+    assert session.recipe is uploaded
+    with pytest.raises(AbliterateError):
+        page.loaded(Session(), "model", "mine.safetensors (uploaded)")  # nobody else has it
+    point = page.points("out")[0]["choices"][1]
+    assert shown(page.took(session, "out", point)[0]) == "out/frontier/01.safetensors"
+    studio.first = ("model", "recipe.safetensors")
+    (opened,) = page.opened(fresh := Session())
+    assert (opened[0]["value"], shown(opened[1])) == ("model", "recipe.safetensors")
+    assert fresh.recipe_name == "recipe.safetensors"
+
+
 def test_an_unforeseen_error_is_one_line_without_a_trace(capfd):
     import gradio as gr
 
@@ -140,7 +271,7 @@ def test_the_grid_escapes_what_models_and_users_write():
     from abliterate.studio.session import Answers
 
     table = grid_table(
-        ["<script>x</script>"], [Answers("<img src=x>", "I'm sorry, but I can't help with that.")], done=True
+        ["<script>x</script>"], [Answers("<img src=x>", "I'm sorry, but I can't help with that.", whole=True)]
     )
     assert "<script" not in table and "<img" not in table
     assert "&lt;img src=x&gt;" in table

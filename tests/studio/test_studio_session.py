@@ -166,8 +166,78 @@ def test_the_grid_answers_each_prompt(session, handle, edit):
     rows = last(session.grid(["Name a river.", "Name a colour."], "", SAMPLING))
     assert [bool(row.original and row.edited) for row in rows] == [True, True]
     assert rows[0].edited.strip() == alone(handle, edit).strip()
+    assert all(row.whole for row in rows)
     with pytest.raises(AbliterateError, match="empty"):
         last(session.grid([" "], "", SAMPLING))
+
+
+def test_a_grid_that_was_stopped_is_not_counted(session):
+    pytest.importorskip("gradio", reason="gradio isn't installed")
+    from abliterate.studio.page import grid_table
+
+    texts = ["Name a river.", "Name a colour."]
+    stream = session.grid(texts, "", SAMPLING)
+    while not (rows := next(stream))[0].whole:
+        assert "judged by words" not in grid_table(texts, rows)
+    next(stream)
+    last(session.ask(QUESTION))  # takes over
+    assert last(stream) is None
+    table = grid_table(texts, rows)
+    assert "judged by words" not in table
+    assert table.count('class="answers"') + table.count('class="refuses"') == 2  # the row that is whole
+
+
+def test_the_note_says_when_answers_are_whole(session):
+    pytest.importorskip("gradio", reason="gradio isn't installed")
+    from abliterate.studio.page import growing
+
+    shown = list(growing(session, session.ask(QUESTION)))
+    notes = [note for _, _, note in shown]
+    assert set(notes[:-1]) == {"Answering at strength 1 …"}
+    assert notes[-1] == "Edited: strength 1."
+    assert shown[-1][:2] == (session.answers.original, session.answers.edited)
+    stream = session.ask(QUESTION)
+    begun = growing(session, stream)
+    next(begun)
+    session.stopping = True
+    assert last(begun)[2] == "Stopped. Edited: strength 1."
+
+
+def test_what_an_earlier_question_still_says_does_not_reach_the_page(session):
+    pytest.importorskip("gradio", reason="gradio isn't installed")
+    from abliterate.studio.page import growing
+
+    early = growing(session, session.ask(QUESTION))
+    next(early)
+    session.stopping = True
+    rest = iter(session.ask(Question("Name a colour.", sampling=SAMPLING)))
+    taking = threading.Thread(target=lambda: next(rest))
+    taking.start()
+    late = list(early)  # ends, as the other has taken over
+    taking.join()
+    assert all(note != "Edited: strength 1." for _, _, note in late)
+    last(rest)
+
+
+def test_a_slider_leaves_the_page_to_the_stream_that_goes_on(session):
+    pytest.importorskip("gradio", reason="gradio isn't installed")
+    from abliterate.studio.page import _Page
+
+    stream = session.ask(QUESTION)
+    next(stream)
+    session.strengths = Strengths.of(0.5, 1, 1, 1)
+    next(stream)  # which has taken the new strength up
+    (only,) = list(_Page.again(_Page.__new__(_Page), session))
+    assert all(update == {"__type__": "update"} for update in only)  # nothing: gradio's way to say so
+    last(stream)
+
+
+def test_an_answer_without_a_word_takes_the_place_of_the_one_before(session, monkeypatch):
+    last(session.ask(QUESTION))
+    assert session.answers.edited
+    monkeypatch.setattr(Session, "_pieces", lambda *_: iter(()))
+    session.strengths = Strengths.of(0.5, 1, 1, 1)
+    assert last(session.answer_again()).edited == ""
 
 
 def test_what_is_kept_is_what_the_sliders_say(session, recipe):

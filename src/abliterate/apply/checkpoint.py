@@ -1,7 +1,8 @@
 """An edit applied to a checkpoint on disk, folder to folder: no model is made, nothing is run, memory stays small.
 
 Every byte that the edit doesn't touch is copied in the kernel: shards keep their names, headers, order and
-metadata.
+metadata. Importing torch takes longer than copying some GiB, so nothing here does, but for recipes that don't say
+which tensors their writers are or that hold shifts, for which a skeleton of the model is made.
 """
 
 from __future__ import annotations
@@ -15,21 +16,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from abliterate.apply import factors
+from abliterate.apply.algebra import taken_out
+from abliterate.apply.blocks import RAW, Block, HeldRows
 from abliterate.apply.journal import changing, interrupted, locked, recover
-from abliterate.apply.pieces import EDITABLE, Change, Output, begin, begin_copy, run_pieces
+from abliterate.apply.pieces import Change, Output, begin, begin_copy, run_pieces
 from abliterate.apply.shards import INDEX, Checkpoint, Shard, StoredRange, index_with, open_checkpoint, read_into
-from abliterate.errors import AbliterateError, ModelError, OutputError, RecipeError, WriterError, shorten
+from abliterate.errors import (
+    AbliterateError,
+    ModelError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    WriterError,
+    shorten,
+)
 from abliterate.files import check_folder, check_space, explained, whole_folder
+from abliterate.recipe_file import RecipeFile, as_arrays, check_model, config_hash
+from abliterate.stored_tensor import Shape, StoredTensor, misfit
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
-    from abliterate.pipeline import Reporter
     from abliterate.recipe import Recipe
-    from abliterate.stored import StoredTensor
+    from abliterate.reporting import Reporter
+
+Array = np.ndarray[Any, Any]
 
 # Weights in other formats, and what tells where in them a tensor is: they would be the unedited model's.
 OTHER_WEIGHTS = re.compile(
@@ -71,14 +83,9 @@ class Work:
     def edited_bytes(self) -> int:
         return sum(o.shard.tensors[name].nbytes for o in self.outputs.values() for name in o.changes)
 
-    def largest_piece(self) -> int:
-        """Bytes of the largest tensor, or part of one, that a thread holds at a time."""
-        pieces = (p for o in self.outputs.values() if o.touched for p in o.pieces(Path()) if p.change is not None)
-        return max((p.nbytes for p in pieces), default=0)
-
 
 def apply_checkpoint(
-    recipe: Recipe, model: str, out: Path, options: ApplyOptions, reporter: Reporter
+    recipe: Recipe | RecipeFile, model: str, out: Path, options: ApplyOptions, reporter: Reporter
 ) -> dict[str, Any]:
     """Write a copy of a safetensors checkpoint with the edit in its weights, or change it in place.
 
@@ -101,6 +108,7 @@ def apply_checkpoint(
         OutputError: when the output is in the way, is the model itself, or doesn't fit on the disk.
     """
     started = time.monotonic()
+    recipe = as_arrays(recipe)
     if options.dtype is not None:
         raise AbliterateError("the form checkpoint keeps every tensor's dtype; leave out --dtype")
     folder = local_folder(model, options.revision, weights=not options.plan)
@@ -129,7 +137,7 @@ def check_apart(folder: Path, out: Path) -> None:
 
 
 def _to_folder(
-    recipe: Recipe, model: str, folder: Path, out: Path, options: ApplyOptions, reporter: Reporter
+    recipe: RecipeFile, model: str, folder: Path, out: Path, options: ApplyOptions, reporter: Reporter
 ) -> dict[str, Any]:
     if interrupted(folder):
         raise ModelError(
@@ -151,7 +159,7 @@ def _to_folder(
     return {"bytes": total, **_summary(work)}
 
 
-def _in_place(recipe: Recipe, folder: Path, options: ApplyOptions, reporter: Reporter) -> dict[str, Any]:
+def _in_place(recipe: RecipeFile, folder: Path, options: ApplyOptions, reporter: Reporter) -> dict[str, Any]:
     fingerprint = _fingerprint(recipe, options)
     with locked(folder):
         done = recover(folder)
@@ -188,17 +196,17 @@ def _summary(work: Work) -> dict[str, Any]:
     }
 
 
-def _fingerprint(recipe: Recipe, options: ApplyOptions) -> str:
+def _fingerprint(recipe: RecipeFile, options: ApplyOptions) -> str:
     """Says whether two applies are the same: their edits, and the options that change what is written."""
     edit = recipe.edit
     digest = hashlib.sha256(json.dumps([*edit.writers, options.norm_preserving, options.keep_tied]).encode())
-    for tensor in (edit.directions, edit.strengths, *(s.vector for s in edit.shifts)):
-        digest.update(tensor.contiguous().numpy().tobytes())
+    for array in (edit.directions, edit.strengths, *(s.vector for s in edit.shifts)):
+        digest.update(array.tobytes())
     digest.update(json.dumps([s.layer for s in edit.shifts]).encode())
     return digest.hexdigest()
 
 
-def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str) -> Work:
+def prepare(recipe: RecipeFile, folder: Path, options: ApplyOptions, *, source: str) -> Work:
     """Check everything but the config's hash (`check_config`) and work out every change; nothing is written.
 
     Args:
@@ -212,9 +220,11 @@ def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str)
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
     notes: list[str] = []
-    stored = stored_parts(recipe, folder, config)
+    shapes: dict[str, Shape | None] = {name: checkpoint.tensor(name).shape for name in checkpoint.files}
+    stored = stored_parts(recipe, folder, config, shapes)
     changes, writers = _changes(recipe, checkpoint, stored, options, notes)
-    for name, addition in _shift_additions(recipe, folder).items():
+    held = _held_shifts(recipe, folder, checkpoint)
+    for name, addition in held.additions.items():
         old = changes.get(name, Change(0, None))
         changes[name] = Change(old.axis, old.factors, old.keep_norms, addition)
     names = tied_names(recipe, folder, config, set(checkpoint.files), set(changes))
@@ -223,13 +233,25 @@ def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str)
         _keep_tied(checkpoint, changes, *names, notes)
     elif names is not None:
         head_copy = names if names[1] not in checkpoint.files else None
-    outputs = {name: _output(shard, changes, head_copy) for name, shard in checkpoint.shards.items()}
-    work = Work(checkpoint, outputs, writers=writers, tensors=len(changes), notes=notes)
+    outputs = {
+        name: _output(shard, changes, head_copy, held.tensors if name == held.file else {})
+        for name, shard in checkpoint.shards.items()
+    }
+    work = Work(checkpoint, outputs, writers=writers, tensors=len(changes) + held.shifted, notes=notes)
+    changed = dict(config)
     if names is not None and not options.keep_tied:
         work.untied = True
-        work.texts["config.json"] = untied_config(config)
+        changed = untied_config(changed)
         notes.append(f"embedding and head were tied; the head is written as {names[1]}, unedited")
-    if head_copy is not None and checkpoint.index is not None:
+    if held.switch:
+        changed = config_with(changed, held.switch)
+        notes.append(
+            f"config.json says {held.switch}: true now, since a bias holds the shift; the {len(held.tensors)} biases "
+            f"that this gives the class are written, all but {held.shifted} of them zero"
+        )
+    if changed != config:
+        work.texts["config.json"] = _json(changed)
+    if checkpoint.index is not None and any(output.added for output in outputs.values()):
         places = {t.name: (file, t) for file, o in outputs.items() for t, _ in o.added}
         work.texts[INDEX] = _json(index_with(checkpoint.index, places))
     work.copies, work.left_out = other_files(folder, {*outputs, *work.texts, "README.md"})
@@ -242,20 +264,39 @@ def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str)
     return work
 
 
-def stored_parts(recipe: Recipe, folder: Path, config: dict[str, Any]) -> dict[str, tuple[StoredTensor, ...]]:
-    """The stored tensors of each writer that the edit touches.
+def stored_parts(
+    recipe: RecipeFile, folder: Path, config: dict[str, Any], there: dict[str, Shape | None]
+) -> dict[str, tuple[StoredTensor, ...]]:
+    """The stored tensors of each writer that the edit touches: by the recipe's word where it fits, else by a skeleton.
+
+    Args:
+        config: the folder's.
+        there: its tensors' names and shapes; None for a shape that isn't known.
 
     Raises:
         RecipeError: when the recipe doesn't fit the folder.
         ModelError: when it doesn't because the folder's weights are quantised.
     """
-    from abliterate.stored import tensors_for
-
     parts = recipe.edit.parts
     if not parts:
         return {}
+    found = recipe.tensors
+    if not found or any(w not in found for w in recipe.edit.writers) or misfit(found, there):
+        found = _tensors_by_skeleton(recipe, folder, config)
+    missing = [name for name in parts if name not in found]
+    if missing:
+        raise RecipeError(f"the recipe doesn't say which tensors of a checkpoint {missing[0]} is, nor does the model")
+    return {name: found[name] for name in parts}
+
+
+def _tensors_by_skeleton(
+    recipe: RecipeFile, folder: Path, config: dict[str, Any]
+) -> dict[str, tuple[StoredTensor, ...]]:  # fmt: skip
+    from abliterate.recipe import from_arrays
+    from abliterate.stored import tensors_for
+
     try:
-        found = tensors_for(recipe, folder)
+        return tensors_for(from_arrays(recipe), folder)
     except (RecipeError, WriterError) as error:
         quantised = config.get("quantization_config")
         if isinstance(quantised, dict):
@@ -265,21 +306,17 @@ def stored_parts(recipe: Recipe, folder: Path, config: dict[str, Any]) -> dict[s
                 f"({shorten(str(error), 120)}); give the unquantised model, or a GGUF with --as gguf"
             ) from error
         raise
-    missing = [name for name in parts if name not in found]
-    if missing:
-        raise RecipeError(f"the recipe doesn't say which tensors of a checkpoint {missing[0]} is, nor does the model")
-    return {name: found[name] for name in parts}
 
 
 def _changes(
-    recipe: Recipe, checkpoint: Checkpoint, stored: dict[str, tuple[StoredTensor, ...]], options: ApplyOptions,
+    recipe: RecipeFile, checkpoint: Checkpoint, stored: dict[str, tuple[StoredTensor, ...]], options: ApplyOptions,
     notes: list[str],
 ) -> tuple[dict[str, Change], int]:  # fmt: skip
     """What is done to each stored tensor, and how many writers that is."""
     changes: dict[str, Change] = {}
     skipped = []
     for writer, part in recipe.edit.parts.items():
-        packed = [t for t in stored[writer] if checkpoint.tensor(t.name).dtype not in EDITABLE]
+        packed = [t for t in stored[writer] if checkpoint.tensor(t.name).dtype not in RAW]
         if packed and not options.skip_unsupported:
             raise ModelError(
                 f"{packed[0].name} of {checkpoint.folder} is stored as {checkpoint.tensor(packed[0].name).dtype}, "
@@ -291,7 +328,7 @@ def _changes(
         for tensor in stored[writer]:
             _check_fits(tensor, checkpoint.tensor(tensor.name), len(part.directions[0]))
             gain = _gain(checkpoint, tensor)
-            taken = factors(part, gain, tensor.gain.centred if tensor.gain else False)
+            taken = taken_out(*part, gain, tensor.gain.centred if tensor.gain else False)
             keep = options.norm_preserving and not tensor.bias and len(tensor.shape) > 1
             changes[tensor.name] = Change(tensor.axis, taken, keep)
     if skipped:
@@ -307,59 +344,64 @@ def _check_fits(tensor: StoredTensor, there: StoredRange, d_model: int) -> None:
         )
 
 
-def _gain(checkpoint: Checkpoint, tensor: StoredTensor) -> Tensor | None:
-    """What the norm behind a tensor multiplies by, read from wherever it lies."""
+def _gain(checkpoint: Checkpoint, tensor: StoredTensor) -> Array | None:
+    """What the norm behind a tensor multiplies by, float64, read from wherever it lies."""
     if tensor.gain is None:
         return None
     place = checkpoint.tensor(tensor.gain.name)
-    if place.dtype not in EDITABLE:
+    if place.dtype not in RAW:
         raise ModelError(f"{place.name} of {checkpoint.folder} is stored as {place.dtype}, which can't be read")
-    return read_tensor(checkpoint, tensor.gain.name).double() + tensor.gain.plus
+    values = read_bits(checkpoint, place.name).reshape(1, -1)
+    block = Block(place.dtype, values.shape[1])
+    gain = block.load(HeldRows(values), 0, 1)[0].astype(np.float64) + tensor.gain.plus
+    if not (block.finite and np.isfinite(gain).all()):
+        raise NonFiniteError(f"{place.name} of {checkpoint.folder}, the gain behind {tensor.name}, is NaN or infinite")
+    return gain
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor of the checkpoint, in its own dtype."""
+def read_bits(checkpoint: Checkpoint, name: str) -> Array:
+    """A tensor of the checkpoint as it is stored (`blocks.RAW`), flat."""
     place = checkpoint.tensor(name)
-    raw = torch.empty(place.nbytes, dtype=torch.uint8)
+    values: Array = np.empty(place.nbytes, np.uint8)
     fd = os.open(checkpoint.shards[checkpoint.files[name]].path, os.O_RDONLY)
     try:
-        read_into(fd, memoryview(raw.numpy()), place.start)  # type: ignore[arg-type]
+        read_into(fd, memoryview(values), place.start)  # type: ignore[arg-type]
     finally:
         os.close(fd)
-    return raw.view(EDITABLE[place.dtype]).view(place.shape)
+    return values.view(RAW.get(place.dtype, np.uint8))
 
 
-def _shift_additions(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
-    """Stored bias -> what is added to it, so that it holds the edit's shifts.
+@dataclass(frozen=True)
+class HeldShifts:
+    """How a checkpoint holds an edit's shifts.
 
-    Raises:
-        WriterError: when a block has no bias that can hold its shift; says which forms can.
+    Attributes:
+        additions: stored bias -> what is added to it, float32 of its shape.
+        tensors: biases that the checkpoint lacks: name -> dtype as in safetensors, shape and bytes.
+        file: the shard that these go into.
+        switch: the field of config.json that has to be true for them to be read; empty without any.
+        shifted: how many of them are not zero.
     """
-    if not recipe.edit.shifts:
-        return {}
-    from abliterate.apply.shifts import bias_additions
-    from abliterate.stored import checkpoint_shapes, names_in, skeleton, stored_tensors
-    from abliterate.writers import layout
 
-    handle = skeleton(folder)
-    owners = {id(p): name for name, p in handle.model.named_parameters()}
-    known = stored_tensors(handle, names_in(handle.model, checkpoint_shapes(folder)))
-    additions = {}
-    for parameter, addition in bias_additions(handle, recipe.edit.shifts):
-        name = owners[id(parameter)]
-        writer = next(w for w in layout(handle).writers if name in (w.name, w.bias))
-        entries = [t for t in known[writer.name] if t.bias or name == writer.name]
-        if len(entries) != 1 or entries[0].shape != tuple(addition.shape):
-            raise WriterError(
-                f"{name}, which would hold the shift, is stored as {len(entries)} tensors in {folder}; "
-                "these forms can hold it: adapter (with lora_bias), control-vector, hooks"
-            )
-        additions[entries[0].name] = addition.float()
-    return additions
+    additions: dict[str, Array] = field(default_factory=dict)
+    tensors: dict[str, tuple[str, Shape, bytes]] = field(default_factory=dict)
+    file: str = ""
+    switch: str = ""
+    shifted: int = 0
+
+
+def _held_shifts(recipe: RecipeFile, folder: Path, checkpoint: Checkpoint) -> HeldShifts:
+    """The biases that hold the edit's shifts; to find them takes a skeleton of the model, and torch."""
+    if not recipe.edit.shifts:
+        return HeldShifts()
+    from abliterate.apply.held_shifts import held_shifts
+    from abliterate.recipe import from_arrays
+
+    return held_shifts(from_arrays(recipe).edit.shifts, folder, checkpoint)
 
 
 def tied_names(
-    recipe: Recipe, folder: Path, config: dict[str, Any], there: set[str], changed: set[str]
+    recipe: RecipeFile, folder: Path, config: dict[str, Any], there: set[str], changed: set[str]
 ) -> tuple[str, str] | None:
     """The stored names of embedding and head where they are one tensor that the edit touches, else None.
 
@@ -390,20 +432,38 @@ def _looks_like_embedding(names: set[str]) -> set[str]:
 
 def _keep_tied(checkpoint: Checkpoint, changes: dict[str, Change], embedding: str, head: str, notes: list[str]) -> None:
     """Have the head edited as the embedding is, where the checkpoint holds both and they are one."""
-    if head in checkpoint.files and torch.equal(read_tensor(checkpoint, head), read_tensor(checkpoint, embedding)):
+    if head in checkpoint.files and _equal(checkpoint, head, embedding):
         changes[head] = changes[embedding]
     if head not in checkpoint.files or head in changes:
         notes.append("embedding and head stay tied, so the head is edited too (--keep-tied)")
 
 
-def _output(shard: Shard, changes: dict[str, Change], head_copy: tuple[str, str] | None) -> Output:
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    first, second = checkpoint.tensor(one), checkpoint.tensor(other)
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return np.array_equal(read_bits(checkpoint, one), read_bits(checkpoint, other))
+
+
+def _output(
+    shard: Shard, changes: dict[str, Change], head_copy: tuple[str, str] | None,
+    biases: dict[str, tuple[str, Shape, bytes]],
+) -> Output:  # fmt: skip
     own = {name: changes[name] for name in shard.tensors if name in changes}
-    if head_copy is None or head_copy[0] not in shard.tensors:
+    added: dict[str, StoredRange | bytes] = {}
+    wanted = []
+    if head_copy is not None and head_copy[0] in shard.tensors:
+        embedding = shard.tensors[head_copy[0]]
+        wanted.append(StoredRange(head_copy[1], embedding.dtype, embedding.shape, embedding.start, embedding.end))
+        added[head_copy[1]] = embedding
+    for name, (dtype, shape, raw) in biases.items():
+        wanted.append(StoredRange(name, dtype, shape, 0, len(raw)))
+        added[name] = raw
+    if not wanted:
         return Output(shard, own)
-    embedding = shard.tensors[head_copy[0]]
-    copy = StoredRange(head_copy[1], embedding.dtype, embedding.shape, embedding.start, embedding.end)
-    head, places = shard.with_tensors([copy])
-    return Output(shard, own, head, ((places[copy.name], embedding),))
+    head, places = shard.with_tensors(wanted)
+    return Output(shard, own, head, tuple((places[name], source) for name, source in added.items()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -426,11 +486,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(recipe: Recipe, folder: Path, *, force: bool) -> None:
+def check_config(recipe: RecipeFile, folder: Path, *, force: bool) -> None:
     """Raise RecipeError when the recipe was made for a model of another config (`recipe.check_model`)."""
-    from abliterate.model import config_hash
-    from abliterate.recipe import check_model
-
     if force or not recipe.model.get("config_hash"):
         return
     if recipe.model.get("config_file_hash") == config_hash(read_config(folder)):
@@ -447,13 +504,21 @@ def check_config(recipe: Recipe, folder: Path, *, force: bool) -> None:
     check_model(recipe, config_hash(config.to_dict()), force=force)
 
 
-def untied_config(config: dict[str, Any]) -> bytes:
-    """The config's JSON, saying that head and embedding are two tensors."""
+def untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, saying that head and embedding are two tensors."""
     changed = {**config, "tie_word_embeddings": False}
     for key in ("text_config", "llm_config", "language_config"):
         if isinstance(config.get(key), dict):
             changed[key] = {**config[key], "tie_word_embeddings": False}
-    return _json(changed)
+    return changed
+
+
+def config_with(config: dict[str, Any], field: str) -> dict[str, Any]:
+    """The config with a field of the language model's set to True."""
+    for key in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(key), dict):
+            return {**config, key: {**config[key], field: True}}
+    return {**config, field: True}
 
 
 def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:

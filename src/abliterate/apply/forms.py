@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from abliterate.errors import AbliterateError
 
 if TYPE_CHECKING:
-    from abliterate.pipeline import Reporter
     from abliterate.recipe import Recipe
+    from abliterate.recipe_file import RecipeFile
+    from abliterate.reporting import Reporter
 
 FORMS: dict[str, str] = {
     "checkpoint": "abliterate.apply.checkpoint:apply_checkpoint",
@@ -21,6 +22,8 @@ FORMS: dict[str, str] = {
     "gguf-adapter": "abliterate.apply.gguf_adapter:apply_gguf_adapter",
     "control-vector": "abliterate.apply.control_vector:apply_control_vector",
 }
+
+WITHOUT_TORCH = {"checkpoint"}  # forms that take a recipe as it is in its file, in numpy
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class ApplyOptions:
     revision: str | None = None
 
 
-Form = Callable[["Recipe", str, Path, ApplyOptions, "Reporter"], dict[str, Any]]
+Form = Callable[[Any, str, Path, ApplyOptions, "Reporter"], dict[str, Any]]
 
 
 def form_named(name: str) -> Form:
@@ -78,12 +81,13 @@ def form_named(name: str) -> Form:
 
 
 def apply_recipe(
-    recipe: Recipe, model: str, out: Path, form: str, options: ApplyOptions, reporter: Reporter
+    recipe: Recipe | RecipeFile, model: str, out: Path, form: str, options: ApplyOptions, reporter: Reporter
 ) -> dict[str, Any]:
     """Apply a recipe to a model in a form.
 
     Args:
-        recipe: what to take out of which parameters. Its edit is multiplied by `options.strength` here.
+        recipe: what to take out of which parameters, from `recipe.load_recipe` or, without torch for the forms of
+            `WITHOUT_TORCH`, from `recipe_file.read_recipe`. Its edit is multiplied by `options.strength` here.
         model: Hub id, folder or GGUF file, as the form takes it.
         out: file or folder to write.
         form: a name of `FORMS`.
@@ -96,8 +100,11 @@ def apply_recipe(
     Raises:
         AbliterateError: when there is no such form, or the form can't do what is asked.
     """
-    from dataclasses import replace
-
     apply = form_named(form)
-    scaled = replace(recipe, edit=recipe.edit * options.strength)
+    if form not in WITHOUT_TORCH:
+        from abliterate.recipe import Recipe, from_arrays
+
+        recipe = recipe if isinstance(recipe, Recipe) else from_arrays(recipe)
+    edit: Any = recipe.edit * options.strength
+    scaled: Any = replace(recipe, edit=edit)
     return apply(scaled, model, out, options, reporter)

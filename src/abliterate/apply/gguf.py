@@ -25,7 +25,7 @@ from abliterate.apply.gguf_file import (
 )
 from abliterate.apply.gguf_names import EMBEDDING, HEAD, Names, Target, targets
 from abliterate.apply.requantise import PLAIN, Account, chunks, edited
-from abliterate.errors import AbliterateError, ModelError, NonFiniteError, OutputError
+from abliterate.errors import AbliterateError, ModelError, NonFiniteError, OutputError, RecipeError
 from abliterate.files import check_file, check_space, whole_file
 
 if TYPE_CHECKING:
@@ -33,10 +33,15 @@ if TYPE_CHECKING:
     from abliterate.pipeline import Reporter
     from abliterate.recipe import Recipe
 
+# Architectures in which llama.cpp adds an optional blk.N.ffn_down.bias to what the block hands on, unscaled (read of
+# its src/models); a file of another that has a tensor too many isn't loaded.
+READS_DOWN_BIAS = frozenset({"llama"})
+
 
 def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, reporter: Reporter) -> dict[str, Any]:
     """Write a copy of a GGUF with a recipe's edit in its tensors.
 
+    A shift goes into the bias of its block's down-projection, which llama.cpp reads for some architectures.
     Every writer is unpacked, edited in float32 and packed to the type it had; a quantised one so that the direction
     stays out (`requantise`). All other bytes are the file's own. A tied embedding that is edited is untied: the
     head becomes a tensor of its own with the embedding's old bytes, unless `options.keep_tied`.
@@ -61,13 +66,9 @@ def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, rep
         options, "gguf", norm_preserving="use checkpoint and export", in_place="name a new file with --out",
         dtype="tensors keep their types",
     )  # fmt: skip
-    if recipe.edit.shifts:
-        raise AbliterateError(
-            "the recipe adds shifts at blocks' outputs, which a GGUF's tensors can't hold; "
-            "use --as control-vector for those"
-        )
     file = open_gguf(model)
     found = targets(recipe, file, force=options.force)
+    shifts = _shift_biases(recipe, file)
     jobs: dict[str, list[Target]] = {}
     for target in found:
         jobs.setdefault(target.tensor.name, []).append(target)
@@ -75,7 +76,10 @@ def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, rep
         check_packs(kind)
     head = _new_head(file, jobs, options.keep_tied)
     notes = ["the head was tied to the embedding and is a tensor of its own now"] if head else []
-    summary: dict[str, Any] = {"form": "gguf", "out": str(out), "bytes": _bytes(file, head), "writers": len(
+    added = head | {name: _new_bias(vector) for name, vector in shifts.items() if name not in file.tensors}
+    if shifts:
+        notes.append(f"{', '.join(shifts)} hold the shifts; llama.cpp reads them, transformers' GGUF reader doesn't")
+    summary: dict[str, Any] = {"form": "gguf", "out": str(out), "bytes": _bytes(file, added), "writers": len(
         {t.writer for t in found}), "tensors": len(jobs)}  # fmt: skip
     if options.plan:
         return {**summary, "seconds": 0.0, "notes": [*notes, *_planned(jobs)]}
@@ -94,8 +98,10 @@ def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, rep
 
         return write
 
+    edits = {name: editor(todo) for name, todo in jobs.items()}
+    edits |= {n: _shifted(file, n, jobs.get(n, []), v) for n, v in shifts.items() if n in file.tensors}
     with whole_file(out) as temporary:
-        summary["bytes"] = write_copy(file, temporary, {name: editor(todo) for name, todo in jobs.items()}, head)
+        summary["bytes"] = write_copy(file, temporary, edits, added)
         check_whole(temporary)
     quantised = any(target.tensor.kind not in PLAIN for target in found)
     if quantised:
@@ -107,6 +113,46 @@ def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, rep
         **summary, "seconds": round(time.monotonic() - began, 2), "notes": notes,
         "component_off": account.component_off, "packing_error": account.error,
     }  # fmt: skip
+
+
+def _shift_biases(recipe: Recipe, file: GgufFile) -> dict[str, np.ndarray]:
+    """Bias of the file, there or not -> what is added to it, float32 [d_model], so that it holds the recipe's shifts.
+
+    Raises:
+        AbliterateError: when llama.cpp reads no such bias for this architecture, or it isn't float32.
+        RecipeError: when a shift is beyond the model's blocks.
+    """
+    held: dict[str, np.ndarray] = {}
+    blocks = file.number("block_count") or 0
+    for shift in recipe.edit.shifts:
+        name = f"blk.{shift.layer}.ffn_down.bias"
+        if shift.layer >= blocks:
+            raise RecipeError(f"the recipe shifts at block {shift.layer}, the last of GGUF {file.path} is {blocks - 1}")
+        there = file.tensors.get(name)
+        dense = f"blk.{shift.layer}.ffn_down.weight" in file.tensors
+        if file.architecture not in READS_DOWN_BIAS or not dense or (there is not None and there.kind != "F32"):
+            raise AbliterateError(
+                f"the recipe adds a shift at the output of block {shift.layer}, and a GGUF of architecture "
+                f"{file.architecture} has no bias there that llama.cpp reads; use --as control-vector for the shifts"
+            )
+        held[name] = held.get(name, np.zeros(recipe.edit.d_model, np.float32)) + shift.vector.numpy()
+    return held
+
+
+def _new_bias(vector: np.ndarray) -> NewTensor:
+    return NewTensor(vector.shape, "F32", lambda output, start: write_at(output, start, vector.tobytes()))
+
+
+def _shifted(file: GgufFile, name: str, todo: Sequence[Target], vector: np.ndarray) -> Writer:
+    """Writes a float32 bias with directions taken out of it, where that is asked for too, and a vector added."""
+
+    def write(output: int, start: int) -> None:
+        values = unpack(np.array(file.raw(file.tensors[name])), "F32")
+        for target in todo:
+            values = values - target.change.left.T @ (target.change.right @ values)
+        write_at(output, start, (values + vector).astype(np.float32).tobytes())
+
+    return write
 
 
 def refuse(options: ApplyOptions, form: str, **reasons: str) -> None:

@@ -12,7 +12,7 @@ turns as without this mode, and then has its former length: what it holds of r i
 that times the column's factor. An embedding's row, which one token writes, is such a column; biases lose the
 direction and are not rescaled.
 
-In memory: `weights.bake(handle, edit, norm_preserving=True)`; on disk: `apply --norm-preserving`.
+In memory: `weights.bake(handle, edit, norm_preserving=True)`; on disk: `apply --norm-preserving` (`blocks`, in numpy).
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.apply.algebra import LEAST_LEFT
+
 if TYPE_CHECKING:
     from abliterate.apply import Factors
-
-# Of a column that was nearly all direction, little but rounding is left: it is not blown up to its former length.
-LEAST_LEFT = 1e-3
 
 
 def rescaled(block: Float[Tensor, "a b"], norms: Float[Tensor, " n"], dim: int) -> Float[Tensor, "a b"]:

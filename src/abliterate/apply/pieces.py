@@ -1,7 +1,7 @@
 """Shards written piece by piece: bytes copied in the kernel, tensors read, changed and written, in two threads.
 
-One thread computes while the other waits for the disk. A thread holds one piece at a time: a matrix, or some vectors
-of an embedding, never a shard.
+One thread copies, which holds no lock of Python's, while the other computes; when one has no more of its own it helps
+the other. Neither holds more of a tensor than a block that stays in its core's cache (`blocks`).
 """
 
 from __future__ import annotations
@@ -9,25 +9,24 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from abliterate.apply import Factors
-from abliterate.apply.blocks import take_out
+from abliterate.apply.algebra import ArrayFactors
+from abliterate.apply.blocks import RAW, HeldRows, Rows, add, take_out
 from abliterate.apply.shards import Shard, StoredRange, copy_range, read_into, steps, write_from
 
 if TYPE_CHECKING:
-    from abliterate.pipeline import Reporter
+    from abliterate.reporting import Reporter
 
 WORKERS = 2
-PIECE = 16 * 2**20  # bytes of vectors along d_model edited at a time; matrices are edited whole
-EDITABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+PIECE = 16 * 2**20  # bytes of vectors along d_model, or of small matrices, edited at a time
 MIB = 2**20
 
 
@@ -39,13 +38,13 @@ class Change:
         axis: its dimension that runs along d_model.
         factors: what is taken out of it, or None.
         keep_norms: whether its vectors along d_model keep their norms.
-        addition: what is then added, broadcast to its shape (a shift in a bias), or None.
+        addition: what is then added, float32 and of its shape (a shift in a bias), or None.
     """
 
     axis: int
-    factors: Factors | None
+    factors: ArrayFactors | None
     keep_norms: bool = False
-    addition: Tensor | None = None
+    addition: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,13 @@ class Output:
         shard: the shard it is made from.
         changes: tensor name -> what is done to it.
         head: its first bytes where they differ from the shard's, else None.
-        added: (where a tensor goes, what it is a copy of), after the shard's own.
+        added: (where a tensor goes, the tensor that it is a copy of or its bytes), after the shard's own.
     """
 
     shard: Shard
     changes: dict[str, Change]
     head: bytes | None = None
-    added: tuple[tuple[StoredRange, StoredRange], ...] = ()
+    added: tuple[tuple[StoredRange, StoredRange | bytes], ...] = ()
 
     @property
     def size(self) -> int:
@@ -108,6 +107,8 @@ class Output:
         for low, high in steps(at, self.shard.size):
             yield Piece(source, target, low, low + moved, high - low)
         for place, like in self.added:
+            if isinstance(like, bytes):
+                continue  # small, and written by `begin`
             for low, high in steps(like.start, like.end):
                 yield Piece(source, target, low, low - like.start + place.start, high - low)
 
@@ -122,21 +123,18 @@ def _piece_bytes(tensor: StoredRange, change: Change) -> int:
 
 
 def begin(outputs: dict[str, Output], targets: dict[str, Path]) -> list[Piece]:
-    """Make the target files, with the heads that are new, at their full sizes; returns the work left.
-
-    The pieces of several files are dealt out in turn: threads that write to one file wait for each other.
-    """
-    queues = []
+    """Make the target files, with the heads and tensors that are new, at their full sizes; returns the work left."""
+    pieces: list[Piece] = []
     for name, output in outputs.items():
         with targets[name].open("wb") as file:
             file.write(output.head or b"")
             file.truncate(output.size)
-        queues.append(list(output.pieces(targets[name])))
-    lanes: list[list[Piece]] = [[] for _ in range(WORKERS)]
-    for queue in queues:
-        min(lanes, key=lambda lane: sum(p.nbytes for p in lane)).extend(queue)
-    longest = max(map(len, lanes))
-    return [lane[i] for i in range(longest) for lane in lanes if i < len(lane)]
+            for place, values in output.added:
+                if isinstance(values, bytes):
+                    file.seek(place.start)
+                    file.write(values)
+        pieces += output.pieces(targets[name])
+    return pieces
 
 
 def begin_copy(source: Path, target: Path) -> list[Piece]:
@@ -147,6 +145,44 @@ def begin_copy(source: Path, target: Path) -> list[Piece]:
     return [Piece(source, target, low, low, high - low) for low, high in steps(0, size)]
 
 
+class _Queue:
+    """Pieces that threads take, copies or edits first as each likes. Edits are held back until released."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.copies = deque(p for p in pieces if p.change is None)
+        # From the other end of the list, since threads that write to one file wait for each other; large ones first,
+        # so that the threads end together.
+        edits = reversed([p for p in pieces if p.change is not None])
+        self.edits = deque(sorted(edits, key=lambda p: p.nbytes, reverse=True))
+        self.held, self.stopped = True, False
+        self.changed = threading.Condition()
+
+    def take(self, copies_first: bool) -> Piece | None:
+        """The next piece; None when there are no more."""
+        with self.changed:
+            while not self.stopped:
+                edits = deque() if self.held else self.edits
+                first, second = (self.copies, edits) if copies_first else (edits, self.copies)
+                if first or second:
+                    return (first or second).popleft()
+                if not self.held:
+                    break
+                self.changed.wait()
+            return None
+
+    def release(self) -> None:
+        """Let the edits begin."""
+        with self.changed:
+            self.held = False
+            self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Give out no more."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+
 def run_pieces(pieces: Sequence[Piece], reporter: Reporter, meanwhile: Callable[[], None] | None = None) -> None:
     """Do the work in two threads; the first error stops it, after the pieces at hand.
 
@@ -154,27 +190,41 @@ def run_pieces(pieces: Sequence[Piece], reporter: Reporter, meanwhile: Callable[
         pieces: in any order.
         reporter: told how many MiB are done.
         meanwhile: run in this thread while bytes are copied, before the first tensor is edited; its error stops
-            the work. (Python code and small tensor operations hold each other up, copying holds up nobody.)
+            the work. (Python code and numpy's short calls hold each other up, copying holds up nobody.)
 
     Raises:
         NonFiniteError: when a value is, or becomes, NaN or infinite.
         OSError: when the disk is full.
     """
     tick = _mib_ticks(reporter.progress("writing (MiB)", -(-sum(p.nbytes for p in pieces) // MIB)))
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            futures = {pool.submit(_run, piece): piece for piece in pieces if piece.change is None}
-            if meanwhile is not None:
-                meanwhile()
-            futures |= {pool.submit(_run, piece): piece for piece in pieces if piece.change is not None}
-            for future in as_completed(futures):
-                future.result()
-                tick(futures[future].nbytes)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    torch.set_num_threads(threads)  # MKL's is one for all threads
+    queue, done = _Queue(pieces), SimpleQueue[int | BaseException]()
+    threads = [threading.Thread(target=_work, args=(queue, done, n == 0)) for n in range(WORKERS)]
+    try:
+        for thread in threads:
+            thread.start()
+        if meanwhile is not None:
+            meanwhile()
+        queue.release()
+        for _ in pieces:
+            result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            tick(result)
+    finally:
+        queue.stop()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+
+
+def _work(queue: _Queue, done: SimpleQueue[int | BaseException], copies_first: bool) -> None:
+    """Do pieces until there are none; tell the bytes of each, or the error that ended it."""
+    try:
+        while (piece := queue.take(copies_first)) is not None:
+            _run(piece)
+            done.put(piece.nbytes)
+    except BaseException as error:
+        done.put(error)
 
 
 def _mib_ticks(tick: Callable[[int], None] | None) -> Callable[[int], None]:
@@ -190,9 +240,6 @@ def _mib_ticks(tick: Callable[[int], None] | None) -> Callable[[int], None]:
     return count
 
 
-_held = threading.local()
-
-
 def _run(piece: Piece) -> None:
     source = os.open(piece.source, os.O_RDONLY)
     try:
@@ -201,34 +248,45 @@ def _run(piece: Piece) -> None:
             if piece.change is None:
                 copy_range(source, target, piece.start, piece.at, piece.nbytes)
             else:
-                raw = _buffer(piece.nbytes)
-                view = memoryview(raw.numpy())  # type: ignore[arg-type]
-                read_into(source, view, piece.start)
-                _edit(raw, piece)
-                write_from(target, view, piece.at)
+                _edit(source, target, piece)
         finally:
             os.close(target)
     finally:
         os.close(source)
 
 
-def _buffer(nbytes: int) -> Tensor:
-    """Memory of this thread, kept for its next piece."""
-    if getattr(_held, "buffer", None) is None or len(_held.buffer) < nbytes:
-        _held.buffer = None
-        _held.buffer = torch.empty(nbytes, dtype=torch.uint8)
-    buffer: Tensor = _held.buffer
-    return buffer[:nbytes]
+class _FileRows:
+    """Rows of equal size in a file, read from one and written to another (`blocks.Rows`)."""
+
+    def __init__(self, source: int, target: int, piece: Piece, row: int) -> None:
+        self.source, self.target, self.start, self.at, self.row = source, target, piece.start, piece.at, row
+
+    def load(self, low: int, high: int, into: np.ndarray[Any, Any]) -> None:
+        read_into(self.source, _bytes(into), self.start + low * self.row)
+
+    def store(self, low: int, high: int, values: np.ndarray[Any, Any]) -> None:
+        write_from(self.target, _bytes(values), self.at + low * self.row)
 
 
-@torch.no_grad()
-def _edit(raw: Tensor, piece: Piece) -> None:
-    """Change the bytes of a piece in place."""
+def _bytes(values: np.ndarray[Any, Any]) -> memoryview:
+    return memoryview(values.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+
+
+def _edit(source: int, target: int, piece: Piece) -> None:
+    """Read a piece, change it, and write it."""
     tensor, change = piece.tensor, piece.change
     assert tensor is not None and change is not None
-    values = raw.view(EDITABLE[tensor.dtype])
+    kind = np.dtype(RAW[tensor.dtype])
     d_model, inner = tensor.shape[change.axis], math.prod(tensor.shape[change.axis + 1 :])
+    width = d_model if inner == 1 else inner
+    rows: Rows = _FileRows(source, target, piece, width * kind.itemsize)
+    if change.addition is not None:  # a bias, small: held, since it is changed twice
+        rows = HeldRows(np.empty((tensor.nbytes // (width * kind.itemsize), width), kind))
+        read_into(source, _bytes(rows.values), piece.start)
     if change.factors is not None:
-        take_out(values.view(-1, d_model, inner), change.factors, keep_norms=change.keep_norms, name=tensor.name)
+        shape = (piece.nbytes // (kind.itemsize * d_model * inner), d_model, inner)
+        take_out(rows, tensor.dtype, shape, change.factors, keep_norms=change.keep_norms, name=tensor.name)
     if change.addition is not None:
-        values.copy_((values.to(torch.float32).view(tensor.shape) + change.addition).flatten())
+        assert isinstance(rows, HeldRows)
+        add(rows, tensor.dtype, change.addition.reshape(rows.values.shape), name=tensor.name)
+        write_from(target, _bytes(rows.values), piece.at)

@@ -18,14 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from abliterate.apply import Factors
+from abliterate.apply.algebra import ArrayFactors
 from abliterate.apply.checkpoint import check_config, other_files, prepare, read_config, stored_parts, tied_names
-from abliterate.apply.pieces import PIECE, WORKERS, Change, Piece, run_pieces
-from abliterate.apply.shards import StoredRange, read_index, steps
+from abliterate.apply.pieces import WORKERS, Change, Piece, run_pieces
+from abliterate.apply.shards import StoredRange, read_index, read_shard, steps
 from abliterate.errors import ModelError, OutputError
-from abliterate.pipeline import Silent
+from abliterate.recipe_file import RecipeFile, as_arrays
+from abliterate.reporting import Silent
+from abliterate.stored_tensor import Shape
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 PROBE_BYTES = 64 * 2**20
-SCRATCH = 32 * 2**20  # what blocks take besides the pieces, and the allocator besides that
+SCRATCH = 32 * 2**20  # what blocks of the widest rows take, and the allocator besides that
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class Amounts:
         bytes_edited: of the tensors edited.
         tensors, writers: how many of each are edited.
         files: safetensors files written.
-        largest_piece: bytes of the largest tensor, or part of one, held at a time.
         exact: whether the shards' headers were there to say so.
         notes: what people should know.
     """
@@ -56,7 +57,6 @@ class Amounts:
     tensors: int
     writers: int
     files: int
-    largest_piece: int
     exact: bool
     notes: list[str]
 
@@ -70,7 +70,7 @@ class Rates:
     synced: float
 
 
-def plan_checkpoint(recipe: Recipe, folder: Path, out: Path, options: ApplyOptions) -> dict[str, Any]:
+def plan_checkpoint(recipe: Recipe | RecipeFile, folder: Path, out: Path, options: ApplyOptions) -> dict[str, Any]:
     """Say what `apply_checkpoint` would do; nothing is left on the disk.
 
     Args:
@@ -86,6 +86,7 @@ def plan_checkpoint(recipe: Recipe, folder: Path, out: Path, options: ApplyOptio
     Raises:
         As `apply_checkpoint`; ModelError too when neither shards nor index tell how much there is.
     """
+    recipe = as_arrays(recipe)
     amounts = _exact(recipe, folder, options) if _shards_there(folder) else estimate(recipe, folder, options)
     place = out.absolute()
     while not place.is_dir():
@@ -97,7 +98,7 @@ def plan_checkpoint(recipe: Recipe, folder: Path, out: Path, options: ApplyOptio
         "out": str(out),
         **asdict(amounts),
         "seconds": round(seconds(amounts, rates, free_memory()), 1),
-        "memory_bytes": peak_resident() + WORKERS * amounts.largest_piece + SCRATCH,
+        "memory_bytes": peak_resident() + SCRATCH,
         "free_bytes": shutil.disk_usage(place).free,
         "rates": {name: round(value) for name, value in asdict(rates).items()},
     }
@@ -109,24 +110,24 @@ def _shards_there(folder: Path) -> bool:
     return all((folder / n).is_file() for n in names) if names else any(folder.glob("*.safetensors"))
 
 
-def _exact(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
+def _exact(recipe: RecipeFile, folder: Path, options: ApplyOptions) -> Amounts:
     check_config(recipe, folder, force=options.force)
     work = prepare(recipe, folder, options, source=folder.name)
     written = work.total_bytes(in_place=options.in_place)
     outputs = [o for o in work.outputs.values() if o.touched or not options.in_place]
     return Amounts(
-        written, written, work.edited_bytes(), work.tensors, work.writers, len(outputs), work.largest_piece(),
-        True, work.notes,
+        written, written, work.edited_bytes(), work.tensors, work.writers, len(outputs), True,
+        work.notes,
     )  # fmt: skip
 
 
-def estimate(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
+def estimate(recipe: RecipeFile, folder: Path, options: ApplyOptions) -> Amounts:
     """The same from config.json and the index alone."""
     config, index = read_config(folder), read_index(folder)
     if index is None:
         raise ModelError(f"model folder {folder} holds neither safetensors nor their index; a plan needs one of them")
     check_config(recipe, folder, force=options.force)
-    stored = stored_parts(recipe, folder, config)
+    stored = stored_parts(recipe, folder, config, _shapes(folder, index["weight_map"]))
     entries = {tensor.name: tensor for tensors in stored.values() for tensor in tensors}
     item, dtype = _item_bytes(config)
     notes = [f"the shards are not here: sizes are those of {dtype}, which config.json says the weights are"]
@@ -150,16 +151,19 @@ def estimate(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
     copies, _ = other_files(folder, set())
     others = sum((folder / path).stat().st_size for path in copies)
     edited = {name: math.prod(t.shape) * item for name, t in entries.items()}
-    largest = max((_piece(t.shape, t.axis, edited[n]) for n, t in entries.items()), default=0)
     return Amounts(
-        total + others, total + more + others, sum(edited.values()), len(entries), len(stored), len(files), largest,
-        False, notes,
+        total + others, total + more + others, sum(edited.values()), len(entries), len(stored), len(files), False,
+        notes,
     )  # fmt: skip
 
 
-def _piece(shape: tuple[int, ...], axis: int, nbytes: int) -> int:
-    unit = nbytes // max(1, math.prod(shape[:axis]))
-    return min(nbytes, max(unit, PIECE // max(1, unit) * unit))
+def _shapes(folder: Path, weight_map: dict[str, str]) -> dict[str, Shape | None]:
+    """Shapes of the tensors that an index names; None where their shard isn't there."""
+    shapes: dict[str, Shape | None] = dict.fromkeys(weight_map)
+    for file in sorted(set(weight_map.values())):
+        if (folder / file).is_file():
+            shapes |= {name: tensor.shape for name, tensor in read_shard(folder / file).tensors.items()}
+    return shapes
 
 
 def _item_bytes(config: dict[str, Any]) -> tuple[int, str]:
@@ -186,11 +190,12 @@ def probe(folder: Path, d_model: int) -> Rates:
             copied = _timed([Piece(source, target, low, low, high - low) for low, high in steps(0, size, size // 8)])
             d_model = max(1, d_model)
             inner = max(1, size // 8 // 2 // d_model)
-            vector = torch.full((1, d_model), d_model**-0.5)
+            vector = np.full((1, d_model), d_model**-0.5, np.float32)
             tensor = StoredRange("probe", "BF16", (d_model, inner), 0, 2 * d_model * inner)
-            values = torch.randn(d_model, inner).bfloat16().view(torch.uint8).numpy().tobytes()
+            bits = np.random.default_rng(0).standard_normal((d_model, inner), np.float32).view(np.uint32)
+            values = (bits >> 16).astype(np.uint16).tobytes()
             source.write_bytes(values * 8)
-            change = Change(0, Factors(vector, vector))
+            change = Change(0, ArrayFactors(vector, vector))
             pieces = [Piece(source, target, i * len(values), i * len(values), len(values), tensor, change)
                       for i in range(8)]  # fmt: skip
             _timed(pieces[:WORKERS])  # the first product of a process sets things up

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.apply import Factors, factors, weight_factors
+from abliterate.apply.biases import give_biases, take_biases
 from abliterate.apply.norms import removed_keeping_norms
-from abliterate.apply.shifts import bias_additions
+from abliterate.apply.shifts import bias_additions, check_shifts
 from abliterate.edit import Edit, Part
 from abliterate.errors import ModelError, NonFiniteError
 from abliterate.model import Handle
@@ -20,7 +21,8 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving
 
     A tied embedding that the edit touches is untied first, so that the head, and with it the logits, stay
     what they are with the edit attached live; `keep_tied` edits embedding and head together instead.
-    A shift goes into a bias of its block, where there is one that reaches the stream as it is.
+    A shift goes into a bias of its block that reaches the stream as it is; where a switch in the model's config gives
+    its class such biases, the model is given them (`apply.biases`).
     `norm_preserving` gives each vector along d_model of a weight its former norm (`apply.norms`).
     All new values are computed and checked before the first is written.
 
@@ -34,6 +36,22 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving
             f"{handle.source} is loaded in {handle.quantised} and its weights can't be changed; "
             "load it without --quantise"
         )
+    check_shifts(handle, edit.shifts)
+    given = give_biases(handle, edit.shifts)
+    try:
+        changes = _changes(handle, edit, norm_preserving)
+    except BaseException:
+        take_biases(handle, given)
+        raise
+    embedding = getattr(handle.embedding, "weight", None)
+    if handle.tied and not keep_tied and any(p is embedding for p, _ in changes):
+        untie(handle)
+    for parameter, new in changes:
+        parameter.copy_(new)
+
+
+def _changes(handle: Handle, edit: Edit, norm_preserving: bool) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each parameter that an edit changes and its new values, checked."""
     parameters = dict(handle.model.named_parameters())
     changes: list[tuple[nn.Parameter, Tensor]] = []
     for writer, change in weight_factors(handle, edit.parts):
@@ -49,11 +67,7 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving
     for parameter, addition in bias_additions(handle, edit.shifts):
         edited = done.get(id(parameter), parameter).float() + addition
         changes.append((parameter, edited.to(parameter.dtype)))
-    embedding = getattr(handle.embedding, "weight", None)
-    if handle.tied and not keep_tied and any(p is embedding for p, _ in changes):
-        untie(handle)
-    for parameter, new in changes:
-        parameter.copy_(new)
+    return changes
 
 
 def removed(tensor: Float[Tensor, ...], change: Factors | Part, axis: int) -> Float[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ EXAMPLES = {
     "gguf-adapter": "abliterate apply recipe.safetensors model.Q4_K_M.gguf --as gguf-adapter --out lora.gguf",
     "control-vector": "abliterate apply shift.safetensors model.gguf --as control-vector --out vector.gguf",
 }
-# Said here and not in apply/forms.py: importing that imports torch, and --help must not.
+# Said here and not in apply/forms.py, which --help need not import.
 FORMS_HELP = (
     "checkpoint: a copy of the folder with the edit in its weights; adapter: a PEFT LoRA folder; gguf: a copy of the "
     "GGUF file with the edit in its tensors; gguf-adapter: a llama.cpp LoRA (--lora); control-vector: for llama.cpp's "
@@ -84,13 +85,15 @@ def apply(
 
     Outputs appear only when whole. After a kill, run the same command again.
     """
+    if form == "checkpoint":
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its pieces are dealt to two threads already
     with reported(quiet, log_file) as terminal:
         from abliterate.apply.forms import ApplyOptions, apply_recipe
-        from abliterate.recipe import load_recipe
+        from abliterate.recipe_file import read_recipe
 
         target = _target(form, model, out, in_place, plan)
         file = recipe / "recipe.safetensors" if recipe.is_dir() else recipe
-        loaded = load_recipe(file)
+        loaded = read_recipe(file)
         if overwrite and file.resolve().is_relative_to(target.resolve()):
             raise AbliterateError(f"recipe {file} lies in {target}, which --overwrite would replace; move it first")
         options = ApplyOptions(

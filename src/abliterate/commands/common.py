@@ -100,6 +100,22 @@ TestPrompts = Annotated[
     int | None,
     typer.Option(help="Most prompts a side for the final numbers. [default: 200]", rich_help_panel=PROMPTS_PANEL),
 ]
+BehaviourOption = Annotated[
+    str | None,
+    typer.Option(
+        "--behaviour",
+        help="refusal, persona, slop or a FILE.toml that defines one (docs/behaviours.md). [default: refusal]",
+        rich_help_panel=PROMPTS_PANEL,
+    ),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        help="What must not change: a file of prompts, or a recipe or safetensors file of directions.",
+        rich_help_panel=SEARCH_PANEL,
+    ),
+]
 Positions = Annotated[
     int | None,
     typer.Option(
@@ -125,7 +141,9 @@ CollectBatch = Annotated[
 JudgeOption = Annotated[
     str | None,
     typer.Option(
-        "--judge", help="lexical, or classifier:PATH[:LABEL]. [default: lexical]", rich_help_panel=MEASURE_PANEL
+        "--judge",
+        help="lexical, classifier:PATH[:LABEL] or style:BEHAVIOUR. [default: the behaviour's]",
+        rich_help_panel=MEASURE_PANEL,
     ),
 ]
 MaxNewTokens = Annotated[
@@ -153,7 +171,7 @@ FIELDS = {
         "interactive",
     ),
     "measure": ("judge", "max_new_tokens"),
-    "": ("seed", "force", "keep_tied", "resume"),
+    "": ("seed", "force", "keep_tied", "resume", "behaviour", "keep"),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import typer
 from abliterate.commands.common import (
     Baseline,
     BaselineColumn,
+    BehaviourOption,
     ChatTemplate,
     CollectBatch,
     Config,
@@ -55,6 +56,7 @@ def collect(
     model: Model,
     out: Annotated[Path, typer.Option(help="File to write.")],
     keep_vectors: Annotated[bool, typer.Option("--keep-vectors", help="Keep every prompt's activations too.")] = False,
+    behaviour: BehaviourOption = None,
     target: Target = None,
     baseline: Baseline = None,
     target_column: TargetColumn = None,
@@ -96,6 +98,7 @@ def measure(
     model: Model,
     original: Annotated[str | None, typer.Option(help="The model to compare with; gives the divergence.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
+    behaviour: BehaviourOption = None,
     target: Target = None,
     baseline: Baseline = None,
     target_column: TargetColumn = None,

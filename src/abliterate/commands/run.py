@@ -13,6 +13,7 @@ from abliterate.commands.common import (
     SEARCH_PANEL,
     Baseline,
     BaselineColumn,
+    BehaviourOption,
     ChatTemplate,
     CollectBatch,
     Config,
@@ -21,6 +22,7 @@ from abliterate.commands.common import (
     Filter,
     Json,
     JudgeOption,
+    KeepOption,
     LogFile,
     MaxNewTokens,
     Model,
@@ -56,7 +58,9 @@ if TYPE_CHECKING:
 @app.command(
     epilog="Example: abliterate run Qwen/Qwen3-0.6B --out qwen-abliterated\n\n"
     "Example: abliterate run ./model --target bad.txt --baseline good.txt --method article --interactive\n\n"
-    "Example: abliterate run ./model --plan                 what it would take here, without doing it"
+    "Example: abliterate run ./model --behaviour persona    a melancholic voice, added to the weights\n\n"
+    "Example: abliterate run ./model --plan                 what it would take here, without doing it\n\n"
+    "Example: abliterate run demo --induce --out refusing   the converse: a model that refuses everything"
 )
 def run(
     model: Model,
@@ -126,7 +130,17 @@ def run(
     plan: Annotated[
         bool, typer.Option("--plan", help="Predict time and memory from a probe of one batch; run and write nothing.")
     ] = False,
+    induce: Annotated[
+        bool,
+        typer.Option(
+            "--induce",
+            help="The converse: add the direction, so that the model refuses what it used to answer.",
+            rich_help_panel=SEARCH_PANEL,
+        ),
+    ] = False,
     force: Annotated[bool | None, typer.Option("--force", help="Go on although the model hardly refuses.")] = None,
+    behaviour: BehaviourOption = None,
+    keep: KeepOption = None,
     target: Target = None,
     baseline: Baseline = None,
     target_column: TargetColumn = None,
@@ -162,7 +176,13 @@ def run(
         settings = settings_from(flags, config)
         if settings.search.interactive:
             _check_interactive(settings)
+        if induce and (plan or activations is not None or show_completions or method is not None):
+            raise AbliterateError("--induce has a search of its own; leave --plan, --activations, --show-completions "
+                                  "and --method out")  # fmt: skip
         source = source_of(model)
+        if induce:
+            _induce(source, out, settings, terminal, overwrite, json_)
+            return
         if plan:
             _plan(source, settings, terminal, activations, json_)
             return
@@ -202,6 +222,22 @@ def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: P
         typer.echo(json.dumps(found.to_json(), indent=2))
     else:
         output().print(plan_table(found.rows()))
+
+
+def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, overwrite: bool, json_: bool) -> None:
+    from abliterate.inducing import run_induce
+    from abliterate.publish.induced_card import induced_rows
+    from abliterate.terminal import output, result_table
+
+    result = run_induce(source, out, settings, overwrite=overwrite, reporter=terminal)
+    if json_:
+        typer.echo(json.dumps(result.document, indent=2))
+        return
+    console = output()
+    console.print(result_table(induced_rows(result.document)))
+    model = [("model", out / "model")] if (out / "model").is_dir() else []
+    for what, where in (*model, ("recipe", out / "recipe.safetensors"), ("results", out / "results.json")):
+        console.print(f"{what + ':':<10}{where}", soft_wrap=True)
 
 
 def _default_folder(model: str) -> Path:

@@ -77,6 +77,11 @@ def _drawn(progress: Progress) -> RenderableType:
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
-    lines = [Text(f"{stamp:6.1f}s  {line}", overflow="ellipsis") for stamp, line in progress.lines[-SHOWN_LINES:]]
+    lines = [
+        Text(f"{stamp:6.1f}s  {line}", overflow="ellipsis", no_wrap=True)
+        for stamp, line in progress.lines[-SHOWN_LINES:]
+    ]
+    if progress.ended:
+        return Group(*lines, Text(progress.ended, style="bold"))
     bar = ProgressBar(total=max(1, progress.total), completed=progress.done, width=60)
     return Group(*lines, Text(_where(progress), style="bold"), bar)

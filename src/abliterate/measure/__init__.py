@@ -30,6 +30,8 @@ class Measurement:
         target_answers, baseline_answers: what was decoded; kept out of `to_json`.
         refused_target, refused_baseline: the judge's verdicts on them.
         reference: for an original: what later measurements are compared with.
+        coherent: for a judge of style: answers to target prompts that show it and are not degenerate.
+        scores: for such a judge: its mean score on target and on baseline prompts.
     """
 
     refusal: Rate
@@ -43,9 +45,15 @@ class Measurement:
     refused_target: list[bool] = field(repr=False)
     refused_baseline: list[bool] = field(repr=False)
     reference: Reference | None = field(default=None, repr=False)
+    coherent: Rate | None = None
+    scores: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         divergence = self.divergence
+        style: dict[str, Any] = {}
+        if self.coherent is not None and self.scores is not None:
+            score = dict(zip(("target", "baseline"), self.scores, strict=True))
+            style = {"coherent": self.coherent.to_json("refused"), "score": score}
         return {
             "refusal": self.refusal.to_json("refused"),
             "over_refusal": self.over_refusal.to_json("refused"),
@@ -54,6 +62,7 @@ class Measurement:
             "degenerate": self.degenerate.to_json(),
             "degenerate_on_target": self.degenerate_on_target.to_json(),
             "loss": {"baseline_answers": self.loss},
+            **style,
         }
 
 
@@ -72,7 +81,7 @@ def measure(
 
     Args:
         handle: the model, with or without an edit attached or baked.
-        target, baseline: held-out prompts.
+        target, baseline: held-out prompts; where they are the same, answers are decoded once and count for both.
         original: the original's measurement on the same baseline prompts, to get a divergence from it;
             None when `handle` is the original.
         judge: decides what a refusal is; the lexical one by default.
@@ -86,7 +95,8 @@ def measure(
         ...     after = measure(h, target, baseline, original=before)
     """
     judge = judge or LexicalJudge()
-    prompts, count = [*target, *baseline], len(target)
+    one = list(target) == list(baseline)
+    prompts, count = list(target) if one else [*target, *baseline], len(target)
     # Together: baseline prompts take the places of refusals, which stop early. They go on to the limit:
     # whether one loops is seen only there.
     answers, refused = judged(
@@ -95,11 +105,11 @@ def measure(
         judge,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        stop_on=lambda index: (True, False) if index < count else (True,),
+        stop_on=lambda index: (True, False) if index < count and not one else (True,),
         tick=progress("answers", len(prompts)) if progress else None,
     )
     target_answers, refused_target = answers[:count], refused[:count]
-    baseline_answers, refused_baseline = answers[count:], refused[count:]
+    baseline_answers, refused_baseline = (answers, refused) if one else (answers[count:], refused[count:])
     reference = original.reference if original else _reference(handle, baseline, baseline_answers, refused_baseline)
     divergence = None
     loss = reference.loss if reference else 0.0
@@ -120,7 +130,21 @@ def measure(
         refused_target=refused_target,
         refused_baseline=refused_baseline,
         reference=None if original else reference,
+        coherent=coherent_rate(target_answers, refused_target) if hasattr(judge, "scores") else None,
+        scores=(_mean_score(judge, target_answers), _mean_score(judge, baseline_answers)),
     )
+
+
+def coherent_rate(answers: Sequence[Answer], shown: Sequence[bool]) -> Rate:
+    """Answers that show the behaviour and are not degenerate; they must have been decoded to their end."""
+    pairs = zip(answers, shown, strict=True)
+    return Rate(sum(s and not is_degenerate(a.text, finished=a.finished) for a, s in pairs), len(answers))
+
+
+def _mean_score(judge: Judge, answers: Sequence[Answer]) -> float:
+    """The mean of a style judge's scores; 0 for judges that give none."""
+    scores = getattr(judge, "scores", lambda texts: [])([a.text for a in answers])
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def judged(

@@ -107,18 +107,22 @@ def compare(handle: Handle, reference: Reference, tick: Tick | None = None) -> D
         handle: the edited model, or the original with an edit attached.
         reference: from `make_reference` on the original.
     """
-    first = [0.0] * len(reference.rows)
-    along = [0.0] * len(reference.rows)
-    losses = [0.0] * len(reference.rows)
-    for index, own in _distributions(handle, reference.rows, reference.answers, tick):
-        divergence = reference_divergence(reference, index, own.double()).clamp_min(0).cpu()
-        first[index] = float(divergence[0])
-        along[index] = float(divergence.mean())
-        losses[index] = _loss(own, reference.answers[index])
-    count = len(first)
+    each = compare_each(handle, reference, tick)
+    count = len(each)
     if not count:
         return Divergence(0.0, 0.0, 0.0, 0)
-    return Divergence(sum(first) / count, sum(along) / count, sum(losses) / sum(map(len, reference.answers)), count)
+    first, along, losses = map(sum, zip(*each, strict=True))
+    return Divergence(first / count, along / count, losses / sum(map(len, reference.answers)), count)
+
+
+def compare_each(handle: Handle, reference: Reference, tick: Tick | None = None) -> list[tuple[float, float, float]]:
+    """The same prompt by prompt: divergence at the first answer token, along the answer (nats per token), and the
+    answer's summed negative log-likelihood."""
+    each = [(0.0, 0.0, 0.0)] * len(reference.rows)
+    for index, own in _distributions(handle, reference.rows, reference.answers, tick):
+        divergence = reference_divergence(reference, index, own.double()).clamp_min(0).cpu()
+        each[index] = (float(divergence[0]), float(divergence.mean()), _loss(own, reference.answers[index]))
+    return each
 
 
 def reference_divergence(

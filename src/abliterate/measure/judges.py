@@ -1,4 +1,7 @@
-"""Judges of whether answers refuse: the lexical one, the classifier and their registry."""
+"""Judges of whether answers show a behaviour: the lexical one of refusals, the classifier, and their registry.
+
+A judge of style is in `measure/style.py`; it gives every answer a score too, by a method `scores(answers)`.
+"""
 
 from __future__ import annotations
 
@@ -142,18 +145,30 @@ def _split_label(argument: str) -> tuple[str, str]:
     return path, label
 
 
-JUDGES: dict[str, Callable[[str], Judge]] = {"lexical": _make_lexical, "classifier": _make_classifier}
+def _make_style(argument: str) -> Judge:
+    from abliterate.behaviours import load_behaviour
+
+    if not argument:
+        raise AbliterateError("the style judge needs a behaviour: style:NAME or style:FILE.toml")
+    return load_behaviour(argument).style_judge()
+
+
+JUDGES: dict[str, Callable[[str], Judge]] = {
+    "lexical": _make_lexical, "classifier": _make_classifier, "style": _make_style,
+}  # fmt: skip
 """What makes each kind of judge from the text after the first colon of its specification."""
 
 
 def make_judge(spec: str) -> Judge:
-    """Return the judge that `spec` names: "lexical" or "classifier:PATH[:LABEL]".
+    """Return the judge that `spec` names: "lexical", "classifier:PATH[:LABEL]" or "style:BEHAVIOUR".
 
     Raises:
-        AbliterateError: if there is no judge of that kind.
+        AbliterateError: if there is no judge of that kind, or no such behaviour, or it has no style.
         ModelError: if the classifier can't be loaded or lacks the label.
     """
     kind, _, argument = spec.partition(":")
     if kind not in JUDGES:
-        raise AbliterateError(f"unknown judge {spec!r}; the known ones are: lexical, classifier:PATH[:LABEL]")
+        raise AbliterateError(
+            f"unknown judge {spec!r}; the known ones are: lexical, classifier:PATH[:LABEL], style:BEHAVIOUR"
+        )
     return JUDGES[kind](argument)

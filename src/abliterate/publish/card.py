@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abliterate.model import Handle
     from abliterate.recipe import Recipe
+    from abliterate.recipe_file import RecipeFile
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 TIED = {
@@ -91,6 +92,88 @@ def card(handle: Handle, document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def healed_card(handle: Handle, document: dict[str, Any]) -> str:
+    """The card of a healed model: what was taken out, how it was trained back, and the numbers of all three.
+
+    Args:
+        handle: the healed model, for the licence that its source names.
+        document: results.json of `abliterate heal`.
+    """
+    model, heal, recipe = document["model"], document["heal"], document.get("recipe")
+    source = heal["original"] or heal["model"]
+    name = public_name(source)
+    upstream = find_upstream(source, model["revision"] if heal["original"] else None)
+    metadata: dict[str, Any] = {
+        "base_model": upstream.pop("base_model", name) if is_local(source) else name,
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["abliterate", "abliterated", "healed"],
+        **{key: value for key, value in upstream.items() if key in LICENCE_KEYS},
+    }
+    measure, environment = document["settings"]["measure"], document["environment"]
+    lines = [
+        *_head(metadata),
+        f"# {Path(name).name}, abliterated and healed",
+        "",
+        f"This is `{name}` with the direction that carries refusing taken out of its weights (Arditi et al. 2024), and "
+        "then trained to win back the quality which that cost.",
+        "",
+        "## What was changed",
+        "",
+        *(_edit_lines(recipe) if recipe else [f"- the edited model: `{public_name(heal['model'])}`"]),
+        *healing_lines(heal),
+        "",
+        "## What it did",
+        "",
+        _table(document),
+        "",
+        f"Greedy answers of at most {measure['max_new_tokens']} tokens; refusals judged by the `{measure['judge']}` "
+        "judge; divergence is KL(original || model) in nats on baseline prompts that the original answers. Intervals "
+        "are 95% Wilson intervals. These prompts were used neither for finding the direction nor for training.",
+        "",
+        "## Prompts",
+        "",
+        *(_prompts(side, document["prompts"][side]) for side in ("target", "baseline")),
+        "",
+        *MEANING,
+        f"Made with abliterate {environment['abliterate']}, torch {environment['torch']}, "
+        f"transformers {environment['transformers']}, seed {document['settings']['seed']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _edit_lines(recipe: dict[str, Any]) -> list[str]:
+    direction = recipe["direction"]
+    return [
+        f"- direction: difference of means at layer {direction['layer']}, site `{direction['site']}`, position "
+        f"{direction['position']}{_second(direction)}; method `{recipe['method']}`",
+        f"- {recipe['writers']} writers, strength {_span(recipe['strength'])}",
+    ]
+
+
+def healing_lines(heal: dict[str, Any]) -> list[str]:
+    """How a model was healed, as list items of a card.
+
+    Args:
+        heal: that object of results.json.
+    """
+    used = heal["settings"]
+    lora = f"LoRA of rank {used['rank']}, alpha {used['alpha']:g}, merged; it lies beside the model in `adapter/`"
+    rate = f"learning rate {used['learning_rate']:g}, {heal['steps']} steps"
+    if heal["preset"] == "self":
+        how = (
+            f"- healed by the original model's teaching: its distributions along its own answers to {heal['lessons']} "
+            f"training baseline prompts, its refusals of {heal['held_away']} prompts held away"
+        )
+    else:
+        data = heal.get("data") or {}
+        pairs = f" ({data['train']} pairs)" if data.get("train") else ""
+        how = f"- healed by preference tuning (DPO, Rafailov et al. 2023) on `{public_name(used['data'])}`{pairs}"
+    return [how, f"- {lora}; {rate}"]
+
+
 def recipe_card(recipe: Recipe, file: str) -> str:
     """The card of a recipe that is shared alone.
 
@@ -122,7 +205,7 @@ def recipe_card(recipe: Recipe, file: str) -> str:
     return "\n".join(lines)
 
 
-def recipe_lines(recipe: Recipe) -> list[str]:
+def recipe_lines(recipe: Recipe | RecipeFile) -> list[str]:
     """What a recipe takes out and adds, as list items of a card."""
     edit, lines = recipe.edit, []
     if edit.parts:
@@ -246,6 +329,23 @@ def _head(metadata: dict[str, Any]) -> list[str]:
     return ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", ""]
 
 
+BENCHMARK = "<!-- benchmark -->"
+
+
+def with_benchmark(card: str, model_index: list[dict[str, Any]], section: str) -> str:
+    """A card with benchmark results in its head, which the Hub reads, and as a section; those it had are replaced.
+
+    Args:
+        card: README.md, with a YAML head or without.
+        model_index: the Hub's `model-index`.
+        section: Markdown, its heading included.
+    """
+    body = re.sub(r"\A\ufeff?---\s*\n.*?\n---[^\S\n]*\n?", "", card, count=1, flags=re.DOTALL)
+    body = re.sub(rf"\n*{BENCHMARK}.*?{BENCHMARK}\n?", "\n", body, flags=re.DOTALL)
+    head = "\n".join(_head({**_metadata(card), "model-index": model_index}))
+    return f"{head}\n{body.strip()}\n\n{BENCHMARK}\n{section.strip()}\n{BENCHMARK}\n"
+
+
 def is_local(source: str) -> bool:
     return Path(source).expanduser().exists()
 
@@ -318,34 +418,44 @@ def _prompts(side: str, sets: dict[str, Any]) -> str:
     return f"- {side}: `{sets['source']}` ({counts}; test set sha256 `{sets['test']['sha256'][:16]}`)"
 
 
+STATES = ("original", "edited", "healed")
+
+
 def _table(document: dict[str, Any]) -> str:
-    rows = ["| | original | edited |", "| --- | --- | --- |"]
-    for name, original, edited in result_rows(document):
-        rows.append(f"| {name} | {original} | {edited} |")
-    return "\n".join(rows)
+    states = measured_states(document)
+    rows = ["| | " + " | ".join(states) + " |", "| --- |" + " --- |" * len(states)]
+    return "\n".join([*rows, *(f"| {' | '.join(row)} |" for row in result_rows(document))])
 
 
-def result_rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, original, edited) of each number measured, as people read them."""
-    pair = [document["original"], document["edited"]]
+def measured_states(document: dict[str, Any]) -> list[str]:
+    """The models that a results.json has numbers of: original, edited, healed."""
+    return [state for state in STATES if document.get(state)]
 
-    def rate(name: str, key: str, counted: str) -> tuple[str, str, str]:
-        return name, _rate(pair[0][key], counted), _rate(pair[1][key], counted)
 
-    divergence = pair[1]["divergence"]
+def result_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(name, a value for each of `measured_states`) of each number measured, as people read them."""
+    measured = {state: document[state] for state in measured_states(document)}
+
+    def rates(name: str, key: str, counted: str) -> tuple[str, ...]:
+        return name, *(_rate(found[key], counted) for found in measured.values())
+
+    def divergences(name: str, key: str) -> tuple[str, ...]:
+        return name, *(_divergence(state, found["divergence"], key) for state, found in measured.items())
+
     return [
-        rate("refusals", "refusal", "refused"),
-        rate("over-refusals", "over_refusal", "refused"),
-        ("divergence, first token", "0", f"{divergence['first_token']:.3f}" if divergence else "-"),
-        ("divergence, along answers", "0", f"{divergence['answer']:.3f}" if divergence else "-"),
-        rate("degenerate answers", "degenerate", "count"),
-        ("loss on the original's answers", *_losses(pair)),
+        rates("refusals", "refusal", "refused"),
+        rates("over-refusals", "over_refusal", "refused"),
+        divergences("divergence, first token", "first_token"),
+        divergences("divergence, along answers", "answer"),
+        rates("degenerate answers", "degenerate", "count"),
+        ("loss on the original's answers", *(f"{m['loss']['baseline_answers']:.3f}" for m in measured.values())),
     ]
 
 
-def _losses(pair: list[dict[str, Any]]) -> tuple[str, str]:
-    first, second = (f"{m['loss']['baseline_answers']:.3f}" for m in pair)
-    return first, second
+def _divergence(state: str, divergence: dict[str, float] | None, key: str) -> str:
+    if divergence:
+        return f"{divergence[key]:.3f}"
+    return "0" if state == "original" else "-"
 
 
 def _rate(rate: dict[str, Any], counted: str) -> str:

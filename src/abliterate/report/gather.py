@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,8 @@ class Gathered:
             original, edited: the two measurements on it.
             show_completions: keep answers to target prompts too; otherwise only whether they were refused.
         """
-        self.document["paired"] = {
-            "refusal": paired(original.refused_target, edited.refused_target),
-            "over_refusal": paired(original.refused_baseline, edited.refused_baseline),
-        }
-        self.document["show_completions"] = show_completions
-        self.document["examples"] = {
-            "baseline": _examples(sides.baseline.test.texts, original, edited, "baseline", answers=True),
-            "target": _examples(sides.target.test.texts, original, edited, "target", answers=show_completions),
-        }
+        measured = {"original": original, "edited": edited}
+        self.document |= compared(sides, measured, show_completions=show_completions)
 
     def save(self, folder: Path) -> None:
         """Write report-data.json into a run's folder."""
@@ -256,16 +249,58 @@ def _projection(
     }
 
 
+def compared(sides: Any, measured: Mapping[str, Measurement], *, show_completions: bool = False) -> dict[str, Any]:
+    """The paired tests and some answers of the models measured, as they stand in report-data.json.
+
+    Args:
+        sides: the prompts; the test split's first few are kept with their answers.
+        measured: the measurements on it by state: original, edited, healed.
+        show_completions: keep answers to target prompts too; otherwise only whether they were refused.
+    """
+    baseline, target = sides.baseline.test.texts, sides.target.test.texts
+    return {
+        "paired": _paired_tests(measured),
+        "show_completions": show_completions,
+        "examples": {
+            "baseline": _examples(baseline, measured, "baseline", answers=True),
+            "target": _examples(target, measured, "target", answers=show_completions),
+        },
+    }
+
+
+def read_data(folder: str | Path) -> dict[str, Any] | None:
+    """The report-data.json of a run's folder; None where there is none that this version reads."""
+    try:
+        document = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and document.get("schema") == SCHEMA else None
+
+
+def _paired_tests(measured: Mapping[str, Measurement]) -> dict[str, Any]:
+    """Edited against original, and under `healed` healed against edited."""
+    tests: dict[str, Any] = {}
+    for key, side in (("refusal", "target"), ("over_refusal", "baseline")):
+        verdicts = {state: getattr(found, f"refused_{side}") for state, found in measured.items()}
+        if "original" in verdicts and "edited" in verdicts:
+            tests[key] = paired(verdicts["original"], verdicts["edited"])
+        if "healed" in verdicts:
+            found = paired(verdicts["edited"], verdicts["healed"])
+            names = {"only_edited": found["only_original"], "only_healed": found["only_edited"], "p": found["p"]}
+            tests.setdefault("healed", {})[key] = names
+    return tests
+
+
 def _examples(
-    prompts: Sequence[str], original: Measurement, edited: Measurement, side: str, *, answers: bool
+    prompts: Sequence[str], measured: Mapping[str, Measurement], side: str, *, answers: bool
 ) -> list[dict[str, Any]]:
     shown = []
     for index, prompt in enumerate(prompts[:EXAMPLES]):
         entry: dict[str, Any] = {"prompt": prompt}
-        for name, measured in (("original", original), ("edited", edited)):
-            entry[name] = {"refused": bool(getattr(measured, f"refused_{side}")[index])}
+        for name, found in measured.items():
+            entry[name] = {"refused": bool(getattr(found, f"refused_{side}")[index])}
             if answers:
-                entry[name]["answer"] = getattr(measured, f"{side}_answers")[index].text[:LONGEST_ANSWER]
+                entry[name]["answer"] = getattr(found, f"{side}_answers")[index].text[:LONGEST_ANSWER]
         shown.append(entry)
     return shown
 

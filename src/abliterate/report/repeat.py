@@ -17,6 +17,8 @@ def repeat_command(loaded: Loaded) -> str:
     from abliterate.settings import ENVIRONMENT_PREFIX, RunSettings
 
     settings: dict[str, Any] = loaded.results.get("settings") or {}
+    if loaded.get("heal"):
+        return _heal_command(loaded, settings)
     defaults = RunSettings().model_dump()
     words = ["abliterate", "run" if loaded.get("recipe") else "measure", model_name(loaded)]
     variables = []
@@ -31,6 +33,30 @@ def repeat_command(loaded: Loaded) -> str:
     if loaded.seen("activations"):
         words += ["--activations", public_source(str(loaded.seen("activations")))]
     return " ".join([*variables, *(shlex.quote(word) for word in words)])
+
+
+def _heal_command(loaded: Loaded, settings: dict[str, Any]) -> str:
+    """The command that heals so again; the model edited is named as it lay."""
+    from abliterate.heal.settings import HealRunSettings
+
+    healing = settings.get("heal") or {}
+    preset = {"preset": healing.get("preset", "dpo")}
+    defaults = HealRunSettings.model_validate({"heal": preset}).model_dump(mode="json")
+    words = ["abliterate", "heal", public_source(str(loaded.get("heal", "model") or "MODEL"))]
+    if loaded.get("heal", "original"):
+        words += ["--original", model_name(loaded)]
+    words += ["--preset", preset["preset"]]
+    own = healing.get("self_teaching") or {}
+    flat = [("heal", name, value) for name, value in healing.items() if name not in ("preset", "self_teaching")]
+    flat += [("self_teaching", name, value) for name, value in own.items()]
+    flat += [entry for entry in _flat(settings) if entry[0] in ("load", "prompts", "measure")]
+    flat.append(("", "seed", settings.get("seed")))
+    known = {**defaults, "self_teaching": defaults["heal"]["self_teaching"]}
+    for stage, name, value in flat:
+        default = known[stage].get(name) if stage else defaults.get(name)
+        if value != default and value is not None:
+            words += _flag(name, public_source(value) if name == "data" else value)
+    return " ".join(shlex.quote(word) for word in words)
 
 
 def model_name(loaded: Loaded) -> str:

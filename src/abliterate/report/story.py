@@ -24,7 +24,8 @@ WIDE = 0.2  # an interval wider than this says little
 
 def title(loaded: Loaded) -> str:
     """The report's name."""
-    return f"{model_name(loaded)}, abliterated" if loaded.get("recipe") else model_name(loaded)
+    done = [word for word, key in (("abliterated", "recipe"), ("healed", "heal")) if loaded.get(key)]
+    return f"{model_name(loaded)}, {joined(done)}" if done else model_name(loaded)
 
 
 def verdict(loaded: Loaded) -> str:
@@ -42,20 +43,28 @@ def verdict(loaded: Loaded) -> str:
 
 
 def paired_sentences(loaded: Loaded) -> list[str]:
-    """The paired tests, edited against original."""
+    """The paired tests: edited against original, and healed against edited."""
     said = []
-    for key, noun in (("refusal", "target"), ("over_refusal", "baseline")):
-        found = loaded.seen("paired", key)
-        if found:
-            if not found["only_original"] + found["only_edited"]:
-                said.append(f"Prompt by prompt ({noun}): no verdict changed.")
+    for first, second, where in (("original", "edited", ()), ("edited", "healed", ("healed",))):
+        for key, noun in (("refusal", "target"), ("over_refusal", "baseline")):
+            found = loaded.seen("paired", *where, key)
+            if not found:
+                continue
+            only_first, only_second = found[f"only_{first}"], found[f"only_{second}"]
+            which = f"{noun}, {second} against {first}" if loaded.seen("paired", "healed") else noun
+            if not only_first + only_second:
+                said.append(f"Prompt by prompt ({which}): no verdict changed.")
                 continue
             p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
             said.append(
-                f"Prompt by prompt ({noun}): {found['only_original']} refused only by the original, "
-                f"{found['only_edited']} only by the edited model (exact McNemar test, {p})."
+                f"Prompt by prompt ({which}): {only_first} refused only by the {_model(first)}, "
+                f"{only_second} only by the {_model(second)} (exact McNemar test, {p})."
             )
     return said
+
+
+def _model(state: str) -> str:
+    return state if state == "original" else f"{state} model"
 
 
 def costs(loaded: Loaded) -> Table:
@@ -102,9 +111,9 @@ def cost_notes(loaded: Loaded) -> list[str]:
 
 def changed(loaded: Loaded) -> list[str]:
     """What was changed."""
-    recipe = loaded.get("recipe")
+    recipe, healing = loaded.get("recipe"), _healing(loaded)
     if not recipe:
-        return ["Nothing was edited in this run; it measured a model."]
+        return healing or ["Nothing was edited in this run; it measured a model."]
     said = []
     direction = recipe.get("direction")
     if direction:
@@ -123,6 +132,24 @@ def changed(loaded: Loaded) -> list[str]:
         said.append(f"The recipe holds {loaded.directions} directions; no writer need use them all.")
     if recipe.get("tied") in TIED:
         said.append(TIED[recipe["tied"]])
+    return said + healing
+
+
+def _healing(loaded: Loaded) -> list[str]:
+    """How the edited model was trained back, in a sentence or two."""
+    heal = loaded.get("heal")
+    if not heal:
+        return []
+    resolved = heal.get("settings") or {}
+    lora = f"A LoRA of rank {resolved.get('rank')}, merged into the weights"
+    if heal.get("preset") == "self":
+        said = [
+            f"Then healed: the original's answers to {heal.get('lessons')} training baseline prompts were learnt from, "
+            f"its refusals held away ({heal.get('steps')} steps). {lora}."
+        ]
+    else:
+        source = public_source(str(resolved.get("data") or "preference pairs"))
+        said = [f"Then healed by preference tuning on {source} ({heal.get('steps')} steps). {lora}."]
     return said
 
 

@@ -134,6 +134,7 @@ def fit(
     settings: FitSettings | None = None,
     *,
     also: Sequence[tuple[float, StandIn]] = (),
+    kept: Float[Tensor, "k d_model"] | None = None,
     state: FitState | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -153,6 +154,7 @@ def fit(
         judge: decides what a refusal is.
         settings: sizes and limits.
         also: further (weight, stand-in) pairs: behaviours to remove, keep or watch besides.
+        kept: orthonormal directions that every direction stays orthogonal to.
         state: where the fit is written down as it goes, and goes on from.
         progress, say: where progress and the log go.
 
@@ -168,7 +170,7 @@ def fit(
                 f"none of the {side} prompts is {does}, so the fit has nothing to learn from; give others, "
                 "or try --method sweep"
             )
-    job = _Job(handle, directions, train, validation, judge, settings, also, state)
+    job = _Job(handle, directions, train, validation, judge, settings, also, state, kept)
     if state.step:
         say(f"going on from step {state.step}; {len(state.points)} points of the frontier are there")
     else:
@@ -209,9 +211,10 @@ class _Job:
     def __init__(
         self, handle: Handle, directions: Directions, train: Examples, validation: Examples, judge: Judge,
         settings: FitSettings, also: Sequence[tuple[float, StandIn]], state: FitState,
+        kept: Float[Tensor, "k d_model"] | None = None,
     ) -> None:  # fmt: skip
         self.handle, self.directions, self.settings, self.state = handle, directions, settings, state
-        self.judge, self.train, self.validation, self.also = judge, train, validation, list(also)
+        self.judge, self.train, self.validation, self.also, self.kept = judge, train, validation, list(also), kept
         self.blocks = settings.layers or blocks_to_edit(directions, handle.layers)
         self.writers = editable(find_writers(handle, list(self.blocks)))
         if not self.writers:
@@ -362,9 +365,12 @@ class _Job:
                 hook.remove()
 
     def _unit(self) -> Float[Tensor, "block rank d_model"]:
+        vectors = self.vectors
+        if self.kept is not None:  # a parametrisation: gradients don't see what is kept
+            vectors = vectors - (vectors @ self.kept.T) @ self.kept
         if self.settings.rank == 1:
-            return self.vectors / self.vectors.norm(dim=-1, keepdim=True)
-        q, r = torch.linalg.qr(self.vectors.transpose(1, 2))
+            return vectors / vectors.norm(dim=-1, keepdim=True)
+        q, r = torch.linalg.qr(vectors.transpose(1, 2))
         return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).transpose(1, 2)
 
     @torch.no_grad()

@@ -69,12 +69,11 @@ class DivergenceFromOriginal:
 
     Args:
         reference: the original's distributions, from `original_reference` or `measure.divergence.make_reference`.
+        name: tells objectives apart in a study.
     """
 
-    name = "divergence"
-
-    def __init__(self, reference: Reference) -> None:
-        self.reference = reference
+    def __init__(self, reference: Reference, name: str = "divergence") -> None:
+        self.reference, self.name = reference, name
 
     def score(self, handle: Handle) -> float:
         return compare(handle, self.reference).answer

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from abliterate.errors import AbliterateError, OutputError, RecipeError, shorten
 from abliterate.recipe import KEY, MOST_BYTES
+from abliterate.report.document import public
 
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".csv")
 MOST_PROMPT_BYTES = 10 * 10**6
@@ -59,6 +60,13 @@ class Folder:
     def shown(self, path: Path) -> str:
         """A path as the page shows it."""
         return path.relative_to(self.root).as_posix()
+
+    def public(self, text: str) -> str:
+        """A text for those who use the page: paths in the folder relative to it, others cut to their last part."""
+        for name, source in self.granted.items():
+            if os.path.isabs(source):
+                text = text.replace(source, name)
+        return public(text.replace(f"{self.root}{os.sep}", "").replace(str(self.root), "the folder"))
 
     def output(self, name: str, suffix: str = "") -> Path:
         """Where a new file or folder goes; `suffix` is added when it has none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -82,14 +83,13 @@ def drawing(points: Sequence[Point], picked: int | None) -> str:
     )
     line = " ".join(f"{x(p.divergence):.1f},{y(p.rate):.1f}" for p in sorted(points, key=lambda p: p.divergence))
     across = "".join(
-        f'<text x="{x(widest * part):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{widest * part:.2g}</text>'
-        for part in (0, 0.25, 0.5, 0.75)
+        f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+        for value in round_values(widest)
     )
     up = "".join(
-        f'<line x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{y(highest * part):.1f}" y2="{y(highest * part):.1f}" '
-        'class="grid"/>'
-        f'<text x="{LEFT - 8}" y="{y(highest * part) + 4:.1f}" text-anchor="end">{100 * highest * part:.0f}%</text>'
-        for part in (0, 0.25, 0.5, 0.75)
+        f'<line x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>'
+        f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{100 * value:g}%</text>'
+        for value in round_values(highest)
     )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="frontier" '
@@ -98,3 +98,10 @@ def drawing(points: Sequence[Point], picked: int | None) -> str:
         f'<text x="14" y="{HEIGHT / 2 - 16}" text-anchor="middle" transform="rotate(-90 14 {HEIGHT / 2 - 16})">refused'
         f'</text><polyline points="{line}" class="curve"/>{marks}</svg>'
     )
+
+
+def round_values(most: float, intervals: int = 5) -> list[float]:
+    """0 and the multiples of 1, 2 or 5 times a power of ten up to `most`, at most so many of them."""
+    power = 10.0 ** math.floor(math.log10(most / intervals))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * intervals >= most)
+    return [float(f"{step * n:.12g}") for n in range(int(most / step + 1e-9) + 1)]

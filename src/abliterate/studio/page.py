@@ -9,9 +9,11 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from html import escape
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import gradio as gr
 
@@ -21,20 +23,26 @@ from abliterate.errors import AbliterateError, shorten
 from abliterate.files import check_file
 from abliterate.measure.refusal import is_refusal
 from abliterate.prompts import load_prompts
+from abliterate.publish.hub import size_of
 from abliterate.recipe import MOST_BYTES, Recipe, load_recipe, save_recipe
 from abliterate.report import write_html
+from abliterate.studio.exporting import Export
 from abliterate.studio.folder import MOST_PROMPT_BYTES, PROMPT_SUFFIXES, Folder, check_upload
 from abliterate.studio.frontier import drawing, frontier_points
 from abliterate.studio.models import Models
 from abliterate.studio.runs import Runs, View
 from abliterate.studio.session import GROUPS, Answers, Question, Session, Strengths
+from abliterate.watching import Progress
 
 MOST_GRID = 16
 SHOW_EVERY = 0.08  # seconds between two looks at a growing answer
+EXPORT_EVERY = 0.3  # and at an export
 STYLE = Path(__file__).parent / "studio.css"
-SMALL: dict[str, Any] = {"scale": 0, "min_width": 150, "size": "md"}  # a button as wide as its text
+SMALL: dict[str, Any] = {"scale": 0, "min_width": 150, "size": "md"}  # a button that doesn't fill its row
+LONGER = {**SMALL, "min_width": 220}  # for a longer text
 EXAMPLE = "Write a short poem about autumn."
 NO_RECIPE = "none: the model as it is"
+UPLOADED = " (uploaded)"
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +53,7 @@ class Studio:
         folder: what may be touched.
         models: those that are loaded.
         runs: those that go on.
+        exports: those that go on, and perhaps some that have ended.
         downloads: a private folder for what is handed out.
         first: (model, recipe, its name) that a user starts with, or None.
     """
@@ -52,13 +61,17 @@ class Studio:
     def __init__(self, folder: Folder, models: Models, downloads: Path) -> None:
         self.folder, self.models, self.downloads = folder, models, downloads
         self.runs = Runs(folder.root)
+        self.exports: WeakSet[Export] = WeakSet()
         self.first: tuple[str, str] | None = None
 
     def load(self, session: Session, model: str, recipe: str) -> None:
         """Give a user the model and the recipe of these names."""
-        source = self.folder.model(model)
-        found = load_recipe(self.folder.recipe(recipe)) if recipe and recipe != NO_RECIPE else None
-        session.use(self.models.get(model.strip(), source), found, recipe.strip() if found else "")
+        source, name = self.folder.model(model), recipe.strip()
+        if name.endswith(UPLOADED) and name == session.recipe_name:
+            found = session.recipe  # its file is gone
+        else:
+            found = load_recipe(self.folder.recipe(name)) if name and name != NO_RECIPE else None
+        session.use(self.models.get(model.strip(), source), found, name if found else "")
 
     def handed_out(self, path: Path) -> str:
         """A copy that the browser may fetch: the folder itself is never served."""
@@ -75,15 +88,16 @@ class Studio:
         save_recipe(recipe, path)
         return path
 
-    def export(self, session: Session, form: str, model: str, name: str) -> dict[str, Any]:
-        """Apply the recipe as the sliders have it to a model, in a form."""
+    def export(self, session: Session, export: Export, form: str, model: str, name: str) -> dict[str, Any]:
+        """Apply the recipe as the sliders have it to a model, in a form; `export` is told how it goes."""
         recipe = session.scaled_recipe()
         if form not in FORMS:
             raise AbliterateError(f"there is no form {shorten(form)}")
         loaded = model.strip() in ("", session.model.name)
         source = session.model.handle.source if loaded else self.folder.model(model)
         path = self.folder.output(name)
-        return apply_recipe(recipe, source, path, form, ApplyOptions(), _Said())
+        self.exports.add(export)
+        return apply_recipe(recipe, source, path, form, ApplyOptions(), export)
 
     def report(self, name: str) -> Path:
         """A run's report, written when it isn't there."""
@@ -106,15 +120,11 @@ class Studio:
         self.runs.start(self.folder.model(model), folder, options)
         return folder
 
-
-class _Said:
-    """A reporter that keeps what was said to itself: the summary of an export tells what matters."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def progress(self, _stage: str, _total: int) -> None:
-        return None
+    def end(self) -> None:
+        """Stop what goes on; nothing half-written is left."""
+        for export in list(self.exports):
+            export.stop()
+        self.runs.end()
 
 
 def _one_of(value: str, values: tuple[str, ...]) -> str:
@@ -129,14 +139,19 @@ def _check_new(path: Path, folder: Folder, replace: bool) -> None:
     check_file(path, overwrite=True)
 
 
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same event, an error shown as one line on the page; never a trace, and nothing of it in a log."""
+def told(function: Callable[..., Any], public: Callable[[str], str] = str) -> Callable[..., Any]:
+    """The same event, an error shown as one line on the page; never a trace, and nothing of it in a log.
+
+    Args:
+        function: called with what the page holds.
+        public: takes out of a text what isn't for those who use the page.
+    """
 
     def line(error: Exception) -> gr.Error:
         if not isinstance(error, AbliterateError):
             logger.debug("an event of the studio failed", exc_info=error)
         said = str(error) if isinstance(error, AbliterateError) else f"{type(error).__name__}: {error}"
-        return gr.Error(escape(shorten(said, 400)), print_exception=False)
+        return gr.Error(escape(shorten(public(said), 400)), print_exception=False, duration=None)
 
     @functools.wraps(function)
     def once(*values: Any) -> Any:
@@ -194,19 +209,22 @@ def verdict(answer: str) -> str:
     return f'<span class="{"refuses" if refuses else "answers"}">{"refuses" if refuses else "answers"}</span>'
 
 
-def grid_table(texts: list[str], rows: list[Answers], *, done: bool) -> str:
-    """Prompts and both answers as an HTML table; everything typed or answered is escaped."""
+def grid_table(texts: list[str], rows: list[Answers]) -> str:
+    """Prompts and both answers as an HTML table; everything typed or answered is escaped.
+
+    A row is judged once both its answers are whole, and the rows are counted once all are.
+    """
     body = "".join(
         f"<tr><th scope='row'>{escape(text)}</th>"
         + "".join(
-            f"<td><div class='answer'>{escape(answer)}</div>{verdict(answer) if done else ''}</td>"
+            f"<td><div class='answer'>{escape(answer)}</div>{verdict(answer) if row.whole else ''}</td>"
             for answer in (row.original, row.edited)
         )
         + "</tr>"
         for text, row in zip(texts, rows, strict=True)
     )
     counts = ""
-    if done:
+    if all(row.whole for row in rows):
         refused = [sum(is_refusal(a) for a in answers if a) for answers in _columns(rows)]
         counts = f" {refused[0]} of {len(rows)} refused by the original, {refused[1]} by the edited, judged by words."
     return (
@@ -220,15 +238,22 @@ def _columns(rows: list[Answers]) -> tuple[list[str], list[str]]:
     return [row.original for row in rows], [row.edited for row in rows]
 
 
-def run_view(view: View, shown: str) -> str:
-    """How a run goes, as HTML: a bar, where it is, and the last lines."""
+def run_view(view: View, folder: Folder) -> str:
+    """How a run goes, as HTML: a bar, where it is, and the last lines, without the paths of this machine."""
+    shown = folder.shown(view.out)
     words = {
         "nothing": f"No run writes {shown} now.", "done": f"{shown} is done.", "stopped": f"{shown} was stopped.",
-        "failed": f"{shown} failed: {view.error}", "starting": "Starting…", "stopping": "Stopping…", "running": "",
+        "failed": f"{shown} failed: {folder.public(view.error)}", "starting": "Starting…", "stopping": "Stopping…",
+        "running": "",
     }  # fmt: skip
-    progress = view.progress
-    parts = [f"<p class='state'>{escape(words[view.state])}</p>"] if words[view.state] else []
-    if progress is not None and view.going and progress.total:
+    said = f"<p class='state'>{escape(words[view.state])}</p>" if words[view.state] else ""
+    return said + (progress_view(view.progress, folder, going=view.going) if view.progress else "")
+
+
+def progress_view(progress: Progress, folder: Folder, *, going: bool) -> str:
+    """Where something long is, as HTML: a bar while it goes on, and the last lines."""
+    parts = []
+    if going and progress.total:
         spent = time.time() - progress.stage_started
         left = f", about {spent / progress.done * (progress.total - progress.done):.0f} s left" if progress.done else ""
         where = f"{progress.stage}: {progress.done} of {progress.total}{left}"
@@ -237,8 +262,8 @@ def run_view(view: View, shown: str) -> str:
             f"<progress max='{progress.total}' value='{progress.done}' aria-label='{escape(progress.stage)}'>"
             "</progress>"
         )
-    if progress is not None and progress.lines:
-        lines = "\n".join(f"{seconds:6.1f}s  {line}" for seconds, line in progress.lines[-12:])
+    if progress.lines:
+        lines = "\n".join(f"{seconds:6.1f}s  {folder.public(line)}" for seconds, line in progress.lines[-12:])
         parts.append(f"<pre>{escape(lines)}</pre>")
     return "".join(parts)
 
@@ -275,12 +300,13 @@ class _Page:
                     self._keep()
         self._wire(page)
 
-    @staticmethod
-    def on(event: Any, function: Callable[..., Any], inputs: Any = None, outputs: Any = None, **options: Any) -> Any:
+    def on(
+        self, event: Any, function: Callable[..., Any], inputs: Any = None, outputs: Any = None, **options: Any
+    ) -> Any:
         """Wire an event: errors on one line, as many users at once as come, not offered as an API."""
         return event(
-            told(function), inputs, outputs, concurrency_limit=None, api_visibility="private",
-            **{"show_progress": "minimal", **options},
+            told(function, self.studio.folder.public), inputs, outputs, concurrency_limit=None,
+            api_visibility="private", **{"show_progress": "minimal", **options},
         )  # fmt: skip
 
     def _controls(self) -> None:
@@ -335,18 +361,18 @@ class _Page:
             self.grid_ask = gr.Button("Compare", variant="primary", elem_id="compare", **SMALL)
             self.grid_stop = gr.Button("Stop", elem_id="grid-stop", **SMALL)
             self.grid_upload = gr.UploadButton(
-                "Upload prompts", file_types=list(PROMPT_SUFFIXES), elem_id="grid-upload", **SMALL
+                "Upload prompts", file_types=list(PROMPT_SUFFIXES), elem_id="grid-upload", **LONGER
             )
-        self.table = gr.HTML("", elem_id="table")
+        self.table = gr.HTML("", elem_id="table", padding=False)
 
     def _frontier(self) -> None:
         self.out = gr.Dropdown([], label="Run", allow_custom_value=True, elem_id="out")
-        self.svg = gr.HTML("", elem_id="svg")
+        self.svg = gr.HTML("", elem_id="svg", padding=False)
         self.point = gr.Radio([], label="Point", elem_id="point")
         with gr.Row():
             self.take = gr.Button("Use this point", variant="primary", elem_id="take", **SMALL)
-            self.make_report = gr.Button("Prepare the report", elem_id="make-report", **SMALL)
-            self.report = gr.DownloadButton("Download the report", visible=False, elem_id="report", **SMALL)
+            self.make_report = gr.Button("Prepare the report", elem_id="make-report", **LONGER)
+            self.report = gr.DownloadButton("Download the report", visible=False, elem_id="report", **LONGER)
 
     def _run(self) -> None:
         with gr.Row():
@@ -365,40 +391,42 @@ class _Page:
             self.start = gr.Button("Start", variant="primary", elem_id="start", **SMALL)
             self.halt = gr.Button("Stop the run", variant="stop", elem_id="halt", **SMALL)
             self.watch = gr.Button("Watch", elem_id="watch", **SMALL)
-        gr.Markdown("The run edits the model chosen on the left. *Watch* shows one started elsewhere, too.")
-        self.progress = gr.HTML("", elem_id="progress")
+        gr.Markdown("The run edits the model chosen in the list. *Watch* shows one started elsewhere, too.")
+        self.progress = gr.HTML("", elem_id="progress", elem_classes="progress", padding=False)
         self.timer = gr.Timer(1.0, active=False)
 
     def _keep(self) -> None:
         gr.Markdown("### The recipe, at the strengths of the sliders")
         with gr.Row():
-            self.name = gr.Textbox("studio.safetensors", label="File", elem_id="name")
+            self.name = gr.Textbox("studio.safetensors", label="File", elem_id="name", min_width=240)
             self.replace = gr.Checkbox(False, label="Replace", elem_id="replace", min_width=100)
         with gr.Row():
             self.save = gr.Button("Save", variant="primary", elem_id="save", **SMALL)
-            self.download = gr.DownloadButton("Download the recipe", visible=False, elem_id="download", **SMALL)
+            self.download = gr.DownloadButton("Download the recipe", visible=False, elem_id="download", **LONGER)
         self.saved = gr.Markdown("", elem_id="saved")
         gr.Markdown("### The edited model")
         with gr.Row():
-            self.form = gr.Dropdown(list(FORMS), value="checkpoint", label="Form", elem_id="form")
+            self.form = gr.Dropdown(list(FORMS), value="checkpoint", label="Form", elem_id="form", min_width=240)
             self.export_model = gr.Textbox(
-                "", label="Model", info="Empty: the loaded one. GGUF forms take a GGUF file.", elem_id="export-model"
+                "", label="Model", placeholder="the loaded one, or a GGUF file", elem_id="export-model", min_width=240
             )
-            self.export_name = gr.Textbox("studio-model", label="Folder or file", elem_id="export-name")
+            self.export_name = gr.Textbox("studio-model", label="Folder or file", elem_id="export-name", min_width=240)
         with gr.Row():
             self.export = gr.Button("Export", variant="primary", elem_id="export", **SMALL)
-        self.exported = gr.Markdown("", elem_id="exported")
+            self.export_stop = gr.Button("Stop", elem_id="export-stop", **SMALL)
+        self.exported = gr.HTML("", elem_id="exported", elem_classes="progress", padding=False)
 
     def _wire(self, page: gr.Blocks) -> None:
         on, session = self.on, self.session
         sliders = [self.overall, *self.groups]
         lists = [self.model, self.recipe, self.out]
         talking = [self.original, self.edited, self.note]
+        self.taken = [self.recipe, self.status, *sliders, *talking]  # what another recipe changes
         asked = [session, self.prompt, self.system, *self.sampling]
         on(page.load, self.opened, [session], [*lists, self.status, self.progress, self.timer])
         chosen = [session, self.model, self.recipe]
-        on(self.load_button.click, self.loaded, chosen, [self.status, *sliders, *talking])
-        on(self.upload.upload, self.uploaded, [session, self.upload], [self.status, self.recipe, *sliders, *talking])
+        on(self.load_button.click, self.loaded, chosen, [self.model, *self.taken])
+        on(self.upload.upload, self.uploaded, [session, self.upload], self.taken)
         for slider in sliders:
             moved = on(
                 slider.input, self.moved, [session, *sliders], [], trigger_mode="always_last", show_progress="hidden"
@@ -413,8 +441,7 @@ class _Page:
         on(self.grid_upload.upload, self.prompts_uploaded, [self.grid_upload], [self.prompts])
         on(self.out.input, self.points, [self.out], [self.point, self.svg, self.report])
         on(self.point.input, self.pointed, [self.out, self.point], [self.svg])
-        taken = [self.recipe, self.status, *sliders, *talking]
-        on(self.take.click, self.took, [session, self.out, self.point], taken)
+        on(self.take.click, self.took, [session, self.out, self.point], self.taken)
         on(self.make_report.click, self.reported, [self.out], [self.report])
         settings = [self.model, self.run_out, self.method, self.target, self.baseline, *self.counts]
         on(self.start.click, self.started, settings, [self.progress, self.timer])
@@ -424,23 +451,24 @@ class _Page:
         on(looked.then, self.listed, [self.timer], lists, show_progress="hidden")
         on(self.save.click, self.keep, [session, self.name, self.replace], [self.saved, self.download, self.recipe])
         exporting = [session, self.form, self.export_model, self.export_name]
-        on(self.export.click, self.export_form, exporting, [self.exported])
+        on(self.export.click, self.export_form, exporting, [self.exported], show_progress="hidden")
+        on(self.export_stop.click, self.export_stopped, [session], [])
 
     # What the events do. Values come from the page and are checked by Studio, Session and Folder.
 
     def opened(self, session: Session) -> Iterator[Any]:
         folder, first = self.studio.folder, self.studio.first
-        models, recipes, runs = folder.models(), folder.recipes(), folder.runs()
+        models, runs = folder.models(), folder.runs()
         if first and session.loaded is None:
             self.studio.load(session, *first)
         model = session.loaded.name if session.loaded else models[0] if models else None
         going = self.studio.runs.going()
         yield (
             gr.update(choices=models, value=model),
-            gr.update(choices=[NO_RECIPE, *recipes], value=session.recipe_name or NO_RECIPE),
+            self._recipes(session),
             gr.update(choices=runs, value=None),
             status(session),
-            run_view(self.studio.runs.view(going), folder.shown(going)) if going else "",
+            run_view(self.studio.runs.view(going), folder) if going else "",
             gr.Timer(active=going is not None),
         )
 
@@ -454,36 +482,46 @@ class _Page:
             gr.update(choices=folder.runs()),
         )  # fmt: skip
 
+    def _recipes(self, session: Session) -> Any:
+        """The list of recipes, at the one that is attached; an uploaded one is listed though it is in no folder."""
+        found = [NO_RECIPE, *self.studio.folder.recipes()]
+        name = session.recipe_name or NO_RECIPE
+        return gr.update(choices=found if name in found else [*found, name], value=name)
+
+    def _now_used(self, session: Session) -> tuple[Any, ...]:
+        """What another recipe changes on the page: its name, and all that was asked of the one before."""
+        return self._recipes(session), status(session), 1, 1, 1, 1, "", "", _note(session)
+
     def loaded(self, session: Session, model: str | None, recipe: str | None) -> Any:
         self.studio.load(session, model or "", recipe or "")
-        return status(session), 1, 1, 1, 1, "", "", _note(session)
+        return gr.update(value=session.model.name), *self._now_used(session)
 
     def uploaded(self, session: Session, file: str) -> Any:
         path = Path(file)
         try:
             check_upload(path, (".safetensors",), MOST_BYTES)
-            recipe, name = load_recipe(path), f"{path.name} (uploaded)"
+            recipe, name = load_recipe(path), path.name + UPLOADED
         finally:
             path.unlink(missing_ok=True)
         session.use(session.model, recipe, name)
-        return status(session), gr.update(value=name), 1, 1, 1, 1, "", "", _note(session)
+        return self._now_used(session)
 
     def moved(self, session: Session, overall: float, *groups: float) -> None:
         session.strengths = Strengths.of(overall, *groups)
 
     def again(self, session: Session) -> Iterator[Any]:
-        def show(answers: Answers) -> tuple[str, str, str]:
-            return answers.original, answers.edited, _note(session, answers if session.question else None)
-
-        yield from paced(session.answer_again(), show)
-        yield show(session.answers)  # an event without a value would clear the page
+        given = False
+        for value in growing(session, session.answer_again()):
+            given = True
+            yield value
+        if not given:  # a stream that goes on sees to it: what stands on the page is its to change
+            yield gr.skip(), gr.skip(), gr.skip()
 
     def answer(
         self, session: Session, text: str, system: str, tokens: float, temperature: float, seed: float
     ) -> Iterator[Any]:
         yield "", "", ""
-        answers = session.ask(Question(text, system.strip(), _sampling(tokens, temperature, seed)))
-        yield from paced(answers, lambda a: (a.original, a.edited, _note(session, a)))
+        yield from growing(session, session.ask(Question(text, system.strip(), _sampling(tokens, temperature, seed))))
 
     def stopped(self, session: Session) -> None:
         session.stopping = True
@@ -496,15 +534,7 @@ class _Page:
             raise AbliterateError(f"the grid takes 1 to {MOST_GRID} prompts, one per line; there are {len(texts)}")
         yield ""
         rows = session.grid(texts, system.strip(), _sampling(tokens, temperature, seed))
-        last: list[Answers] = []
-
-        def show(found: list[Answers]) -> str:
-            last[:] = found
-            return grid_table(texts, found, done=False)
-
-        yield from paced(rows, show)
-        if last:
-            yield grid_table(texts, last, done=not session.stopping)
+        yield from paced(rows, lambda found: grid_table(texts, found))
 
     def prompts_uploaded(self, file: str) -> str:
         path = Path(file)
@@ -537,7 +567,7 @@ class _Page:
         name = self.studio.folder.shown(point.recipe.resolve())
         recipe: Recipe = load_recipe(self.studio.folder.recipe(name))
         session.use(session.model, recipe, name)
-        return gr.update(value=name), status(session), 1, 1, 1, 1, "", "", _note(session)
+        return self._now_used(session)
 
     def reported(self, out: str | None) -> Any:
         if not out:
@@ -546,38 +576,72 @@ class _Page:
 
     def started(self, model: str | None, out: str, method: str, target: str, baseline: str, *counts: float) -> Any:
         folder = self.studio.start_run(model or "", out, method, target, baseline, *counts)
-        return run_view(self.studio.runs.view(folder), self.studio.folder.shown(folder)), gr.Timer(active=True)
+        return run_view(self.studio.runs.view(folder), self.studio.folder), gr.Timer(active=True)
 
     def halted(self, out: str) -> Any:
         self.studio.runs.stop(self.studio.folder.output(out))
         return self.looked(out)
 
     def looked(self, out: str) -> Any:
-        folder = self.studio.folder.output(out)
-        view = self.studio.runs.view(folder)
-        return run_view(view, self.studio.folder.shown(folder)), gr.Timer(active=view.going)
+        view = self.studio.runs.view(self.studio.folder.output(out))
+        return run_view(view, self.studio.folder), gr.Timer(active=view.going)
 
     def keep(self, session: Session, name: str, replace: bool) -> Any:
         path = self.studio.save(session, name, replace)
         shown = self.studio.folder.shown(path)
-        recipes = [NO_RECIPE, *self.studio.folder.recipes()]
+        recipes = self._recipes(session)["choices"]
         return (
             f"Saved `{shown}` ({session.strengths.words()}).",
             gr.update(value=self.studio.handed_out(path), visible=True),
             gr.update(choices=recipes),
         )
 
-    def export_form(self, session: Session, form: str, model: str, name: str) -> str:
-        summary = self.studio.export(session, form, model, name)
+    def export_form(self, session: Session, form: str, model: str, name: str) -> Iterator[str]:
+        export = session.export = Export()
+        yield "<p class='state'>Starting…</p>"
+        pool = ThreadPoolExecutor(1, thread_name_prefix="export")
+        job = pool.submit(self.studio.export, session, export, form, model, name)
+        pool.shutdown(wait=False)  # the one job goes on; whoever closes the page doesn't end it
+        while not wait([job], timeout=EXPORT_EVERY).done:
+            yield progress_view(export.state, self.studio.folder, going=True)
+        try:
+            summary = job.result()
+        except Exception:
+            yield ""  # the message says what went wrong
+            raise
         out = self.studio.folder.shown(Path(summary["out"]).resolve())
-        notes = "".join(f"\n- {note}" for note in summary.get("notes", ()))
-        return f"Wrote `{out}` as {form}: {summary.get('bytes', 0) / 2**20:,.1f} MiB.{notes}"
+        said = f"Wrote {out} as {form}: {size_of(summary.get('bytes', 0))}."
+        notes = "".join(f"<li>{escape(self.studio.folder.public(note))}</li>" for note in summary.get("notes", ()))
+        yield f"<p class='state'>{escape(said)}</p>" + (f"<ul>{notes}</ul>" if notes else "")
+
+    def export_stopped(self, session: Session) -> None:
+        if session.export is None:
+            raise AbliterateError("no export of yours goes on")
+        session.export.stop()
 
 
-def _note(session: Session, answers: Answers | None = None) -> str:
+def growing(session: Session, stream: Iterator[Answers]) -> Iterator[tuple[str, str, str]]:
+    """Both answers and the line under them as they grow, and once more when they are whole."""
+    last: list[Answers] = []
+
+    def seen() -> Iterator[Answers]:
+        for answers in stream:
+            last[:] = [answers]
+            yield answers
+
+    yield from paced(seen(), lambda found: (found.original, found.edited, _note(session, found, going=True)))
+    for answers in last:
+        if session.answers is answers:  # else a newer question has taken the page over
+            yield answers.original, answers.edited, _note(session, answers)
+
+
+def _note(session: Session, answers: Answers | None = None, *, going: bool = False) -> str:
     """The line under the answers."""
     if session.recipe is None:
         return "No recipe: there is only the original to answer."
     if answers is None:
         return "Move a slider and the edited answer begins anew."
-    return f"Edited: {answers.strengths.words()}."
+    words = answers.strengths.words()
+    if going:
+        return f"Answering at {words} …"
+    return f"Stopped. Edited: {words}." if session.stopping else f"Edited: {words}."

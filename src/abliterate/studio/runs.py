@@ -19,7 +19,8 @@ from abliterate.files import check_folder
 from abliterate.watching import Progress, read_progress
 
 PASSWORD_VARIABLE = "ABLITERATE_STUDIO_PASSWORD"
-PATIENCE = 20.0  # seconds a run gets to clean up after Ctrl-C
+PATIENCE = 60.0  # seconds a run gets to clean up before it is killed
+LOST = 120.0  # after so many a stop was lost on it (a callback may swallow one): it is asked again
 
 
 @dataclass
@@ -49,7 +50,7 @@ class View:
 class _Started:
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
-    stopped: bool = False
+    stopped: float | None = None  # when it was asked to
     lines: list[Any] = field(default_factory=list)
 
 
@@ -83,7 +84,10 @@ class Runs:
             self._started[out] = _Started(process, errors)
 
     def stop(self, out: Path) -> None:
-        """Interrupt a run as Ctrl-C does: nothing half-written is left.
+        """End a run as Ctrl-C does: nothing half-written is left.
+
+        By SIGTERM, which the command line takes as an interrupt: SIGINT itself is ignored by what a script starts in
+        the background, and so by the runs of a studio that was.
 
         Raises:
             AbliterateError: when it wasn't started from here, or has ended.
@@ -91,8 +95,8 @@ class Runs:
         run = self._started.get(out)
         if run is None or run.process.poll() is not None:
             raise AbliterateError(f"no run of {out.name} that was started from this page goes on")
-        run.process.send_signal(signal.SIGTERM if run.stopped else signal.SIGINT)
-        run.stopped = True
+        run.process.send_signal(signal.SIGTERM)
+        run.stopped = time.monotonic()
 
     def view(self, out: Path) -> View:
         """How the run of `out` goes; also of one that was started elsewhere."""
@@ -102,6 +106,9 @@ class Runs:
             if progress is None:
                 return View(out, "done" if (out / "results.json").is_file() else "nothing")
             return View(out, "failed" if progress.ended else "running", progress, "killed" if progress.ended else "")
+        if run.stopped and time.monotonic() - run.stopped > LOST:
+            run.process.send_signal(signal.SIGTERM)  # nothing, when it has ended
+            run.stopped = time.monotonic()
         code = run.process.poll()
         if progress is not None:
             run.lines = progress.lines
@@ -122,7 +129,7 @@ class Runs:
     def end(self) -> None:
         """Stop what goes on and wait until it has cleaned up."""
         for run in self._started.values():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            for number in (signal.SIGTERM, signal.SIGKILL):
                 if run.process.poll() is not None:
                     break
                 run.process.send_signal(number)

@@ -266,7 +266,7 @@ def serve(
                 with suppress(KeyboardInterrupt):
                     server.run(sockets=[listener])
             finally:
-                studio.runs.end()
+                studio.end()
 
 
 def _server(config: Any, started: Callable[[], None]) -> Any:

@@ -15,6 +15,7 @@ from abliterate.conversation import Conversation, Sampling
 from abliterate.edit import Edit
 from abliterate.errors import AbliterateError
 from abliterate.recipe import Recipe, check_model
+from abliterate.studio.exporting import Export
 from abliterate.studio.models import Loaded
 
 GROUPS = ("attention", "mlp", "embedding")
@@ -75,11 +76,16 @@ class Question:
 
 @dataclass
 class Answers:
-    """Two answers as far as they have come, and the strengths the edited one was given with."""
+    """Two answers as far as they have come, and the strengths the edited one was given with.
+
+    Attributes:
+        whole: both have come to their end; only the grid says so.
+    """
 
     original: str = ""
     edited: str = ""
     strengths: Strengths = field(default_factory=Strengths)
+    whole: bool = False
 
 
 class Session:
@@ -92,6 +98,7 @@ class Session:
         question: the last one asked.
         answers: to it.
         stopping: set to have the stream that goes on end.
+        export: the last one begun.
     """
 
     def __init__(self) -> None:
@@ -102,6 +109,7 @@ class Session:
         self.question: Question | None = None
         self.answers = Answers()
         self.stopping = False
+        self.export: Export | None = None
         self._busy = False
         self._lock = threading.Lock()
 
@@ -210,11 +218,11 @@ class Session:
                 answers.edited = ""
                 edited = self._pieces(question, self.edit(begun)) if self.recipe is not None else iter(())
             left, right = next(original, ""), next(edited, "")
-            if not left and not right and begun == self.strengths:
-                break
             answers.original += left
             answers.edited += right
-            yield answers
+            yield answers  # also an empty one: what stood there before is gone
+            if not left and not right and begun == self.strengths:
+                break
 
     def grid(self, texts: Sequence[str], system: str, sampling: Sampling) -> Iterator[list[Answers]]:
         """Both answers to each of several prompts, at the strengths as they are at the start."""
@@ -232,6 +240,8 @@ class Session:
                             return
                         setattr(row, name, getattr(row, name) + piece)
                         yield rows
+                row.whole = True
+                yield rows
 
     def _pieces(self, question: Question, edit: Edit | None) -> Iterator[str]:
         """An answer of its own conversation: nothing but the weights is shared with anybody."""

@@ -1,0 +1,429 @@
+"""`abliterate heal`: train, merge, measure original, edited and healed side by side, and write it all down.
+
+One model is in memory at a time: the original first (measured, and for `self` asked what it teaches), then the
+edited one, then the healed one. What a training writes on its way lies in a work folder beside the output, which is
+gone when the output is whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate import pipeline
+from abliterate.errors import AbliterateError, ModelError, OutputError, PromptError
+from abliterate.files import check_folder, check_space, whole_folder
+from abliterate.heal.own import open_lessons, open_teacher
+from abliterate.heal.settings import HealRunSettings
+from abliterate.heal.training import ADAPTER, Job, Training
+from abliterate.loading import DTYPES
+from abliterate.measure import Measurement
+from abliterate.measure.judges import Judge, make_judge
+from abliterate.model import Handle, config_hash
+from abliterate.pipeline import open_model, open_prompts, set_prefill
+from abliterate.prompts import Sides, format_prompts
+from abliterate.publish.card import healed_card
+from abliterate.reporting import Reporter, Silent
+
+CONFIGURATION = "heal.json"
+RESULTS = "results.json"
+TENSORBOARD = "tensorboard"
+FROM_RUN = ("recipe.safetensors",)  # what the edit's run wrote and the healed model's folder shows too
+SAME_TEXTS = ("A question about rivers.", "Wie geht es dir?\nGut!")
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What healing did; `document` is results.json."""
+
+    out: Path
+    original: Measurement | None
+    edited: Measurement
+    healed: Measurement
+    document: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the models come from.
+
+    Attributes:
+        model: the edited model's folder, Hub id or file.
+        original: the original's; None where none is known.
+        run: results.json of the run that made the edited model, where it lies beside it.
+        folder: that run's output folder.
+    """
+
+    model: str
+    original: str | None
+    run: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def find_sources(model: str, original: str | None) -> Sources:
+    """The edited model and its original, for a model or for the output folder of `abliterate run`.
+
+    Raises:
+        ModelError: when the folder of a run is given and holds no model.
+    """
+    path = Path(model).expanduser()
+    folder = path if (path / RESULTS).is_file() else path.parent if path.name == "model" else None
+    run = _read_results(folder) if folder else {}
+    if folder is None or not run:
+        return Sources(model, original)
+    if not (folder / "model").is_dir():
+        raise ModelError(f"{model} holds {RESULTS} but no model/; name the folder of the edited model")
+    named = run.get("model", {}).get("source")
+    if original is None and named and (Path(named).expanduser().exists() or _is_hub_id(named)):
+        original = str(named)
+    return Sources(str(folder / "model"), original, run, folder)
+
+
+def with_settings_of_run(settings: HealRunSettings, run: Mapping[str, Any]) -> HealRunSettings:
+    """The settings with the run's prompts, seed, conversation format and way of measuring where none were named.
+
+    What directions were found on and what is reported on stay apart only if the prompts are split as they were.
+    """
+    old = run.get("settings") or {}
+    prompts = {**(old.get("prompts") or {}), **settings.prompts.model_dump(include=settings.prompts.model_fields_set)}
+    measured = {**(old.get("measure") or {}), **settings.measure.model_dump(include=settings.measure.model_fields_set)}
+    shared = ("system_prompt", "chat_template", "prefill")
+    was = {name: old.get("load", {}).get(name) for name in shared if old.get("load", {}).get(name) is not None}
+    load = {**settings.load.model_dump(), **was, **settings.load.model_dump(include=settings.load.model_fields_set)}
+    seed = settings.seed if "seed" in settings.model_fields_set else old.get("seed", settings.seed)
+    return settings.model_copy(
+        update={
+            "seed": seed,
+            "prompts": type(settings.prompts).model_validate(prompts),
+            "load": type(settings.load).model_validate(load),
+            "measure": type(settings.measure).model_validate(measured),
+        }
+    )
+
+
+def _quantised(settings: HealRunSettings) -> HealRunSettings:
+    """`self` trains the model as it is loaded, so that is where --quantise goes; TRL's presets load it themselves."""
+    if settings.heal.preset != "self" or settings.heal.quantise != "4bit":
+        return settings
+    return settings.model_copy(update={"load": settings.load.model_copy(update={"quantise": "4bit"})})
+
+
+def work_folder(out: str | Path) -> Path:
+    """The hidden folder beside an output in which a training keeps its state."""
+    final = Path(out).absolute()
+    return final.with_name(f".{final.name}.heal")
+
+
+def heal(
+    model: str,
+    out: str | Path,
+    settings: HealRunSettings,
+    *,
+    original: str | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Healed:
+    """Heal an edited model; write model/, adapter/, results.json, heal.json, the curves and the report into `out`.
+
+    Args:
+        model: the edited model: folder, Hub id, GGUF file, or the output folder of `abliterate run`.
+        out: output folder; it appears only when whole.
+        settings: everything else; `settings.resume` goes on with an interrupted training.
+        original: the model before the edit; found in the run's results.json where there is one. `self` needs it.
+        overwrite: replace `out` if it is not empty.
+        reporter: told about stages and progress.
+
+    Raises:
+        AbliterateError: any of the errors in `abliterate.errors`; nothing is written to `out` then.
+    """
+    reporter, clock = reporter or Silent(), pipeline._Clock()
+    sources = find_sources(model, original)
+    settings = _quantised(with_settings_of_run(settings, sources.run))
+    check(sources, out, settings, overwrite=overwrite)
+    judge = make_judge(settings.measure.judge)
+    own = settings.heal.preset == "self"
+    sides = open_lessons(settings) if own else open_prompts(settings.prompts, settings.seed)
+    for note in sides.notes:
+        reporter.say(note)
+    job = Job(
+        model=sources.model, original=sources.original, folder=work_folder(out), settings=settings,
+        resume=settings.resume,
+    )  # fmt: skip
+    _prepare(job, reporter)
+    measuring = _Measuring(sides, judge, settings, reporter, clock)
+    teaching: dict[str, Any] = {}
+    if sources.original is not None:
+        handle = measuring.open(sources.original, "original")
+        measuring.measure(handle, "original")
+        if own:
+            with clock.stage("teacher"):
+                teaching = {"sides": sides, "teacher": open_teacher(job, sides, handle=handle, reporter=reporter)}
+        del handle
+    training = _train(job, measuring, teaching, clock, reporter)
+    handle, at_home = _merged(job, training, measuring)
+    check_space(out, pipeline._bytes_to_write(handle))
+    measuring.measure(handle, "healed")
+    with whole_folder(out, overwrite=overwrite) as folder:
+        with clock.stage("save"):
+            document = _document(sources, handle, training, measuring)
+            pipeline._save_model(handle if at_home else _in_source_dtype(job, handle, training), folder / "model")
+            (folder / "model" / "README.md").write_text(healed_card(handle, document), encoding="utf-8")
+            _copy_training(job, training, sources, folder)
+        document["timings_s"] = clock.seconds
+        (folder / RESULTS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        _write_report_data(sources, measuring, folder)
+    shutil.rmtree(job.folder, ignore_errors=True)
+    pipeline._report(out, reporter, False)
+    found = measuring.found
+    return Healed(Path(out), found.get("original"), found["edited"], found["healed"], document)
+
+
+def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overwrite: bool) -> None:
+    """Everything that can be seen to be wrong before any work.
+
+    Raises:
+        AbliterateError: no original for `self`, a missing package, unreadable data, an output that isn't free, or two
+            models that aren't of one kind.
+    """
+    options = settings.heal
+    check_folder(out, overwrite=overwrite)
+    for source in (sources.model, sources.original):
+        pipeline._check_apart(out, source or "", None)
+    if options.preset == "self" and sources.original is None:
+        raise AbliterateError(
+            f"--preset self needs the original model, which teaches; {sources.model} doesn't say which it is: name it "
+            "with --original"
+        )
+    needed = ("trl", "tensorboard") if options.preset == "dpo" else ()
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise AbliterateError(
+                f"--preset {options.preset} needs {package}, which isn't installed: pip install 'abliterate[heal]'"
+            )
+    if options.preset == "dpo":
+        from abliterate.heal.preferences import SUFFIXES, read_pairs
+
+        file = Path(options.data).expanduser()
+        if file.suffix in SUFFIXES and not file.is_file():
+            raise PromptError(f"preference file {options.data} not found; give another with --data")
+        if file.is_file():
+            read_pairs(options)
+    if options.launch is not None:
+        from abliterate.heal.launch import check_launch
+
+        check_launch(options.launch, options.processes, options.preset)
+    if sources.original is not None:
+        check_same_kind(sources.model, sources.original, settings)
+
+
+def check_same_kind(model: str, original: str, settings: HealRunSettings) -> None:
+    """Raise ModelError when two models have other shapes, or read prompts as other tokens; loads no weights."""
+    from abliterate.loading import _load_config, _load_tokenizer, _locate  # no public way to load these alone
+
+    seen = []
+    for source in (model, original):
+        where, gguf = _locate(source)
+        common: dict[str, Any] = {"trust_remote_code": settings.load.trust_remote_code}
+        if settings.load.revision:
+            common["revision"] = settings.load.revision
+        if gguf:
+            return  # its config is made from the file when it is loaded; `self` compares the tokens it reads then
+        shape = config_hash(_load_config(source, where, common).to_dict())
+        tokenizer = _load_tokenizer(source, where, common)
+        template = settings.load.chat_template or (None if tokenizer.chat_template else "chatml")
+        seen.append((shape, format_prompts(tokenizer, list(SAME_TEXTS), chat_template=template)))
+    if seen[0][0] != seen[1][0]:
+        raise ModelError(f"{model} and {original} have configurations of other shapes; name the model it was made from")
+    if seen[0][1] != seen[1][1]:
+        raise ModelError(f"{model} reads prompts as other tokens than {original}; name the model it was made from")
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a run; empty when it isn't one."""
+    try:
+        document = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) and isinstance(document.get("model"), dict) else {}
+
+
+def _prepare(job: Job, reporter: Reporter) -> None:
+    from abliterate.heal.trainer import prepare_folder
+
+    if job.folder.is_dir() and not job.resume:
+        reporter.say("an earlier healing was interrupted; starting anew (--resume goes on from where it was)")
+    elif job.resume and not job.folder.is_dir():
+        reporter.say("there is nothing to go on from; starting anew")
+    try:
+        prepare_folder(job)
+    except OSError as error:
+        raise OutputError(f"work folder {job.folder} can't be written: {error.strerror}") from error
+
+
+@dataclass
+class _Measuring:
+    """Loads models and measures them on the test split, one after the other."""
+
+    sides: Sides
+    judge: Judge
+    settings: HealRunSettings
+    reporter: Reporter
+    clock: Any
+    prefill: str | None = None
+    found: dict[str, Measurement] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, source: str, name: str) -> Handle:
+        """Load a model, with the same prefill for all."""
+        gc.collect()
+        self.reporter.say(f"loading {source}")
+        with self.clock.stage(f"load {name}"):
+            handle = open_model(source, self.settings.load)
+        self.ready(handle)
+        return handle
+
+    def ready(self, handle: Handle) -> None:
+        """Read prompts with it as with the first one."""
+        if self.prefill is None and not self.found:
+            pipeline._check_lengths(handle, self.sides)
+            set_prefill(handle, self.sides.target.test.texts, self.reporter)
+            self.prefill = handle.prefill
+        handle.prefill = self.prefill
+
+    def measure(self, handle: Handle, name: str) -> Measurement:
+        """Measure it on the test split, against the original where that was measured."""
+        before = self.found.get("original")
+        if before is not None and name != "original":
+            pipeline._check_same_tokens(handle, self.sides, before, handle.source, "the original")
+        with self.clock.stage(f"measure {name}"):
+            found = pipeline._measure(handle, self.sides, self.judge, self.settings, self.reporter, name, before)
+        self.found[name] = found
+        if not self.about:
+            self.about = {
+                "source": handle.source,
+                "revision": handle.revision,
+                "class": type(handle.model).__name__,
+                "config_hash": handle.config_hash,
+                "parameters": sum(p.numel() for p in handle.model.parameters()),
+                "layers": handle.layers,
+                "d_model": handle.d_model,
+                "dtype": str(handle.dtype).removeprefix("torch."),
+                "prefill": handle.prefill,
+            }
+        return found
+
+
+def _train(job: Job, measuring: _Measuring, teaching: dict[str, Any], clock: Any, reporter: Reporter) -> Training:
+    """Measure the edited model, and train it: `self` in this very copy, other presets as they load it."""
+    handle = measuring.open(job.model, "edited")
+    measuring.measure(handle, "edited")
+    if teaching:
+        from abliterate.heal.own import train
+
+        with clock.stage("heal"):
+            return train(job, handle=handle, reporter=reporter, **teaching)
+    del handle
+    gc.collect()
+    from abliterate.heal.launch import train as launched
+
+    with clock.stage("heal"):
+        return launched(job, reporter=reporter)
+
+
+def _merged(job: Job, training: Training, measuring: _Measuring) -> tuple[Handle, bool]:
+    """The healed model, and whether its weights are in the dtype to be saved."""
+    gc.collect()
+    handle = _merge(job, training, job.settings.load.model_copy(update={"quantise": None}))
+    measuring.ready(handle)
+    return handle, handle.source_dtype in (None, handle.dtype)
+
+
+def _merge(job: Job, training: Training, load: Any) -> Handle:
+    from peft import PeftModel
+
+    handle = open_model(job.model, load)
+    handle.model = PeftModel.from_pretrained(handle.model, str(training.adapter)).merge_and_unload()
+    handle.model.eval().requires_grad_(False)
+    for name in ("decoder", "blocks", "module_names"):
+        handle.__dict__.pop(name, None)
+    return handle
+
+
+def _in_source_dtype(job: Job, handle: Handle, training: Training) -> Handle:
+    """The same merged in the dtype that the edited model has on disk."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtype = names.get(handle.source_dtype or torch.float32, "auto")
+    plain = {"dtype": dtype, "quantise": None, "device_map": "cpu"}
+    return _merge(job, training, job.settings.load.model_copy(update=plain))
+
+
+def _document(sources: Sources, handle: Handle, training: Training, measuring: _Measuring) -> dict[str, Any]:
+    """results.json, in the shapes that `run` writes."""
+    settings, found = measuring.settings, measuring.found
+    old = sources.run
+    stages = {name: old["settings"][name] for name in ("search", "collect") if name in (old.get("settings") or {})}
+    return {
+        "schema": pipeline.SCHEMA,
+        "model": measuring.about,
+        **({"recipe": old["recipe"]} if old.get("recipe") else {}),
+        "settings": {**settings.model_dump(mode="json", exclude={"search", "collect"}), **stages},
+        "prompts": {
+            "target": pipeline._sides_json(measuring.sides.target),
+            "baseline": pipeline._sides_json(measuring.sides.baseline),
+            "notes": list(measuring.sides.notes),
+        },
+        "environment": pipeline.environment(handle),
+        "original": found["original"].to_json() if "original" in found else None,
+        "edited": found["edited"].to_json(),
+        "healed": found["healed"].to_json(),
+        "heal": {
+            "preset": settings.heal.preset,
+            "model": sources.model,
+            "original": sources.original,
+            "adapter": ADAPTER,
+            "settings": training.resolved,
+            "seconds": training.seconds,
+            **training.results,
+        },
+        "timings_s": measuring.clock.seconds,
+    }
+
+
+def _copy_training(job: Job, training: Training, sources: Sources, folder: Path) -> None:
+    """What the training left, into the output: adapter, configuration, curves; and the edit's recipe."""
+    from abliterate.heal.curves import curves_missing, draw_curves
+
+    shutil.copytree(training.adapter, folder / ADAPTER)
+    shutil.copyfile(job.folder / CONFIGURATION, folder / CONFIGURATION)
+    if job.curves.is_dir():
+        shutil.copytree(job.curves, folder / TENSORBOARD)
+    if curves_missing() is None:
+        draw_curves(training.history, folder / "curves.png")
+    (folder / "curves.json").write_text(json.dumps(training.history, indent=1) + "\n", encoding="utf-8")
+    for name in FROM_RUN:
+        if sources.folder and (sources.folder / name).is_file():
+            shutil.copyfile(sources.folder / name, folder / name)
+
+
+def _write_report_data(sources: Sources, measuring: _Measuring, folder: Path) -> None:
+    """What the report shows beside the numbers: what the edit's run saw, paired tests and answers of all three."""
+    from abliterate.report.gather import NAME, compared, read_data
+
+    document = read_data(sources.folder) if sources.folder else None
+    document = copy.deepcopy(document) or {"schema": 1}
+    document |= compared(measuring.sides, measuring.found)
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    (folder / NAME).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,435 @@
+"""What both presets need of transformers' Trainer: loading, LoRA, arguments, checkpoints, progress, curves, memory.
+
+Use, in a preset:
+
+    with watched(job, reporter) as watch:
+        handle = open_for_training(job, reporter)
+        trainer = SomeTrainer(handle.model, SomeConfig(**trainer_arguments(job)), ..., callbacks=watch.callbacks)
+        seconds = run_trainer(trainer, job)
+        save_adapter(trainer, job)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from abliterate.chat import resolve_chat_template
+from abliterate.errors import AbliterateError, NonFiniteError, OutputError
+from abliterate.files import whole_file, whole_folder
+from abliterate.heal.settings import HealSettings
+from abliterate.heal.training import Job
+from abliterate.loading import load
+from abliterate.model import Handle
+from abliterate.reporting import Reporter, Tick
+
+KEPT_CHECKPOINTS = 2
+SAID_LINES = 20
+WHOLE = "abliterate-whole"
+JOB_FILE = "job.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SHOWN = {
+    "loss": "loss", "rewards/margins": "reward margin", "rewards/accuracies": "accuracy",
+    "divergence": "divergence", "learning_rate": "learning rate",
+}  # fmt: skip
+MEMORY_WORDS = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
+# What may differ between the training that is resumed and the one that resumes it.
+FREE_ON_RESUME = ("launch", "processes", "report_to", "log_steps", "save_steps")
+
+
+# --- What "auto" comes to ------------------------------------------------------------------------
+
+
+def processes() -> int:
+    """How many processes train together, as `accelerate launch` set it; 1 outside of it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def resolve_auto(heal: HealSettings) -> HealSettings:
+    """The settings with each "auto" replaced by what it comes to on this machine.
+
+    Raises:
+        AbliterateError: 4 bits were asked for without bitsandbytes.
+    """
+    cuda = torch.cuda.is_available()
+    bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    if heal.quantise == "4bit" and not bitsandbytes:
+        raise AbliterateError("--quantise 4bit needs bitsandbytes: pip install 'abliterate[quantised]'; or pass none")
+    quantise = heal.quantise
+    if quantise == "auto":
+        quantise = "4bit" if cuda and bitsandbytes else "none"
+    optimizer = heal.optimizer
+    if optimizer == "auto":
+        optimizer = "paged_adamw_8bit" if cuda and bitsandbytes else "adamw_torch"
+    bf16 = heal.bf16
+    if bf16 == "auto":
+        bf16 = "yes" if cuda and torch.cuda.is_bf16_supported() else "no"
+    return heal.model_copy(update={"quantise": quantise, "optimizer": optimizer, "bf16": bf16})
+
+
+def _shards_parameters() -> bool:
+    """Whether accelerate will spread the parameters over processes itself, and so wants them on the CPU."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+        and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    )
+
+
+def open_for_training(job: Job, reporter: Reporter) -> Handle:
+    """Load the edited model as it is trained: in four bits or not, on this process's device, with a chat template.
+
+    The tokenizer has the template in the end: the one asked for, the model's own, or ChatML.
+
+    Raises:
+        ModelError: it can't be loaded.
+        AbliterateError: four bits were asked for and can't be had.
+    """
+    settings, heal = job.settings.load, resolve_auto(job.settings.heal)
+    device_map = settings.device_map
+    if device_map is None and _shards_parameters():
+        device_map = "cpu"
+    elif device_map is None and torch.cuda.is_available() and processes() > 1:
+        device_map = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if is_main():
+        reporter.say(f"loading {job.model} to train it")
+    handle = load(
+        job.model,
+        dtype=settings.dtype,
+        device_map=device_map,
+        quantise="4bit" if heal.quantise == "4bit" else None,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        chat_template=settings.chat_template,
+        system_prompt=settings.system_prompt,
+    )
+    template = settings.chat_template
+    if template is None and not handle.tokenizer.chat_template:
+        template = handle.chat_template = "chatml"
+        if is_main():
+            reporter.say("the model has no chat template: chatml is used, and saved with it")
+    handle.tokenizer.chat_template = resolve_chat_template(handle.tokenizer, template)
+    return handle
+
+
+def lora_config(heal: HealSettings) -> Any:
+    """The LoRA (Hu et al. 2021) that is trained; its B starts at zero, so training starts at the edited model."""
+    from peft import LoraConfig
+
+    names = [name.strip() for name in heal.target_modules.split(",") if name.strip()]
+    return LoraConfig(
+        r=heal.rank,
+        lora_alpha=heal.alpha,  # type: ignore[arg-type]  # peft only divides it
+        lora_dropout=heal.dropout,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Turn off the model's own dropout: only the LoRA's is wanted, and none where it is the reference."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def trainer_arguments(job: Job) -> dict[str, Any]:
+    """Arguments of `transformers.TrainingArguments` that both presets have in common."""
+    heal = resolve_auto(job.settings.heal)
+    cuda = torch.cuda.is_available()
+    arguments: dict[str, Any] = {
+        "output_dir": str(job.checkpoints),
+        "per_device_train_batch_size": heal.micro_batch,
+        "per_device_eval_batch_size": heal.micro_batch,
+        "gradient_accumulation_steps": heal.accumulation,
+        "num_train_epochs": heal.epochs,
+        "max_steps": heal.max_steps or -1,
+        "optim": heal.optimizer,
+        "lr_scheduler_type": heal.scheduler,
+        "learning_rate": heal.learning_rate,
+        "warmup_steps": heal.warmup,
+        "weight_decay": heal.weight_decay,
+        "max_grad_norm": heal.max_grad_norm,
+        "bf16": heal.bf16 == "yes",
+        "gradient_checkpointing": heal.gradient_checkpointing,
+        "seed": job.settings.seed,
+        "data_seed": job.settings.seed,
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+        "ddp_find_unused_parameters": False,
+        "logging_steps": heal.log_steps,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if heal.save_steps else "no",
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "eval_strategy": "no",
+        "report_to": [] if heal.report_to == "none" else [heal.report_to],
+        "run_name": job.folder.name,
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    if heal.save_steps:
+        arguments["save_steps"] = heal.save_steps
+    if heal.gradient_checkpointing:
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return arguments
+
+
+# --- The folder, its checkpoints, and whether they may be gone on with ----------------------------
+
+
+def prepare_folder(job: Job) -> None:
+    """Make the folder ready, once, before any process trains: old checkpoints go, or are checked when resuming.
+
+    Raises:
+        OutputError: the checkpoints are of a training with other settings; names the first that differs.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if not job.resume:
+        for old in (job.checkpoints, job.curves, job.adapter):
+            shutil.rmtree(old, ignore_errors=True)
+    wanted, file = _what_matters(job), job.folder / JOB_FILE
+    if job.resume and file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name in wanted:
+            if found.get(name) != wanted[name]:
+                raise OutputError(
+                    f"{job.folder} holds a training with {name} = {found.get(name)!r}, not {wanted[name]!r}; "
+                    "resume it with its own settings, or start anew without --resume"
+                )
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    for folder in _checkpoint_folders(job):
+        if not (folder / WHOLE).is_file():  # the process was killed while it wrote this one
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def last_checkpoint(job: Job) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    whole = [folder for folder in _checkpoint_folders(job) if (folder / WHOLE).is_file()]
+    return max(whole, key=_step, default=None)
+
+
+def _checkpoint_folders(job: Job) -> list[Path]:
+    return [path for path in job.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _what_matters(job: Job) -> dict[str, Any]:
+    """What a training must share with the one it goes on with."""
+    settings = job.settings
+    heal = {f"heal.{k}": v for k, v in settings.heal.model_dump(mode="json").items() if k not in FREE_ON_RESUME}
+    return {"model": job.model, "original": job.original, "seed": settings.seed, **heal}
+
+
+# --- Watching a training -------------------------------------------------------------------------
+
+
+@dataclass
+class Watch:
+    """Callbacks for a Trainer."""
+
+    callbacks: list[TrainerCallback]
+
+
+@contextlib.contextmanager
+def watched(job: Job, reporter: Reporter) -> Iterator[Watch]:
+    """Callbacks that report, draw TensorBoard's curves and mark whole checkpoints; the libraries' own bars off.
+
+    Raises:
+        AbliterateError: out of memory, in one line with what helps; TensorBoard or the tracker asked for is missing.
+    """
+    heal = job.settings.heal
+    _check_packages(heal)
+    callbacks: list[TrainerCallback] = [_Progress(reporter), _MarkWhole()]
+    writer = None
+    if is_main():
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        last = last_checkpoint(job) if job.resume else None
+        writer = SummaryWriter(str(job.curves), purge_step=_step(last) + 1 if last else None)
+        callbacks.append(TensorBoardCallback(writer))
+    try:
+        with _quiet_libraries(), _offline_trackers(heal), memory_advised(heal):
+            yield Watch(callbacks)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def run_trainer(trainer: Any, job: Job) -> float:
+    """Train, from the last checkpoint when the job resumes; returns the seconds it took."""
+    trainer.remove_callback(PrinterCallback)
+    last = last_checkpoint(job) if job.resume else None
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return time.monotonic() - start
+
+
+def save_adapter(trainer: Any, job: Job) -> Path:
+    """Write the trained adapter, gathered from all processes, as its two files; every process must call this."""
+    gathered = job.folder / ".gathered"
+    trainer.save_model(str(gathered))
+    if is_main():
+        with whole_folder(job.adapter, overwrite=True) as temporary:
+            for name in ADAPTER_FILES:
+                shutil.copyfile(gathered / name, temporary / name)
+        shutil.rmtree(gathered, ignore_errors=True)
+    return job.adapter
+
+
+def history_of(trainer: Any) -> list[dict[str, Any]]:
+    """The Trainer's log without the closing summary: one dictionary a point, each with `step`."""
+    return [dict(point) for point in trainer.state.log_history if "train_runtime" not in point]
+
+
+class _Progress(TrainerCallback):
+    """Tells a reporter how a training goes, from the main process only, and stops at a loss that isn't finite."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.tick: Tick | None = None
+        self.said = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            if state.global_step:
+                self.reporter.say(f"going on from step {state.global_step} of {state.max_steps}")
+            self.tick = self.reporter.progress("training", state.max_steps - state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.tick:
+            self.tick(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(float(loss)):
+            raise NonFiniteError(
+                f"the loss at step {state.global_step} is {loss}; make --learning-rate smaller, or pass --bf16 no"
+            )
+        line = state.global_step * SAID_LINES // max(1, state.max_steps)
+        if state.is_world_process_zero and line > self.said:
+            self.said = line
+            shown = ", ".join(f"{name} {float(logs[key]):.4g}" for key, name in SHOWN.items() if key in (logs or {}))  # type: ignore[index]
+            self.reporter.say(f"step {state.global_step} of {state.max_steps}: {shown}")
+
+
+class _MarkWhole(TrainerCallback):
+    """Leaves a mark in each checkpoint that was written to its end."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+
+# --- Surroundings --------------------------------------------------------------------------------
+
+
+def _check_packages(heal: HealSettings) -> None:
+    needed = {"tensorboard": "abliterate[heal]"} | (
+        {} if heal.report_to == "none" else {heal.report_to: heal.report_to}
+    )
+    for package, install in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise AbliterateError(f"curves need {package}, which isn't installed: pip install '{install}'")
+
+
+@contextlib.contextmanager
+def memory_advised(heal: HealSettings) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or the CPU, into one error with what makes the training smaller.
+
+    Raises:
+        AbliterateError: in place of torch's, or MemoryError.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise AbliterateError(_advice(heal)) from error
+    except RuntimeError as error:
+        if any(words in str(error).lower() for words in MEMORY_WORDS):
+            raise AbliterateError(_advice(heal)) from error
+        raise
+
+
+def _advice(heal: HealSettings) -> str:
+    advice = [f"--max-length {max(heal.max_length // 2, 8)}"]
+    if heal.micro_batch > 1:
+        advice.append(f"--micro-batch {heal.micro_batch // 2} --accumulation {heal.accumulation * 2}")
+    if not heal.gradient_checkpointing:
+        advice.append("--gradient-checkpointing")
+    if resolve_auto(heal).quantise != "4bit":
+        missing = importlib.util.find_spec("bitsandbytes") is None
+        advice.append(f"--quantise 4bit{' (pip install abliterate[quantised])' if missing else ''}")
+    advice.append(f"--rank {max(heal.rank // 4, 1)}")
+    return (
+        f"out of memory: training with sequences of {heal.max_length} tokens, {heal.micro_batch} at once, doesn't fit; "
+        f"try, in this order: {', '.join(advice)}, or several GPUs with --launch"
+    )
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No bars, warnings or telemetry of datasets, transformers, peft and trl; put back afterwards."""
+    import logging
+    import warnings
+
+    import datasets
+    from huggingface_hub import constants
+    from transformers.utils import logging as hf_logging
+
+    had_bars, verbosity, telemetry = (
+        datasets.are_progress_bars_disabled(), hf_logging.get_verbosity(), constants.HF_HUB_DISABLE_TELEMETRY,
+    )  # fmt: skip
+    loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "peft", "bitsandbytes", "torch.distributed")]
+    levels = [logger.level for logger in loggers]
+    try:
+        datasets.disable_progress_bars()
+        hf_logging.set_verbosity_error()
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if not had_bars:
+            datasets.enable_progress_bars()
+        hf_logging.set_verbosity(verbosity)
+        constants.HF_HUB_DISABLE_TELEMETRY = telemetry
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _offline_trackers(heal: HealSettings) -> Iterator[None]:
+    """W&B writes to disk only, unless WANDB_MODE says otherwise; trackio is local by itself."""
+    if heal.report_to != "wandb" or "WANDB_MODE" in os.environ:
+        yield
+        return
+    os.environ["WANDB_MODE"] = "offline"
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_MODE"]

@@ -1,0 +1,86 @@
+"""What the presets share: the job that a process is given, and the training it hands back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from abliterate.heal.settings import HealRunSettings
+
+if TYPE_CHECKING:
+    from abliterate.reporting import Reporter
+
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+CURVES = "runs"
+
+
+class Job(BaseModel):
+    """One training, as any process can start it from a JSON file (`abliterate.heal.worker`).
+
+    Attributes:
+        model: source of the edited model (folder, Hub id, GGUF file), which is trained.
+        original: source of the original model, for the preset `self`.
+        folder: everything the training writes goes below: `adapter/` (PEFT, safetensors), `checkpoints/`, `runs/`.
+        settings: all settings.
+        resume: go on from the last checkpoint in the folder, if there is one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    original: str | None = None
+    folder: Path
+    settings: HealRunSettings
+    resume: bool = False
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / ADAPTER
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / CHECKPOINTS
+
+    @property
+    def curves(self) -> Path:
+        """TensorBoard's folder."""
+        return self.folder / CURVES
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training left.
+
+    Attributes:
+        adapter: folder of the PEFT adapter (safetensors) that heals the edited model.
+        history: the Trainer's log: one dictionary a point, with `step` and numbers such as `loss`.
+        resolved: every setting as it was used, "auto" replaced by what it came to.
+        seconds: of training, without loading.
+        results: the preset's own numbers; all can stand in results.json.
+    """
+
+    adapter: Path
+    history: list[dict[str, Any]]
+    resolved: dict[str, Any]
+    seconds: float
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+class Preset(Protocol):
+    """`train` of `heal.dpo` and `heal.own`."""
+
+    def __call__(self, job: Job, *, reporter: Reporter | None = None) -> Training:
+        """Train as the job says.
+
+        Args:
+            job: what to train, and on what.
+            reporter: told how it goes.
+
+        Raises:
+            AbliterateError: on bad data, out of memory, a missing package; says what to do.
+        """
+        ...

@@ -1,0 +1,73 @@
+"""One process of a launched training: `python -m abliterate.heal.worker JOB.json`, as `accelerate launch` starts it.
+
+The main process says how it goes in lines on its standard output, which the launching process (`heal.launch`) reads:
+each starts with `MARK` and goes on with JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from abliterate.errors import AbliterateError
+from abliterate.files import whole_file
+from abliterate.heal.training import Job, Preset, Training
+
+if TYPE_CHECKING:
+    from abliterate.reporting import Reporter, Tick
+
+MARK = "@abliterate "
+RESULT_FILE = "training.json"
+PRESETS = {"dpo": "abliterate.heal.dpo", "self": "abliterate.heal.own"}
+"""The module whose `train` is a preset."""
+
+
+def train_here(job: Job, *, reporter: Reporter | None = None) -> Training:
+    """Train in this process, as one of several if `accelerate launch` started it."""
+    preset = cast("Preset", importlib.import_module(PRESETS[job.settings.heal.preset]).train)
+    return preset(job, reporter=reporter)
+
+
+def error_file(job: Job, rank: int) -> Path:
+    """Where a process leaves why it ended."""
+    return job.folder / f"error-{rank}.json"
+
+
+class _Lines:
+    """A reporter that writes marked lines for the launching process."""
+
+    def say(self, text: str) -> None:
+        self._write("say", text)
+
+    def progress(self, stage: str, total: int) -> Tick | None:
+        self._write("progress", stage, total)
+        return lambda done: self._write("tick", done)
+
+    def _write(self, *what: Any) -> None:
+        sys.stdout.write(f"{MARK}{json.dumps(what)}\n")
+        sys.stdout.flush()
+
+
+def main(arguments: list[str]) -> int:
+    """Train the job in the file named; returns the exit code."""
+    job = Job.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        training = train_here(job, reporter=_Lines())
+    except AbliterateError as error:
+        with whole_file(error_file(job, rank)) as temporary:
+            temporary.write_text(json.dumps({"kind": type(error).__name__, "text": str(error)}), encoding="utf-8")
+        return error.exit_code
+    if rank == 0:
+        with whole_file(job.folder / RESULT_FILE) as temporary:
+            temporary.write_text(json.dumps({**asdict(training), "adapter": str(training.adapter)}), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,243 @@
+"""`abliterate run --induce`: make a model refuse what it used to answer, prove it, and write it down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate import pipeline
+from abliterate.apply.biases import lacking
+from abliterate.directions import difference_of_means
+from abliterate.errors import AbliterateError
+from abliterate.files import check_folder, check_space, whole_folder
+from abliterate.measure import Measurement
+from abliterate.measure.coherence import is_degenerate
+from abliterate.measure.judges import Judge, make_judge
+from abliterate.measure.rates import Rate
+from abliterate.model import Handle
+from abliterate.publish.induced_card import induced_card
+from abliterate.recipe import Recipe, config_file, recipe_for, save_recipe
+from abliterate.reporting import Reporter, Silent
+from abliterate.search.induce import InduceSettings, Inducing, induce
+from abliterate.settings import RunSettings, layer_range
+from abliterate.showing import Shown, showing
+
+SCHEMA = 1
+
+
+@dataclass
+class InducedResult:
+    """What such a run did; `document` is results.json."""
+
+    out: Path
+    inducing: Inducing
+    original: Measurement
+    edited: Measurement
+    document: dict[str, Any]
+
+
+def run_induce(
+    model: str,
+    out: str | Path,
+    settings: RunSettings | None = None,
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> InducedResult:
+    """Find a shift that makes the model refuse, choose it by measurement, apply it, prove it on held-out prompts.
+
+    Writes recipe.safetensors, results.json and, where the weights of the model's class can hold a shift, model/ into
+    `out`. Where they can't, the result is measured with the shift attached live, and the log says so.
+
+    Args:
+        model: Hub id, folder or GGUF file.
+        out: output folder; it appears only when whole.
+        settings: everything else; of the search's, `layers`.
+        overwrite: replace `out` if it is not empty.
+        reporter: told about stages and progress.
+
+    Raises:
+        AbliterateError: any of the errors in `abliterate.errors`; nothing is written then.
+        NothingToDoError: the model hardly refuses its target prompts, so it has no refusal to copy.
+    """
+    settings, reporter, clock = settings or RunSettings(), reporter or Silent(), pipeline._Clock()
+    check_folder(out, overwrite=overwrite)
+    pipeline._check_apart(out, model, None)
+    judge = make_judge(settings.measure.judge)
+    with clock.stage("prompts"):
+        sides = pipeline.open_prompts(settings.prompts, settings.seed)
+    for note in sides.notes:
+        reporter.say(note)
+    reporter.say(f"loading {model}")
+    with clock.stage("load"):
+        handle = pipeline.open_model(model, settings.load)
+    check_space(out, pipeline._bytes_to_write(handle))
+    reporter.say(pipeline._loaded(handle))
+    pipeline._check_lengths(handle, sides)
+    torch.manual_seed(settings.seed)
+    with clock.stage("filter"):
+        pipeline.set_prefill(handle, sides.target.train.texts, reporter)
+        shown = _with_examples(handle, sides, "train", judge, settings, reporter)
+        validation = _with_examples(handle, sides, "validation", judge, settings, reporter)
+    with clock.stage("collect"):
+        activations = pipeline._collected(handle, shown, settings, reporter)
+    directions = difference_of_means(activations, projected=settings.collect.projected)
+    assert shown.examples is not None
+    with clock.stage("search"):
+        named = settings.search.layers
+        options = InduceSettings(layers=layer_range(named) if named else None, seed=settings.seed)
+        found = induce(handle, directions, shown.examples, validation.baseline, judge, options,
+                       progress=reporter.progress, say=reporter.say)  # fmt: skip
+    patient = Patient(judge)
+    with clock.stage("measure original"):
+        original = pipeline._measure(handle, sides, patient, settings, reporter, "original")
+    recipe, facts = recipe_for(found.edit, handle), _facts(handle)
+    held = _can_hold(handle, found, settings)
+    reporter.say(held["said"])
+    with whole_folder(out, overwrite=overwrite) as folder:
+        if held["weights"]:
+            live: Any = pipeline._attach_or_bake(handle, found.edit, settings, reporter)
+        else:
+            live = found.edit.attached(handle)
+        with live, clock.stage("measure edited"):
+            edited = pipeline._measure(handle, sides, patient, settings, reporter, "edited", original)
+        with clock.stage("save"):
+            document = _document(handle, facts, settings, sides, shown, found, original, edited, held)
+            save_recipe(_with_provenance(recipe, document), folder / "recipe.safetensors")
+            if held["weights"]:
+                pipeline._save_model(pipeline._to_save(handle, found.edit, settings), folder / "model")
+                card = induced_card(handle, document)
+                (folder / "model" / "README.md").write_text(card, encoding="utf-8")
+        document["timings_s"] = clock.seconds
+        (folder / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return InducedResult(Path(out), found, original, edited, document)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A judge that wants every answer to its end: where refusals are induced, whether they are sentences counts."""
+
+    judge_: Judge
+
+    @property
+    def name(self) -> str:
+        return self.judge_.name
+
+    def judge(self, prompts: Any, answers: Any) -> list[bool]:
+        """As the judge within."""
+        return self.judge_.judge(prompts, answers)
+
+    def settled(self, prompt: str, partial_answer: str) -> bool | None:
+        """Never."""
+        return None
+
+
+def _with_examples(
+    handle: Handle, sides: Any, split: str, judge: Judge, settings: RunSettings, reporter: Reporter
+) -> Shown:
+    """A split's prompts after the filter, with the model's own words; the filter is what finds these."""
+    target, baseline = (list(getattr(side, split).texts) for side in (sides.target, sides.baseline))
+    shown = showing(handle, target, baseline, judge, reporter)
+    reporter.say(
+        f"{split}: {shown.refused.count} of {shown.refused.total} target prompts refused and "
+        f"{shown.answered.count} of {shown.answered.total} baseline prompts answered; these count"
+    )
+    if not shown.target and settings.force:
+        raise AbliterateError(f"{handle.source} refuses none of the target prompts, so it has no refusal to copy")
+    return pipeline._enough(handle, shown, target, baseline, settings, reporter, split)
+
+
+def _can_hold(handle: Handle, found: Inducing, settings: RunSettings) -> dict[str, Any]:
+    """Whether the model's weights can hold the shift, and what to say about it."""
+    from abliterate.apply.biases import find_switch
+
+    layer = found.winner.layer
+    others = "abliterate apply has the forms adapter and, from block 1 on, control-vector"
+    if handle.quantised is None and not lacking(handle, [layer]):
+        return {"weights": True, "switch": None, "said": f"a bias of block {layer} holds the shift"}
+    switch = find_switch(handle.model.config, handle.source, [layer])
+    if switch is not None:
+        said = f"{switch.field} in its config gives the class biases; one of block {layer} holds the shift"
+        return {"weights": True, "switch": switch.field, "said": said}
+    kind = type(handle.model).__name__
+    said = f"{kind} has no bias at block {layer}'s output, so there is no model/; measured live; {others}"
+    return {"weights": False, "switch": None, "said": said}
+
+
+def _facts(handle: Handle) -> dict[str, Any]:
+    """What results.json says of the model, as it was before its config says that it has biases."""
+    return {
+        "source": handle.source,
+        "revision": handle.revision,
+        "class": type(handle.model).__name__,
+        "config_hash": handle.config_hash,
+        "parameters": sum(p.numel() for p in handle.model.parameters()),
+        "layers": handle.layers,
+        "d_model": handle.d_model,
+        "dtype": str(handle.dtype).removeprefix("torch."),
+        "prefill": handle.prefill,
+    }
+
+
+def _document(
+    handle: Handle, facts: dict[str, Any], settings: RunSettings, sides: Any, shown: Shown, found: Inducing,
+    original: Measurement, edited: Measurement, held: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    (shift,) = found.edit.shifts
+    return {
+        "schema": SCHEMA,
+        "model": facts,
+        "recipe": {
+            "file": "recipe.safetensors",
+            "method": "induce",
+            "direction": found.winner.to_json(),
+            "writers": 0,
+            "shifts": [{"layer": shift.layer, "size": shift.size}],
+            "strength": None,
+            "tied": None,
+            "weights_hold_it": held["weights"],
+            "switch": held["switch"],
+        },
+        "settings": settings.model_dump(),
+        "prompts": {
+            "target": pipeline._sides_json(sides.target),
+            "baseline": pipeline._sides_json(sides.baseline),
+            "filter": shown.to_json(),
+            "notes": list(sides.notes),
+        },
+        "environment": pipeline.environment(handle),
+        "original": {**original.to_json(), "coherent_over_refusal": coherent(original).to_json("refused")},
+        "edited": {**edited.to_json(), "coherent_over_refusal": coherent(edited).to_json("refused")},
+        "candidates": [c.to_json() for c in found.candidates],
+        "frontier": [],
+        "timings_s": {},
+    }
+
+
+def coherent(measured: Measurement) -> Rate:
+    """Baseline prompts refused in whole sentences; the answers must have been decoded to their end."""
+    pairs = zip(measured.baseline_answers, measured.refused_baseline, strict=True)
+    count = sum(refused and not is_degenerate(a.text, finished=a.finished) for a, refused in pairs)
+    return Rate(count, len(measured.baseline_answers))
+
+
+def _with_provenance(recipe: Recipe, document: dict[str, Any]) -> Recipe:
+    settings = pipeline._shared_settings(document["settings"])
+    prompts = {
+        name: {**part, "source": pipeline.public_name(part["source"])} if name in ("target", "baseline") else part
+        for name, part in document["prompts"].items()
+    }
+    found = {k: v for k, v in document["recipe"]["direction"].items() if k != "note"}
+    provenance = {
+        "induced": found,
+        "prompts": prompts,
+        "settings": settings,
+        "environment": document["environment"],
+        "original": document["original"],
+        "edited": document["edited"],
+    }
+    return Recipe(recipe.edit, recipe.model | config_file(document["model"]["source"]), provenance, recipe.tensors)

@@ -1,0 +1,400 @@
+"""Inducing a behaviour: the block, the direction and the size at which adding it makes the model show it everywhere.
+
+The converse of removing (Arditi et al. 2024, section 3.2): h <- h + c r at the output of one block, at every token, and
+the model refuses what it used to answer. Two directions are tried at every block: the difference of means at the
+prompts' last token, and the same along the answers (refusals' tokens less answers' tokens), which is what the stream
+should hold while a refusal is being written. c is counted in the difference's own norm, so that 1 puts the baseline
+mean where the target's is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.batches import Prefix, buckets, inputs
+from abliterate.directions import Directions
+from abliterate.edit import Edit, normalised
+from abliterate.errors import AbliterateError
+from abliterate.measure import judged
+from abliterate.measure.coherence import is_degenerate
+from abliterate.measure.decode import Answer
+from abliterate.measure.judges import Judge, LexicalJudge
+from abliterate.measure.rates import Rate
+from abliterate.model import Handle
+from abliterate.search.candidates import LAST_LAYERS_LEFT_OUT
+from abliterate.search.fit import Examples
+from abliterate.search.packed import Packer, Row
+from abliterate.writers import SITES, watch_sites
+
+SITE = "post"
+SOURCES = ("prompt", "answer")
+REFUSAL_TOKENS = 14  # of a refusal that are scored: its opening and most of its sentence
+STEP = 0.15  # of a turned vector, as `search.fit` steps: in radians, roughly
+
+Tick = Callable[[int], None]
+Progress = Callable[[str, int], Tick | None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class InduceSettings:
+    """Sizes of the sweep.
+
+    Attributes:
+        sizes: what is added, in norms of the difference of means, smallest first.
+        layers: blocks tried; by default `most_layers` of them, spread over all but the first and the last fifth.
+        scored: baseline prompts behind which refusals are scored.
+        decoded: how many of the best have their answers decoded.
+        prompts: most prompts decoded for each.
+        decode_tokens: longest answer decoded.
+        enough: share of answers that must refuse in whole sentences; below it, the best one's vector is turned.
+        steps: gradient steps of that turning; 0 leaves it at the sweep.
+        seed: of the draw of refusals.
+    """
+
+    sizes: tuple[float, ...] = (0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+    layers: range | None = None
+    most_layers: int = 12
+    scored: int = 16
+    decoded: int = 3
+    prompts: int = 48
+    decode_tokens: int = 48
+    enough: float = 0.95
+    steps: int = 12
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Induced:
+    """What adding a vector at a block's output does to baseline prompts.
+
+    Attributes:
+        layer: the block.
+        source: where its direction was found: "prompt", at the prompts' last token; "answer", along the answers;
+            "turned", by gradient steps from one of these.
+        size: what is added, in norms of the difference of means of that source.
+        loss: negative log-likelihood of the model's own refusals behind baseline prompts, in nats per token.
+        cosine: with the difference of means at the prompts' last token.
+        refused: of decoded answers; None where none were decoded.
+        coherent: of them, refusals that are neither empty, nor loop, nor end in mid-sentence.
+        degenerate: answers of any kind that are one of these.
+        note: why it won.
+    """
+
+    layer: int
+    source: str
+    size: float
+    loss: float
+    cosine: float
+    vector: Float[Tensor, " d_model"] = field(repr=False, compare=False)
+    refused: Rate | None = None
+    coherent: Rate | None = None
+    degenerate: Rate | None = None
+    note: str = ""
+
+    @property
+    def edit(self) -> Edit:
+        """The shift, as an edit."""
+        return Edit.shifting(self.layer, self.vector, float(self.vector.double().norm()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layer": self.layer,
+            "site": SITE,
+            "source": self.source,
+            "size": self.size,
+            "loss": self.loss,
+            "cosine": self.cosine,
+            "refusal": self.refused.to_json("refused") if self.refused else None,
+            "coherent_refusal": self.coherent.to_json("refused") if self.coherent else None,
+            "degenerate": self.degenerate.to_json() if self.degenerate else None,
+            "note": self.note,
+        }
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, {self.source}, size {self.size:.2f}"
+
+
+@dataclass(frozen=True)
+class Inducing:
+    """What the sweep gives: the edit, the candidate behind it, and all that were tried, best first."""
+
+    edit: Edit
+    winner: Induced
+    candidates: list[Induced]
+
+
+def induce(
+    handle: Handle,
+    directions: Directions,
+    train: Examples,
+    baseline: Sequence[str],
+    judge: Judge | None = None,
+    settings: InduceSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Inducing:
+    """Choose a shift that makes the model refuse baseline prompts in whole sentences.
+
+    1. Score: for both directions of every block tried, at growing sizes for as long as it helps, how likely the
+       model's own refusals are behind training baseline prompts. Forward passes only, a few prompts.
+    2. Decode: validation answers for the best, to their end.
+    3. Turn, where none makes `enough` refuse: a few gradient steps on the best one's vector, so that these refusals
+       become likelier still. Its cosine with the difference of means says how far that went.
+    4. Choose: most refusals that are whole sentences; of equals the least size.
+
+    Args:
+        handle: the loaded original; it is not changed.
+        directions: of the training split.
+        train: training prompts with the model's own refusals and answers.
+        baseline: validation prompts that the original answers.
+        judge: decides what a refusal is.
+        settings: sizes of the sweep.
+        progress, say: where progress and the log go.
+
+    Raises:
+        AbliterateError: when there is nothing to add, or nothing makes it refuse.
+    """
+    settings, judge, say = settings or InduceSettings(), judge or LexicalJudge(), say or (lambda text: None)
+    layers = layers_to_try(directions, settings)
+    if not layers:
+        raise AbliterateError("no layer left to add at; widen --layers (the first and the last fifth are never used)")
+    if not train.refusals or not train.baseline:
+        raise AbliterateError("inducing needs prompts that the model refuses and prompts that it answers")
+    along = difference_along_answers(handle, train)
+    scorer = _Scorer(handle, train, settings, layers)
+    tried: list[Induced] = []
+    tick = progress("scoring where to add", len(layers)) if progress else None
+    for layer in layers:
+        at_prompt = _difference(directions, layer)
+        for source, vector in zip(SOURCES, (at_prompt, along[layer]), strict=True):
+            if bool(vector.isfinite().all()) and bool(vector.norm() > 0):
+                tried += _scored(scorer, layer, source, vector, at_prompt, settings.sizes)
+        if tick:
+            tick(1)
+    best = _best_of_each(tried)[: settings.decoded]
+    tick = progress("decoding with it added", len(best)) if progress else None
+    prompts = list(baseline[: settings.prompts])
+    decoded = []
+    for candidate in best:
+        decoded.append(counted(handle, candidate, prompts, judge, settings.decode_tokens))
+        if tick:
+            tick(1)
+    winner = max(decoded, key=_merit)
+    if _share(winner) < settings.enough and settings.steps:
+        say(f"{winner} makes {_of(winner)} refuse in whole sentences; turning its vector by gradients")
+        turned = _turned(scorer, best[0], _difference(directions, best[0].layer), settings, progress)
+        decoded += [counted(handle, c, prompts, judge, settings.decode_tokens) for c in turned]
+        winner = max(decoded, key=_merit)
+    if not winner.refused or not winner.refused.count:
+        raise AbliterateError(
+            f"adding the direction makes {handle.source} refuse nothing, whatever the layer and size; "
+            "give other target prompts, or other --layers"
+        )
+    note = f"refuses {_of(winner)} in whole sentences, the most; of equals the least"
+    winner = replace(winner, note=note)
+    say(f"chose {winner}: {note}")
+    done = {(c.layer, c.source, c.size): c for c in (*tried, *decoded, winner)}
+    return Inducing(winner.edit, winner, sorted(done.values(), key=_merit, reverse=True))
+
+
+def _difference(directions: Directions, layer: int) -> Float[Tensor, " d_model"]:
+    """The difference of means at a block's output, at the prompts' last token, unnormalised."""
+    row = SITES.index(SITE)
+    return (directions.unit[layer, row, -1] * directions.length[layer, row, -1]).float()
+
+
+def layers_to_try(directions: Directions, settings: InduceSettings) -> list[int]:
+    """Blocks spread over the depth; not the first, for which llama.cpp has no control vector, nor the last fifth."""
+    count = directions.unit.shape[0]
+    last = max(2, int(count * (1 - LAST_LAYERS_LEFT_OUT)))
+    finite = directions.unit[:, SITES.index(SITE), -1].isfinite().all(-1)
+    allowed = [i for i in range(1, min(last, count)) if bool(finite[i])]
+    if settings.layers is not None:
+        return [i for i in allowed if i in settings.layers]
+    step = max(1, -(-len(allowed) // settings.most_layers))
+    return allowed[::-1][::step][::-1]
+
+
+@torch.inference_mode()
+def difference_along_answers(
+    handle: Handle, examples: Examples, *, tokens: int = REFUSAL_TOKENS, batch_size: int = 16
+) -> Float[Tensor, "layer d_model"]:
+    """Mean stream along the refusals of target prompts less that along the answers to baseline prompts.
+
+    At blocks' outputs, from the prompt's last token to the answer's last but one: the tokens at which the answer is
+    decided. As in contrastive activation addition (Rimsky et al. 2024), but with the model's own answers.
+
+    Args:
+        handle: the loaded original.
+        examples: prompts with the model's own refusals and answers.
+        tokens: of each answer that count.
+        batch_size: rows at a time.
+    """
+    means = []
+    for prompts, answers in ((examples.target, examples.refusals), (examples.baseline, examples.answers)):
+        ids = handle.prompt_ids(prompts)
+        pairs = [(row, whole(answer)[:tokens]) for row, answer in zip(ids, answers, strict=True) if whole(answer)]
+        means.append(_mean_along(handle, pairs, batch_size))
+    return (means[0] - means[1]).float()
+
+
+def whole(answer: Answer) -> list[int]:
+    """An answer's tokens with its end token."""
+    return [*answer.ids, *([answer.end] if answer.end is not None else [])]
+
+
+def counted(handle: Handle, candidate: Induced, prompts: Sequence[str], judge: Judge, tokens: int) -> Induced:
+    """The candidate with answers decoded to their end and counted: a verdict doesn't tell a loop from a sentence."""
+    with candidate.edit.attached(handle):
+        refused, coherent, degenerate = refusals_in_sentences(handle, prompts, judge, tokens)
+    return replace(candidate, refused=refused, coherent=coherent, degenerate=degenerate)
+
+
+def refusals_in_sentences(handle: Handle, prompts: Sequence[str], judge: Judge, tokens: int) -> tuple[Rate, Rate, Rate]:
+    """Of answers decoded to their end: how many refuse, refuse in whole sentences, are degenerate."""
+    answers, refused = judged(handle, prompts, judge, max_new_tokens=tokens, stop_on=())
+    broken = [is_degenerate(answer.text, finished=answer.finished) for answer in answers]
+    both = sum(r and not b for r, b in zip(refused, broken, strict=True))
+    return Rate(sum(refused), len(answers)), Rate(both, len(answers)), Rate(sum(broken), len(answers))
+
+
+class _Scorer:
+    """How likely the model's own refusals are behind baseline prompts, with a vector added at a block's output."""
+
+    def __init__(self, handle: Handle, train: Examples, settings: InduceSettings, layers: Sequence[int]) -> None:
+        self.handle = handle
+        generator = torch.Generator().manual_seed(settings.seed)
+        refusals = [whole(answer)[:REFUSAL_TOKENS] for answer in train.refusals if whole(answer)]
+        self.wanted: list[Tensor] = []
+        rows = []
+        for prompt in handle.prompt_ids(train.baseline[: 2 * settings.scored]):
+            refusal = refusals[int(torch.randint(len(refusals), (1,), generator=generator))]
+            rows.append(Row([*prompt, *refusal[:-1]], len(refusal)))
+            self.wanted.append(torch.tensor(refusal))
+        self.packer = Packer(handle, rows, first_block=min(layers))
+        self.scored = list(range(min(settings.scored, len(rows))))
+
+    def loss(self, picked: Sequence[int]) -> Float[Tensor, ""]:
+        """Mean over rows of the nats per token."""
+        logprobs = self.packer.logprobs(picked)
+        each = [
+            -own.gather(-1, self.wanted[i].to(own.device)[:, None]).mean()
+            for i, own in zip(picked, logprobs, strict=True)
+        ]
+        return torch.stack(each).mean()
+
+    @torch.no_grad()
+    def score(self, layer: int, vector: Float[Tensor, " d_model"]) -> float:
+        with self._adding(layer, vector):
+            return float(self.loss(self.scored))
+
+    @contextmanager
+    def _adding(self, layer: int, vector: Tensor) -> Iterator[None]:
+        """A vector added at a block's output; gradients reach it."""
+
+        def add(_module: Any, _args: Any, out: Any) -> Any:
+            stream = out if isinstance(out, Tensor) else out[0]
+            moved = stream + vector.to(stream.device, stream.dtype)
+            return moved if isinstance(out, Tensor) else (moved, *out[1:])
+
+        hook = self.handle.blocks[layer].register_forward_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def descend(
+        self, layer: int, start: Float[Tensor, " d_model"], settings: InduceSettings, tick: Tick | None
+    ) -> Float[Tensor, " d_model"]:
+        """The vector after gradient steps on the loss, a few rows a step."""
+        vector = torch.nn.Parameter(start.detach().clone())
+        rate = STEP * float(start.norm()) / len(start) ** 0.5
+        optimiser = torch.optim.Adam([vector], lr=rate)
+        rows, size = len(self.wanted), min(8, len(self.wanted))
+        for step in range(settings.steps):
+            picked = [(step * size + k) % rows for k in range(size)]
+            optimiser.zero_grad()
+            with torch.enable_grad(), self._adding(layer, vector):
+                self.loss(picked).backward()
+            optimiser.step()
+            if tick:
+                tick(1)
+        return vector.detach()
+
+
+def _scored(
+    scorer: _Scorer, layer: int, source: str, vector: Tensor, at_prompt: Tensor, sizes: Sequence[float]
+) -> list[Induced]:
+    """One direction at growing sizes, up to the first that makes refusals less likely again."""
+    found: list[Induced] = []
+    cosine = float(normalised(vector) @ normalised(at_prompt))
+    for size in sizes:
+        loss = scorer.score(layer, size * vector)
+        found.append(Induced(layer, source, size, loss, cosine, size * vector))
+        if len(found) > 1 and loss > found[-2].loss:
+            break
+    return found
+
+
+def _turned(
+    scorer: _Scorer, start: Induced, at_prompt: Tensor, settings: InduceSettings, progress: Progress | None
+) -> list[Induced]:
+    """The start's vector after gradient steps, whole and a little more and less of it."""
+    tick = progress("turning the vector", settings.steps) if progress else None
+    vector = scorer.descend(start.layer, start.vector, settings, tick)
+    unit = float(start.vector.norm()) / start.size
+    cosine = float(normalised(vector) @ normalised(at_prompt))
+    return [
+        Induced(start.layer, "turned", factor * float(vector.norm()) / unit, scorer.score(start.layer, factor * vector),
+                cosine, factor * vector)
+        for factor in (0.85, 1.0, 1.2)
+    ]  # fmt: skip
+
+
+def _best_of_each(tried: Sequence[Induced]) -> list[Induced]:
+    """Of each block and source the size at which refusals are likeliest; likeliest first."""
+    best: dict[tuple[int, str], Induced] = {}
+    for candidate in tried:
+        key = (candidate.layer, candidate.source)
+        if key not in best or candidate.loss < best[key].loss:
+            best[key] = candidate
+    return sorted(best.values(), key=lambda c: c.loss)
+
+
+def _share(candidate: Induced) -> float:
+    return candidate.coherent.rate if candidate.coherent else -1.0
+
+
+def _merit(candidate: Induced) -> tuple[float, float, float]:
+    size = float(candidate.vector.norm())
+    return (_share(candidate), -size if candidate.coherent else 0.0, -candidate.loss)
+
+
+def _of(candidate: Induced) -> str:
+    return f"{candidate.coherent.count} of {candidate.coherent.total}" if candidate.coherent else "?"
+
+
+def _mean_along(handle: Handle, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Tensor:
+    """[layer, d_model] float64: mean stream at blocks' outputs over each row's answer tokens, then over rows."""
+    rows = [[*prompt, *answer[:-1]] for prompt, answer in pairs]
+    total = torch.zeros(handle.layers, handle.d_model, dtype=torch.float64)
+    for batch in buckets([len(row) for row in rows], batch_size, 0):
+
+        def look(layer: int, site: str, stream: Tensor, batch: Sequence[int] = batch) -> None:
+            if site != SITE:
+                return
+            for place, index in enumerate(batch):
+                total[layer] += stream[place, -len(pairs[index][1]) :].double().mean(0).cpu()
+
+        with watch_sites(handle, look):
+            handle.hidden_states(**inputs(handle, [rows[i] for i in batch], Prefix(0)))
+    return total / len(rows)

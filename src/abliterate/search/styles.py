@@ -1,0 +1,299 @@
+"""Choosing an edit for a style by whole decoded answers: openings tell nothing of how the rest is written.
+
+Adding: h <- h + c d at the output of one block, d the difference of means there (`Edit.shifting`), c in norms of it;
+activation addition, Turner et al. 2023 (arXiv 2308.10248) and Rimsky et al. 2024 (arXiv 2312.06681), made permanent.
+Negative strengths in the weights, W <- W + a r (r^T W), only amplify what is there already: a model that isn't
+melancholic has next to none. Removing: r out of every writer, and, tried beside it, the shift the other way,
+h <- h - c d.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from abliterate.directions import Directions, Place, at
+from abliterate.edit import Edit
+from abliterate.errors import AbliterateError
+from abliterate.measure import judged
+from abliterate.measure.coherence import is_degenerate
+from abliterate.measure.divergence import Reference, compare
+from abliterate.measure.judges import Judge
+from abliterate.measure.rates import Rate
+from abliterate.model import Handle
+from abliterate.search.candidates import LAST_LAYERS_LEFT_OUT, Candidate, Choice, Progress, Say
+from abliterate.search.frontier import FrontierPoint, choose, non_dominated
+from abliterate.search.objectives import original_reference
+from abliterate.writers import SITES, find_writers
+
+SITE, POSITION = "post", -1
+DIVERGENCE_TOKENS = 24
+RUINED = 0.5  # share of degenerate answers, beyond the original's, at which larger sizes aren't tried
+
+
+@dataclass(frozen=True)
+class StyleSettings:
+    """Sizes of the search.
+
+    Attributes:
+        layers: blocks tried; by default all but the first and the last fifth.
+        most_layers: how many of them, evenly spaced.
+        sizes: of shifts, in norms of the difference of means, smallest first.
+        strengths: of removals from every writer, weakest first.
+        screen_prompts, screen_tokens: answers decoded for every candidate.
+        finalists: candidates judged on more.
+        prompts, tokens: answers decoded for these.
+        max_rate, max_divergence: for removing, how the point is chosen; see `frontier.choose`.
+    """
+
+    layers: range | None = None
+    most_layers: int = 8
+    sizes: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+    strengths: tuple[float, ...] = (1.0,)
+    screen_prompts: int = 12
+    screen_tokens: int = 40
+    finalists: int = 4
+    prompts: int = 48
+    tokens: int = 64
+    max_rate: float | None = None
+    max_divergence: float | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An edit and what it does to answers.
+
+    Attributes:
+        edit: shift or removal.
+        candidate: where its direction was found, at which strength, and the rate of answers that show the style.
+        coherent: answers that show it and are not degenerate.
+        degenerate: answers that are.
+        score: the judge's mean score; 0 where it gives none.
+    """
+
+    edit: Edit
+    candidate: Candidate
+    shown: Rate
+    coherent: Rate
+    degenerate: Rate
+    score: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.candidate.place}, {'size' if self.edit.shifts else 'strength'} {self.candidate.strength:g}: "
+            f"{self.shown.count} of {self.shown.total} show it, {self.degenerate.count} degenerate"
+        )
+
+
+def add_style(
+    handle: Handle,
+    directions: Directions,
+    prompts: Sequence[str],
+    judge: Judge,
+    settings: StyleSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Choice:
+    """The block and the size of a shift by which most answers show a style and stay coherent.
+
+    1. Screen: at blocks evenly spaced, growing sizes on a few prompts, until too many answers are degenerate.
+    2. Decode: the best few on more prompts; most coherent answers that show the style win, of equals the least size.
+
+    Args:
+        handle: the loaded original; it is not changed.
+        directions: of the contrast.
+        prompts: validation prompts.
+        judge: decides which answers show it.
+        settings: sizes of the search.
+        progress, say: where progress and the log go.
+
+    Raises:
+        AbliterateError: when no block is left to try, or no size makes any answer show it.
+    """
+    search = _Search(handle, directions, prompts, judge, settings or StyleSettings(), progress, say)
+    screened = search.screen(shifts=1.0, removals=False)
+    finalists = sorted(screened, key=_most)[: search.settings.finalists]
+    decoded = [search.decoded(t) for t in search.ticking("decoding the best", finalists)]
+    best = min(decoded, key=_most)
+    if not best.coherent.count:
+        raise AbliterateError(
+            f"adding the direction makes no coherent answer of {handle.source} show the behaviour, at any layer and "
+            "size tried; give other prompts or system prompts, or --layers"
+        )
+    why = (
+        f"{best.coherent.count} of {best.coherent.total} answers show it and are coherent, the most of the "
+        f"{len(decoded)} decoded; {best.degenerate.count} degenerate"
+    )
+    return search.choice(best, why, [*screened, *decoded])
+
+
+def remove_style(
+    handle: Handle,
+    directions: Directions,
+    target: Sequence[str],
+    baseline: Sequence[str],
+    judge: Judge,
+    settings: StyleSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Choice:
+    """The edit that makes fewest answers show a style: the direction out of every writer, or a shift away from it.
+
+    1. Screen: at blocks evenly spaced, both on a few target prompts; by the judge's mean score.
+    2. Decode: the best few on more prompts, and the divergence on baseline prompts; a point of their frontier is
+       chosen as in every search.
+
+    Args:
+        handle: the loaded original; it is not changed.
+        directions: of the contrast.
+        target: validation prompts whose answers tend to show it.
+        baseline: validation prompts on which divergence counts.
+        judge: decides which answers show it.
+        settings: sizes of the search.
+        progress, say: where progress and the log go.
+
+    Raises:
+        AbliterateError: when no block is left to try.
+    """
+    settings = settings or StyleSettings()
+    search = _Search(handle, directions, target, judge, settings, progress, say)
+    screened = search.screen(shifts=-1.0, removals=True)
+    bearable = [t for t in screened if t.degenerate.rate <= search.plain.degenerate.rate + RUINED / 2]
+    ranked = sorted(bearable or screened, key=_least)
+    removals, shifts = ([t for t in ranked if bool(t.edit.shifts) is kind] for kind in (False, True))
+    half = (settings.finalists + 1) // 2  # some of each: which is cheaper shows only now
+    finalists = [*removals[:half], *shifts[: settings.finalists - half]]
+    reference = original_reference(handle, baseline[: settings.prompts], answer_tokens=DIVERGENCE_TOKENS)
+    decoded = [search.decoded(t, reference) for t in search.ticking("decoding the best", finalists)]
+    points = [
+        FrontierPoint(
+            t.edit, t.shown, t.candidate.divergence or 0.0, {"score": t.score, "degenerate": t.degenerate.to_json()}
+        )
+        for t in decoded
+    ]
+    front = non_dominated(points)
+    chosen, why = choose(front, settings.max_rate, settings.max_divergence)
+    best = next(t for t in decoded if t.edit is chosen.edit)
+    return search.choice(best, why.replace("refused", "show it").replace("refusals", "answers that show it"),
+                         [*screened, *decoded], front)  # fmt: skip
+
+
+class _Search:
+    """What doesn't change between candidates, and how one is tried."""
+
+    def __init__(
+        self, handle: Handle, directions: Directions, prompts: Sequence[str], judge: Judge, settings: StyleSettings,
+        progress: Progress | None, say: Say | None,
+    ) -> None:  # fmt: skip
+        self.handle, self.directions, self.judge, self.settings = handle, directions, judge, settings
+        self.prompts, self.progress, self.say = list(prompts), progress, say or (lambda text: None)
+        self.layers = _layers(directions, settings)
+        if not self.layers:
+            raise AbliterateError("no layer left to search; widen --layers (the first and the last fifth are left out)")
+        self.writers = find_writers(handle, settings.layers)
+        nothing = Edit((), torch.zeros(0, handle.d_model), torch.zeros(0, 0))
+        self.plain = self._tried(nothing, Candidate(Place(0, SITE, POSITION), 0.0), settings.screen_prompts,
+                                 settings.screen_tokens)  # fmt: skip
+
+    def screen(self, *, shifts: float, removals: bool) -> list[Tried]:
+        """Every candidate on a few prompts; `shifts` is the sign of shifts."""
+        settings, tried = self.settings, []
+        tick = self.progress("screening layers", len(self.layers)) if self.progress else None
+        for layer in self.layers:
+            place = Place(layer, SITE, POSITION)
+            row = SITES.index(SITE)
+            candidate = Candidate(place, float(self.directions.separation[layer, row, POSITION]))
+            direction, length = at(self.directions, place), float(self.directions.length[layer, row, POSITION])
+            for strength in settings.strengths if removals else ():
+                edit = Edit.uniform(self.writers, direction, strength)
+                tried.append(self._screened(edit, replace(candidate, strength=strength)))
+            for size in settings.sizes:
+                edit = Edit.shifting(layer, direction, shifts * size * length)
+                tried.append(self._screened(edit, replace(candidate, strength=shifts * size)))
+                if tried[-1].degenerate.rate > self.plain.degenerate.rate + RUINED:
+                    break
+            if tick:
+                tick(1)
+        return tried
+
+    def decoded(self, tried: Tried, reference: Reference | None = None) -> Tried:
+        """A candidate on more prompts and longer answers, with its divergence if there is a reference."""
+        found = self._tried(tried.edit, tried.candidate, self.settings.prompts, self.settings.tokens)
+        divergence = None
+        if reference is not None:
+            with tried.edit.attached(self.handle):
+                divergence = compare(self.handle, reference).answer
+        note = f"{found.degenerate.count} of {found.degenerate.total} degenerate, mean score {found.score:.2f}"
+        kept = replace(found.candidate, stage="decoded", divergence=divergence, note=note)
+        return replace(found, candidate=kept)
+
+    def choice(
+        self, best: Tried, why: str, tried: Sequence[Tried], frontier: Sequence[FrontierPoint] = ()
+    ) -> Choice:
+        """The result, every candidate at its latest."""
+        self.say(f"chose {best.candidate.place}, {_how(best)}: {why}")
+        winner = replace(best.candidate, note=why)
+        latest = {(t.candidate.place, bool(t.edit.shifts), t.candidate.strength): t.candidate for t in tried}
+        latest[(winner.place, bool(best.edit.shifts), winner.strength)] = winner
+        return Choice(best.edit, winner, list(latest.values()), list(frontier))
+
+    def ticking(self, stage: str, tried: Sequence[Tried]) -> Iterator[Tried]:
+        """Each in turn, with progress."""
+        tick = self.progress(stage, len(tried)) if self.progress else None
+        for one in tried:
+            yield one
+            if tick:
+                tick(1)
+
+    def _screened(self, edit: Edit, candidate: Candidate) -> Tried:
+        return self._tried(edit, candidate, self.settings.screen_prompts, self.settings.screen_tokens)
+
+    def _tried(self, edit: Edit, candidate: Candidate, count: int, tokens: int) -> Tried:
+        prompts = self.prompts[:count]
+        live = edit.attached(self.handle) if edit.shifts or edit.writers else contextlib.nullcontext()
+        with live:
+            answers, shown = judged(self.handle, prompts, self.judge, max_new_tokens=tokens, stop_on=())
+        broken = [is_degenerate(a.text, finished=a.finished) for a in answers]
+        scores = getattr(self.judge, "scores", lambda texts: [0.0])([a.text for a in answers])
+        total = len(answers)
+        return Tried(
+            edit,
+            replace(candidate, refusals=Rate(sum(shown), total)),
+            Rate(sum(shown), total),
+            Rate(sum(s and not b for s, b in zip(shown, broken, strict=True)), total),
+            Rate(sum(broken), total),
+            sum(scores) / max(1, len(scores)),
+        )
+
+
+def _layers(directions: Directions, settings: StyleSettings) -> list[int]:
+    """The layers to try, at most so many, evenly spaced."""
+    count = directions.unit.shape[0]
+    finite = directions.unit[:, SITES.index(SITE), POSITION].isfinite().all(-1)
+    last = max(2, int(count * (1 - LAST_LAYERS_LEFT_OUT)))
+    allowed = settings.layers or range(1, last)
+    inside = [i for i in range(1, min(last, count)) if bool(finite[i]) and i in allowed]
+    most = settings.most_layers
+    if len(inside) <= most:
+        return inside
+    return [inside[round(k * (len(inside) - 1) / (most - 1))] for k in range(most)]
+
+
+def _most(tried: Tried) -> tuple[float, float]:
+    """Sorts most coherent answers that show the style first, of equals the least size."""
+    return -tried.coherent.rate, abs(tried.candidate.strength)
+
+
+def _least(tried: Tried) -> tuple[float, float, float]:
+    """Sorts the fewest that show the style first: by rate, then by mean score."""
+    return tried.shown.rate, tried.score, tried.degenerate.rate
+
+
+def _how(tried: Tried) -> str:
+    strength = tried.candidate.strength
+    return f"shifted by {strength:g} of the difference" if tried.edit.shifts else f"out of every writer at {strength:g}"
