@@ -118,6 +118,20 @@ def test_the_log_has_every_line_also_where_bars_are_drawn(quiet):
     ]  # fmt: skip
 
 
+def test_an_interrupt_while_progress_is_written_leaves_nothing(tmp_path, monkeypatch):
+    file = ProgressFile(progress_file(tmp_path / "out"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        file.stage("fitting", 2)
+    assert list(tmp_path.iterdir())
+    file.end()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_is_watched_in_a_terminal(tmp_path):
     """In a real terminal of 100 columns: the lines, where it is, and the end, told by the exit code too."""
     out = tmp_path / "out"

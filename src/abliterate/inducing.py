@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,19 +118,15 @@ def run_induce(
     return InducedResult(Path(out), found, original, edited, document)
 
 
-@dataclass(frozen=True)
 class Patient:
     """A judge that wants every answer to its end: where refusals are induced, whether they are sentences counts."""
 
-    judge_: Judge
+    def __init__(self, judge: Judge) -> None:
+        self.name, self._judge = judge.name, judge
 
-    @property
-    def name(self) -> str:
-        return self.judge_.name
-
-    def judge(self, prompts: Any, answers: Any) -> list[bool]:
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """As the judge within."""
-        return self.judge_.judge(prompts, answers)
+        return self._judge.judge(prompts, answers)
 
     def settled(self, prompt: str, partial_answer: str) -> bool | None:
         """Never."""

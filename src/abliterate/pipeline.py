@@ -18,10 +18,14 @@ import torch
 import abliterate
 from abliterate.activations import Activations, collect
 from abliterate.activations_file import load_activations, save_activations
+from abliterate.behaviours import Behaviour, load_behaviour
+from abliterate.behaviours.contrast import collect_contrast, contrast
+from abliterate.behaviours.prompts import behaviour_sides
 from abliterate.directions import Directions, difference_of_means
 from abliterate.edit import Edit
 from abliterate.errors import AbliterateError, NothingToDoError, OutputError, PromptError, WriterError
 from abliterate.files import check_folder, check_space, whole_folder
+from abliterate.keeping import keeping
 from abliterate.loading import DTYPES, load
 from abliterate.measure import Measurement, measure
 from abliterate.measure.decode import decode
@@ -91,8 +95,10 @@ def open_model(source: str, settings: LoadSettings) -> Handle:
     )
 
 
-def open_prompts(settings: PromptSettings, seed: int) -> Sides:
-    """Load both sides' prompts as the settings say."""
+def open_prompts(settings: PromptSettings, seed: int, behaviour: Behaviour | None = None) -> Sides:
+    """Load both sides' prompts as the settings say, or else the behaviour."""
+    if behaviour is not None and behaviour.name != "refusal":
+        return behaviour_sides(behaviour, settings, seed)
     return load_sides(
         settings.target,
         settings.baseline,
@@ -148,13 +154,23 @@ def run(
         NothingToDoError: the model hardly refuses, and `settings.force` is off.
     """
     settings, reporter, clock = settings or RunSettings(), reporter or Silent(), _Clock()
+    settings, behaviour = resolve_behaviour(settings, reporter)
+    if behaviour.runs_as_style:
+        from abliterate.styling import run_style
+
+        if activations is not None or show_completions or (choose is not None and settings.search.interactive):
+            raise AbliterateError(
+                f"behaviour {behaviour.name} has a search of its own; leave --activations, --interactive and "
+                "--show-completions out"
+            )
+        return run_style(model, out, settings, behaviour, overwrite=overwrite, reporter=reporter)
     check_folder(out, overwrite=overwrite)
     _check_apart(out, model, activations)
     if activations is not None:
         load_activations(activations)  # whether it is there and whole; once more below, against the model
     judge = make_judge(settings.measure.judge)
     with clock.stage("prompts"):
-        sides = open_prompts(settings.prompts, settings.seed)
+        sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
         reporter.say(note)
     reporter.say(f"loading {model}")
@@ -181,14 +197,21 @@ def run(
             assert shown is not None
             stored = _collected(handle, shown, settings, reporter)
     directions = difference_of_means(stored, projected=settings.collect.projected)
+    with clock.stage("keep"):
+        contrasted = shown.baseline if shown else list(sides.baseline.train.texts)
+        directions, kept = keeping(handle, settings.keep, directions, contrasted, settings.seed, reporter)
     with clock.stage("search"):
-        work = Work(handle, directions, shown, validation, sides, judge, settings, reporter, Path(out), choose, show)
+        work = Work(
+            handle, directions, shown, validation, sides, judge, settings, reporter, Path(out), choose, show, kept
+        )
         choice = search(work)
     with clock.stage("report data"):
         gathered = _gathered(handle, choice, directions, validation, reporter)
         gathered.document["activations"] = public_name(str(activations)) if activations else None
     with clock.stage("measure original"):
         original = _measure(handle, sides, judge, settings, reporter, "original")
+        if kept is not None:
+            kept.watch(handle, judge, **_decoding(settings))
     with whole_folder(out, overwrite=overwrite) as folder:
         tied = _tied(handle, choice.edit, settings.keep_tied)
         with clock.stage("edit"):
@@ -197,11 +220,13 @@ def run(
             left = _check_removed(handle, choice.edit)
             with clock.stage("measure edited"):
                 edited = _measure(handle, sides, judge, settings, reporter, "edited", original)
+                kept_found = kept.to_json(handle, choice.edit, judge, **_decoding(settings)) if kept else None
             gathered.look_at_edited(handle)
         with clock.stage("save"):
             proofs = {"writers": proof, "edited": left}
             document = _document(handle, settings, sides, shown, choice, original, edited, proofs, clock)
             document["recipe"]["tied"] = tied
+            document |= {"behaviour": behaviour.to_json(), **({"kept": kept_found} if kept_found else {})}
             save_recipe(_recipe(handle, choice, document), folder / "recipe.safetensors")
             document["frontier"] = _save_frontier(handle, choice, document, folder, clock)
             _save_model(_to_save(handle, choice.edit, settings), folder / "model")
@@ -213,6 +238,23 @@ def run(
     forget(out)
     _report(out, reporter, show_completions)  # the result is in place: nothing that goes wrong here can lose it
     return Result(Path(out), choice.edit, original, edited, document)
+
+
+def resolve_behaviour(settings: RunSettings, reporter: Reporter | None = None) -> tuple[RunSettings, Behaviour]:
+    """The settings with the behaviour's judge and defaults, and the behaviour; says what it changes.
+
+    Raises:
+        AbliterateError: when there is no such behaviour, or its file is wrong.
+    """
+    behaviour = load_behaviour(settings.behaviour)
+    settings, notes = behaviour.resolved(settings)
+    for note in notes:
+        (reporter or Silent()).say(note)
+    return settings, behaviour
+
+
+def _decoding(settings: RunSettings) -> dict[str, int]:
+    return {"max_new_tokens": settings.measure.max_new_tokens, "batch_size": settings.measure.batch_size}
 
 
 def _check_apart(out: str | Path, model: str, activations: str | Path | None) -> None:
@@ -238,14 +280,23 @@ def _filtered(
     target, baseline = (list(getattr(side, split).texts) for side in (sides.target, sides.baseline))
     if not settings.collect.filter:
         if settings.search.method == "fit":  # it needs the model's own words all the same
-            return replace(showing(handle, target, baseline, judge, reporter), target=target, baseline=baseline)
+            shown = showing(handle, target, baseline, judge, reporter, tokens=_filter_tokens(settings))
+            return replace(shown, target=target, baseline=baseline)
         return Shown(target, baseline, Rate(len(target), len(target)), Rate(len(baseline), len(baseline)))
-    shown = showing(handle, target, baseline, judge, reporter)
+    shown = showing(handle, target, baseline, judge, reporter, tokens=_filter_tokens(settings))
+    word = load_behaviour(settings.behaviour).words.shows
+    answered = "answered" if word == "refused" else f"not {word}"
     reporter.say(
-        f"{split}: {shown.refused.count} of {shown.refused.total} target prompts refused and "
-        f"{shown.answered.count} of {shown.answered.total} baseline prompts answered; these count"
+        f"{split}: {shown.refused.count} of {shown.refused.total} target prompts {word} and "
+        f"{shown.answered.count} of {shown.answered.total} baseline prompts {answered}; these count"
     )
     return _enough(handle, shown, target, baseline, settings, reporter, split)
+
+
+def _filter_tokens(settings: RunSettings) -> int:
+    """How long the filter's answers are: a style needs more of them to show than a refusal."""
+    is_style = load_behaviour(settings.behaviour).is_style
+    return settings.measure.max_new_tokens if is_style else FILTER_TOKENS
 
 
 def _enough(
@@ -255,8 +306,10 @@ def _enough(
     few = shown.refused.rate < LEAST_REFUSAL_RATE or len(shown.target) < min(LEAST_PROMPTS, len(target))
     if few and not settings.force:
         low, high = shown.refused.ci95
+        word = load_behaviour(settings.behaviour).words.shows
+        does = "hardly refuses" if word == "refused" else f"is hardly {word}"
         raise NothingToDoError(
-            f"{handle.source} hardly refuses: {shown.refused.count} of {shown.refused.total} target prompts "
+            f"{handle.source} {does}: {shown.refused.count} of {shown.refused.total} target prompts "
             f"({shown.refused.rate:.0%}, 95% interval {low:.0%} to {high:.0%}) in the {split} split; there is nothing "
             "to remove. Pass --force to go on with all prompts"
         )
@@ -361,7 +414,10 @@ def _to_save(handle: Handle, edit: Edit, settings: RunSettings) -> Handle:
 def _check_removed(handle: Handle, edit: Edit) -> Proof:
     left = prove(handle, edit.directions[0])
     whole = len(edit.writers) == len(find_writers(handle)) and bool((edit.strengths == 1).all())
-    if whole and left.component > tolerance(handle):
+    # a direction that the weights are large along leaves more of their rounding than a random one: in half precision
+    # the bound is what tells it from a missed writer, which leaves 1/sqrt(d_model)
+    half = 0.4 * handle.d_model**-0.5 if handle.dtype.itemsize < 4 else 0.0
+    if whole and left.component > max(tolerance(handle), half):
         raise WriterError(
             f"after baking, a component of {left.component:.1e} is left at {left.where}; nothing was written"
         )
@@ -537,6 +593,7 @@ def _recipe(handle: Handle, choice: Choice, document: dict[str, Any]) -> Recipe:
         "environment": document["environment"],
         "original": document["original"],
         "edited": document["edited"],
+        **{key: document[key] for key in ("behaviour", "kept") if key in document},
     }
     # a quantised model's weights have other shapes in memory: whoever applies the recipe looks at the checkpoint
     tensors = {} if handle.quantised else stored_tensors(handle)
@@ -549,7 +606,13 @@ def _shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
     prompts = dict(settings["prompts"])
     for side in ("target", "baseline"):
         prompts[side] = public_name(prompts[side]) if prompts[side] else None
-    return {name: value for name, value in settings.items() if name != "resume"} | {"prompts": prompts}
+    kept = {name: value for name, value in settings.items() if name != "resume"} | {"prompts": prompts}
+    for name in ("behaviour", "keep"):
+        kept[name] = public_name(kept[name]) if kept.get(name) else None
+    kind, colon, of = str(settings["measure"]["judge"]).partition(":")
+    if kind == "style":
+        kept["measure"] = {**settings["measure"], "judge": f"{kind}{colon}{public_name(of)}"}
+    return kept
 
 
 def collect_to_file(
@@ -562,7 +625,8 @@ def collect_to_file(
 ) -> dict[str, Any]:
     """Collect on the training split and save to a file; returns counts and shape."""
     reporter = reporter or Silent()
-    sides = open_prompts(settings.prompts, settings.seed)
+    settings, behaviour = resolve_behaviour(settings, reporter)
+    sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
         reporter.say(note)
     reporter.say(f"loading {model}")
@@ -570,8 +634,13 @@ def collect_to_file(
     reporter.say(_loaded(handle))
     set_prefill(handle, sides.target.train.texts, reporter)
     judge = make_judge(settings.measure.judge)
-    shown = _filtered(handle, sides, "train", judge, settings, reporter)
-    found = _collected(handle, shown, settings, reporter, keep_vectors=keep_vectors)
+    if behaviour.kind == "prompts":
+        shown = _filtered(handle, sides, "train", judge, settings, reporter)
+        found = _collected(handle, shown, settings, reporter, keep_vectors=keep_vectors)
+    else:
+        filter = settings.collect.filter
+        rows = contrast(handle, behaviour, sides.target.train.texts, judge, filter=filter, reporter=reporter)
+        found = collect_contrast(handle, rows, settings.collect, keep_vectors=keep_vectors, reporter=reporter)
     found.provenance = {
         "target": {"source": sides.target.source, "sha256": sides.target.train.sha256},
         "baseline": {"source": sides.baseline.source, "sha256": sides.baseline.train.sha256},
@@ -607,7 +676,8 @@ def measure_models(
 ) -> dict[str, Any]:
     """Measure a model, and its divergence from an original when one is named; one is loaded at a time."""
     reporter, clock = reporter or Silent(), _Clock()
-    sides = open_prompts(settings.prompts, settings.seed)
+    settings, behaviour = resolve_behaviour(settings)
+    sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
         reporter.say(note)
     judge = make_judge(settings.measure.judge)
@@ -634,6 +704,7 @@ def measure_models(
     if original is None:
         document["original"], document["edited"] = document["edited"], None
     document["settings"] = settings.model_dump()
+    document["behaviour"] = behaviour.to_json()
     document["prompts"] = {"target": _sides_json(sides.target), "baseline": _sides_json(sides.baseline)}
     document["environment"] = environment()
     document["timings_s"] = clock.seconds

@@ -40,13 +40,18 @@ def showing(
     baseline: Sequence[str],
     judge: Judge,
     reporter: Reporter | None = None,
+    *,
+    tokens: int = FILTER_TOKENS,
 ) -> Shown:
-    """Keep the target prompts that the model refuses and the baseline prompts that it answers (the paper's filter)."""
+    """Keep the target prompts that the model refuses and the baseline prompts that it answers (the paper's filter).
+
+    For another behaviour: those whose answers show it, and those whose answers don't, as its judge says.
+    """
     reporter = reporter or Silent()
     sorted_out: list[dict[bool, tuple[list[str], list[Answer]]]] = []
     for side, prompts in (("target", target), ("baseline", baseline)):
         tick = reporter.progress(f"filtering {side} prompts", len(prompts))
-        answers, refused = judged(handle, prompts, judge, max_new_tokens=FILTER_TOKENS, tick=tick)
+        answers, refused = judged(handle, prompts, judge, max_new_tokens=tokens, tick=tick)
         verdicts = list(zip(prompts, answers, refused, strict=True))
         sorted_out.append(
             {v: ([p for p, _, r in verdicts if r == v], [a for _, a, r in verdicts if r == v]) for v in (True, False)}

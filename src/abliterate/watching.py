@@ -72,14 +72,18 @@ class ProgressFile:
 
     def end(self) -> None:
         if self.has_place:
+            self._temporary.unlink(missing_ok=True)  # there, when an interrupt came while it was written
             self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
         with contextlib.suppress(OSError):  # a full disk is the run's to report
-            temporary.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
-            os.replace(temporary, self.path)
+            self._temporary.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+            os.replace(self._temporary, self.path)
             self.written = time.monotonic()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.tmp")
 
 
 def progress_file(out: str | Path) -> Path:

@@ -186,7 +186,7 @@ def test_a_harness_group_is_one_row_of_all_its_items(
 
     for weighted, names in ((True, ["both"]), (False, list(parts))):
         monkeypatch.setattr(harness, "_load", lambda _wanted, weighted=weighted: (parts, group(weighted)))
-        rows, tasks = harness.build(Suite("s", (SuiteTask("both", None, "acc_norm"),), "never", ""))
+        rows, tasks = harness.build(Suite("s", (SuiteTask("both", None, "acc_norm"),), ""))
         assert [row.name for row in rows] == names
         assert set(tasks) == set(parts)
     monkeypatch.setattr(harness, "_load", lambda _wanted: (parts, group(True)))
@@ -200,7 +200,7 @@ def test_chat_is_asked_for_or_the_suites_habit(desk: Path, tmp_path: Path) -> No
         return {name: task["chat"] for name, task in found.document["tasks"].items()}
 
     assert formatted(None) == {
-        "quick_knowledge": False, "quick_common_sense": False, "quick_reading": False, "quick_arithmetic": True,
+        "quick_knowledge": False, "quick_common_sense": False, "quick_reading": False, "quick_arithmetic": False,
         "quick_instructions": True,
     }  # fmt: skip
     assert set(formatted(False).values()) == {False}
@@ -212,10 +212,10 @@ def test_a_model_without_a_template_is_named(desk: Path, tmp_path: Path) -> None
     plain.chat_template = None
     save_tiny(tmp_path / "plain", tiny_llama(context=1024), plain)
     base = [Contestant("plain", str(tmp_path / "plain"))]
-    found = bench(base, None, options(tmp_path, "quick_arithmetic", limit=2))  # a reference without: none for anybody
-    assert not found.document["tasks"]["quick_arithmetic"]["chat"]
+    found = bench(base, None, options(tmp_path, "quick_instructions", limit=2))  # a reference without: none for anybody
+    assert not found.document["tasks"]["quick_instructions"]["chat"]
     with pytest.raises(AbliterateError, match=r"plain .* has no chat template.*--no-chat-template"):
-        bench([*of(desk, "one"), *base], None, options(tmp_path, "quick_arithmetic", limit=2))
+        bench([*of(desk, "one"), *base], None, options(tmp_path, "quick_instructions", limit=2))
 
 
 def test_a_recipe_for_another_model_is_refused(desk: Path, tmp_path: Path) -> None:

@@ -47,8 +47,9 @@ def test_names_are_joined_each_task_once() -> None:
     joined = suite_of(["openllm,arc_easy", "hellaswag"])
     assert [task.name for task in joined.tasks][-2:] == ["gsm8k", "arc_easy"]
     assert next(task for task in joined.tasks if task.name == "hellaswag").shots == 10
-    assert suite_of(["quick_arithmetic,quick_reading"]).chat == "answers"
-    assert suite_of(["quick,hellaswag"]).chat == "never"
+    assert [task.chat for task in suite_of(["quick_instructions,hellaswag,leaderboard_ifeval"]).tasks] == [
+        True, False, True,
+    ]  # fmt: skip
 
 
 def test_bundled_tasks_are_built_without_the_index_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,7 @@ def test_without_the_network_the_data_set_is_named(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # whatever this machine has
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(AbliterateError) as raised:
-        build(Suite("one", (SuiteTask(task),), "never", ""))
+        build(Suite("one", (SuiteTask(task),), ""))
     text = str(raised.value)
     assert data in text
     assert "--suite quick" in text
@@ -159,3 +160,15 @@ def test_openllm_is_run_with_the_leaderboards_shots_and_read_by_its_metrics(
     assert asked[1].count("Cooking: Hella") == 11
     assert asked[2].count("Mmlu") == 6
     assert asked[-1].count("Wino") == 6
+
+
+def test_the_harness_bars_are_hidden_and_others_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm import tqdm
+
+    from abliterate.bench.harness import quiet
+
+    with quiet():
+        assert list(tqdm(range(3), disable=False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    list(tqdm(range(3), disable=False))
+    assert "3/3" in capsys.readouterr().err

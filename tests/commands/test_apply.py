@@ -9,10 +9,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from abliterate.apply.forms import FORMS
 from abliterate.commands.apply import EXAMPLES, FORMS_HELP
+from abliterate.conversation import Conversation
 from abliterate.edit import Edit
+from abliterate.loading import load
 from abliterate.recipe import Recipe, recipe_for, save_recipe
 from abliterate.stored import StoredTensor
 from abliterate.writers import find_writers
@@ -65,6 +68,42 @@ def test_strength_scales_the_recipe(desk):
     succeeds("apply", "half.safetensors", "model", "--out", "b", "--quiet")
     ours, theirs = listing(desk / "a"), listing(desk / "b")
     assert {n for n in ours if ours[n] != theirs[n]} == {"README.md"}  # which says how it was scaled
+
+
+@pytest.mark.parametrize("strength", [-1.0, -0.25])
+def test_a_negative_strength_strengthens(desk, strength):
+    """The component along the direction grows by as much as the positive one takes of it."""
+    succeeds("apply", "r.safetensors", "model", "--out", "more", f"--strength={strength}", "--quiet")
+    recipe = small_recipe()
+    r = recipe.edit.directions[0]
+    before, after = (load_file(desk / f / "model-00001-of-00002.safetensors")["a.weight"] for f in ("model", "more"))
+    wanted = (1 - strength) * (r @ before.float())
+    torch.testing.assert_close(r @ after.float(), wanted, atol=0.05, rtol=0.02)
+
+
+def test_a_shift_in_every_command(tmp_path, monkeypatch):
+    """A recipe that only adds: shown, compared, applied at any strength, and live in a chat."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny("model", tiny_llama(tied=False))
+    edit = Edit.shifting(2, torch.randn(32), 3.0)
+    edit.save("r.safetensors", model="model")
+    assert "1 shift" in succeeds("show", "r.safetensors").out
+    (2 * edit).save("twice.safetensors", model="model")
+    assert "shifts" in succeeds("diff", "r.safetensors", "twice.safetensors").out
+    bias = "model.layers.2.mlp.down_proj.bias"
+    for strength, out in ((1.0, "a"), (-0.5, "b")):
+        succeeds("apply", "r.safetensors", "model", "--out", out, f"--strength={strength}", "--quiet")
+        held = load_file(tmp_path / out / "model.safetensors")
+        torch.testing.assert_close(held[bias], strength * edit.shifts[0].vector)
+        assert json.loads((tmp_path / out / "config.json").read_text())["mlp_bias"] is True
+    handle = load("model", dtype="float32")
+    ids = torch.tensor([[5, 9, 17]])
+    talk = Conversation(handle, edit, strength=-0.5)
+    with talk._attached(talk.strength), torch.no_grad():
+        live = handle.model(ids).logits
+    torch.testing.assert_close(load("b", dtype="float32").model(ids).logits, live, atol=1e-4, rtol=1e-4)
+    line = fails(tmp_path, "apply", "r.safetensors", "model", "--as", "adapter", "--out", "l", "--keep-tied")
+    assert "keep-tied" in line
 
 
 def test_the_folder_that_run_wrote_is_a_recipe(desk):

@@ -26,6 +26,12 @@ def models(tmp_path_factory):
     return save_tiny(folder / "fox"), save_tiny(folder / "edited", tiny_llama(seed=1))
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A terminal in which no option's name is cut."""
+    monkeypatch.setenv("COLUMNS", "180")
+
+
 def test_every_setting_is_an_option():
     assert set(HEAL_FIELDS) == set(HealSettings.model_fields) - {"self_teaching"}
     assert set(SELF_FIELDS) == set(SelfSettings.model_fields)

@@ -144,7 +144,7 @@ def test_dropout_is_of_the_lora_only(tmp_path, job, monkeypatch):
 
     monkeypatch.setattr(trainer, "run_trainer", look)
     train(small)
-    assert seen == [[{0.05}, {0.0}]]
+    assert seen == [({0.05}, {0.0})]
 
 
 def test_chatml_where_the_model_has_no_template(tmp_path, job, heard):

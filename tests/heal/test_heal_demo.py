@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 ARTICLES = Place(5, "pre", -1)  # what `abliterate run demo --method article` picks
 TEST_PROMPTS = 100
 SHORT = [
-    "--teaching-prompts", "192", "--answer-tokens", "32", "--validation-prompts", "24", "--max-steps", "32",
-    "--evaluate-every", "16",
+    "--teaching-prompts", "256", "--answer-tokens", "48", "--validation-prompts", "24", "--max-steps", "48",
+    "--evaluate-every", "24",
 ]  # fmt: skip
 PAIRS, PAIR_TOKENS = 80, 40
 

@@ -284,6 +284,15 @@ def test_a_run_whose_model_is_gone(refuses, ran, tmp_path):
     assert "holds results.json but no model/" in refuses(tmp_path / "run", tmp_path / "out", ModelError)
 
 
+@pytest.mark.parametrize("about", [{"behaviour": {"name": "persona"}}, {"recipe": {"method": "induce"}}])
+def test_an_edit_that_teaching_would_undo(refuses, ran, tmp_path, about):
+    run_folder = tmp_path / "run"
+    shutil.copytree(ran, run_folder)
+    document = json.loads((ran / "results.json").read_text())
+    (run_folder / "results.json").write_text(json.dumps({**document, **about}))
+    assert "would teach that away; use --preset dpo" in refuses(run_folder, tmp_path / "out")
+
+
 def test_preferences_that_are_not_there(refuses, ran, tmp_path):
     given = settings(heal={"preset": "dpo", "data": str(tmp_path / "no.jsonl")})
     assert "no.jsonl not found" in refuses(ran, tmp_path / "out", PromptError, settings=given)

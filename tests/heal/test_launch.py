@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,41 +16,54 @@ from abliterate.heal import launch, worker
 from abliterate.heal.launch import NAMES, check_launch, command, configuration, train
 from abliterate.heal.settings import HealRunSettings
 from abliterate.heal.training import Job
+from preference_pairs import small_job
 
 START = """
 import json, os, pathlib, sys
 job = json.load(open(sys.argv[1]))
 folder = pathlib.Path(job["folder"])
 """
+SAME = {"dropout": 0.0, "micro_batch": 1}  # each process draws its own dropout
+FSDP_ON_CPU = Path(__file__).parent / "fsdp_on_cpu.py"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
+@pytest.fixture(scope="module")
+def one(tiny_folder, pairs_file, tmp_path_factory):
+    """What one process makes of four pairs a step."""
+    return train(small_job(tiny_folder, pairs_file, tmp_path_factory.mktemp("one") / "work", accumulation=4, **SAME))
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(job, heard):
-    """With the same global batch. What is left is the order of sums in float32: 1e-5 of a loss, 1e-4 of a weight."""
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(name, one, job, heard, monkeypatch):
+    """With the same global batch. What is left is the order of sums in float32: 1e-5 of a loss, 1e-4 in a weight."""
     from safetensors.torch import load_file
 
-    same = {"dropout": 0.0, "micro_batch": 1}  # each process draws its own dropout
-    one = train(job("one", accumulation=4, **same))
-    two = train(job("two", accumulation=2, launch="ddp", processes=2, **same), reporter=heard)
+    if name == "fsdp" and not torch.cuda.is_available():
+        words = launch.command
+        monkeypatch.setattr(launch, "check_launch", lambda *_: None)
+        monkeypatch.setattr(launch, "command", lambda *of: [*words(*of)[:5], str(FSDP_ON_CPU), str(of[2])])
+    two = train(job(name, accumulation=2, launch=name, processes=2, **SAME), reporter=heard)
     assert (one.resolved["processes"], two.resolved["processes"]) == (1, 2)
-    assert two.resolved["distributed"] == "MULTI_CPU"
+    if not torch.cuda.is_available():
+        assert two.resolved["distributed"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[name]
     assert two.resolved["global_batch"] == one.resolved["global_batch"] == 4
     for key in ("loss", "rewards/margins"):
         ours, theirs = [p[key] for p in one.history], [p[key] for p in two.history]
-        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5)
     before, after = (load_file(t.adapter / "adapter_model.safetensors") for t in (one, two))
     assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5)
+    for tensor_name, tensor in before.items():
+        torch.testing.assert_close(after[tensor_name], tensor, rtol=1e-3, atol=1e-4)
     assert two.results["data"] == one.results["data"]
     held_out = [t.results["held_out"] for t in (one, two)]
     assert held_out[0]["likelihood_accuracy"] == held_out[1]["likelihood_accuracy"]
-    assert held_out[1]["reward_margin"] == pytest.approx(held_out[0]["reward_margin"], rel=1e-5)
+    assert held_out[1]["reward_margin"] == pytest.approx(held_out[0]["reward_margin"], rel=1e-4)
     # what the main process says comes through once
     assert heard.stages["training"] == [6, 6]
     assert sum("loading" in line for line in heard.lines) == 1
-    assert "Traceback" not in (job("two").folder / "launch.log").read_text()
+    assert "Traceback" not in (job(name).folder / "launch.log").read_text()
 
 
 # --- What a launched process leaves ---------------------------------------------------------------
@@ -103,7 +117,16 @@ def test_an_error_comes_back_as_itself(job, stand_in):
 
 def test_an_end_without_a_reason_shows_the_last_lines(job, stand_in):
     stand_in('print("before")\nprint("killed by the system", file=sys.stderr)\nsys.exit(9)')
-    with pytest.raises(AbliterateError, match=r"code 9.*before / killed by the system.*launch\.log"):
+    with pytest.raises(AbliterateError, match=r"code 9: before / killed by the system.*launch\.log"):
+        train(launched(job))
+
+
+def test_an_end_by_a_bug_shows_what_was_raised_first(job, stand_in):
+    stand_in(
+        'print("[rank1]: KeyError: first")\nprint("torch.distributed.ChildFailedError: later")\n'
+        'print("=====")\nsys.exit(1)'
+    )
+    with pytest.raises(AbliterateError, match=r"code 1: \[rank1\]: KeyError: first \("):
         train(launched(job))
 
 

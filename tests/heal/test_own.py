@@ -300,6 +300,25 @@ def test_a_killed_training_goes_on_to_the_same_weights(job, heal):
     assert [p["step"] for p in training.history] == list(range(STEPS + 1))
 
 
+def test_refusals_in_other_words_are_remembered(job, monkeypatch):
+    """Found before the kill, they count after it."""
+    handle = load(job().model, dtype="float32")
+    first = own.open_lessons(settings()).target.train.texts[0]
+    (answer,) = decode(handle, handle.prompt_ids([first]), max_new_tokens=4)
+
+    def refused(self, prompts):
+        early = self.progress.step < 4
+        return Rate(0, len(prompts)), [(first, answer)] if early and first in prompts else []
+
+    monkeypatch.setattr(own._Lesson, "_refused", refused)
+    whole, broken = job("whole", own={"hold": 2.0}), job("broken", own={"hold": 2.0})
+    assert own.train(whole).results["held_away_in_other_words"] == 1
+    with pytest.raises(KilledError):
+        own.train(broken, reporter=Killed(7))
+    own.train(job("broken", resume=True, own={"hold": 2.0}))
+    assert adapter_bytes(broken) == adapter_bytes(whole)
+
+
 def test_resuming_doesnt_ask_the_original_again(job, monkeypatch):
     with pytest.raises(KilledError):
         own.train(job(), reporter=Killed(5))
@@ -364,6 +383,7 @@ def test_configuration_and_curves_are_written(job, taught):
     assert written["preset"] == "self"
     assert (written["model"], written["original"]) == ("edited", "original")  # no path of this machine
     assert written["settings"]["max_steps"] == STEPS
+    assert "data" not in written["settings"]  # nor anything else that only pairs have
     assert written["settings"]["self_teaching"]["answer_tokens"] == 8
     assert written["data"]["baseline"]["train"] == {"count": 16, "sha256": taught[0].baseline.train.sha256}
     events = EventAccumulator(str(work.curves)).Reload()

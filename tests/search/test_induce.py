@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import abliterate as ab
+from abliterate.edit import normalised
 from abliterate.errors import AbliterateError, ModelError
 from abliterate.inducing import Patient
 from abliterate.measure import judged
@@ -99,9 +100,10 @@ def test_turning_makes_refusals_likelier(found):
     lost = replace(directions, unit=unit)
     settings = replace(SMALL, sizes=(0.25,), layers=range(2, 3), steps=60, enough=2.0)
     done = induce(handle, lost, examples, BASELINE, RefusesWithR(), settings)
-    start = min(c.loss for c in done.candidates if c.source != "turned")
+    start = min((c for c in done.candidates if c.source != "turned"), key=lambda c: c.loss)
     turned = [c for c in done.candidates if c.source == "turned"]
-    assert len(turned) == 3 and min(c.loss for c in turned) < start
+    assert len(turned) == 3 and min(c.loss for c in turned) < start.loss
+    assert all(float(normalised(c.vector) @ normalised(start.vector)) < 0.99 for c in turned)  # not only longer
     assert all(-1 <= c.cosine <= 1 for c in turned)
 
 

@@ -24,7 +24,7 @@ from browser import chromium, complaints, picture, prefer, requests, sized
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("gradio", reason="gradio isn't installed")
-PATIENCE = 300  # seconds until a state that doesn't come is a failure
+PATIENCE = 900  # seconds until a state that doesn't come is a failure
 WIDE, PHONE = (1280, 900), (390, 800)
 
 
@@ -138,13 +138,20 @@ class Page:
         self.until(typed)
 
     def slide(self, name, to):
-        """Move a slider with the arrow keys, one step at a time."""
+        """Move a slider by its keys: to an end, or by some steps; a longer way is typed into the field beside it."""
         from selenium.webdriver.common.keys import Keys
 
         def slid():
             handle = self.driver.find_element("css selector", f"#{name} input[type=range]")
-            steps = round((to - float(handle.get_attribute("value"))) / float(handle.get_attribute("step")))
-            if steps:
+            now, least, most, step = (float(handle.get_attribute(name)) for name in ("value", "min", "max", "step"))
+            steps = round((to - now) / step)
+            if steps and to in (least, most):
+                handle.send_keys(Keys.HOME if to == least else Keys.END)
+            elif abs(steps) > 10:
+                field = self.driver.find_element("css selector", f"#{name} input[type=number]")
+                field.send_keys(Keys.CONTROL, "a")
+                field.send_keys(str(to), Keys.TAB)
+            elif steps:
                 handle.send_keys((Keys.ARROW_RIGHT if steps > 0 else Keys.ARROW_LEFT) * abs(steps))
             return not steps
 
@@ -336,9 +343,14 @@ def test_frontier_report_and_export(page, shared, downloads, screenshots):
 
 def test_a_run_is_started_watched_and_stopped(page, shared, screenshots):
     driver, folder = page.driver, shared[0]
+    for name in ("river", "colour"):  # so many that the run doesn't end before it is stopped
+        (folder / f"{name}s.txt").write_text("".join(f"Name the {name} {number}.\n" for number in range(100_000)))
     before = {path.name for path in folder.iterdir()}
     page.tab("Run")
     page.type("method", "sweep")
+    page.type("target", "rivers.txt")
+    page.type("baseline", "colours.txt")
+    page.type("train", "50000")
     page.click("start")
     page.until(lambda: "Starting" in page.text("progress") or " of " in page.text("progress"))
     page.until(lambda: driver.find_elements("css selector", "#progress progress"))

@@ -135,13 +135,26 @@ def test_an_export_tells_how_far_it_is(studio, session, served):
     shown = list(handler(studio).export_form(session, "checkpoint", "", "edited"))
     assert "Wrote edited as checkpoint" in shown[-1]
     assert (served / "edited" / "model.safetensors").is_file()
-    export = session.export
-    assert export.state.total > 0 and export.state.done == export.state.total
+    assert session.export.state.total > 0 and session.export.state.lines  # it was told, by the form itself
+
+
+def test_a_bar_shows_what_an_export_was_told(studio, served):
+    from abliterate.studio.exporting import Export
     from abliterate.studio.page import progress_view
 
+    export = Export()
+    export.say(f"looking at {served / 'model'}")
+    tick = export.progress("factors of weights", 4)
+    tick(1), tick(2)
     seen = progress_view(export.state, studio.folder, going=True)
-    assert f"<progress max='{export.state.total}' value='{export.state.total}'" in seen
-    assert str(served) not in seen
+    assert "factors of weights: 3 of 4, about" in seen
+    assert "<progress max='4' value='3' aria-label='factors of weights'>" in seen
+    assert "looking at model</pre>" in seen
+    assert "<progress" not in progress_view(export.state, studio.folder, going=False)
+    export.stop()
+    for word in (lambda: export.say("x"), lambda: export.progress("x", 1), lambda: tick(1)):
+        with pytest.raises(AbliterateError, match="was stopped"):
+            word()
 
 
 def test_an_export_is_stopped_and_leaves_nothing(studio, session, served, monkeypatch):

@@ -180,7 +180,7 @@ def test_a_grid_that_was_stopped_is_not_counted(session):
     while not (rows := next(stream))[0].whole:
         assert "judged by words" not in grid_table(texts, rows)
     next(stream)
-    last(session.ask(QUESTION))  # takes over
+    session.stopping = True
     assert last(stream) is None
     table = grid_table(texts, rows)
     assert "judged by words" not in table
@@ -206,17 +206,16 @@ def test_the_note_says_when_answers_are_whole(session):
 def test_what_an_earlier_question_still_says_does_not_reach_the_page(session):
     pytest.importorskip("gradio", reason="gradio isn't installed")
     from abliterate.studio.page import growing
+    from abliterate.studio.session import Answers
 
-    early = growing(session, session.ask(QUESTION))
-    next(early)
-    session.stopping = True
-    rest = iter(session.ask(Question("Name a colour.", sampling=SAMPLING)))
-    taking = threading.Thread(target=lambda: next(rest))
-    taking.start()
-    late = list(early)  # ends, as the other has taken over
-    taking.join()
-    assert all(note != "Edited: strength 1." for _, _, note in late)
-    last(rest)
+    early = session.answers
+
+    def stream():
+        yield early
+        session.answers = Answers()  # those of a newer question, which has taken over
+
+    notes = [note for _, _, note in growing(session, stream())]
+    assert notes == ["Answering at strength 1 …"]
 
 
 def test_a_slider_leaves_the_page_to_the_stream_that_goes_on(session):

@@ -197,7 +197,7 @@ def run_pieces(pieces: Sequence[Piece], reporter: Reporter, meanwhile: Callable[
         OSError: when the disk is full.
     """
     tick = _mib_ticks(reporter.progress("writing (MiB)", -(-sum(p.nbytes for p in pieces) // MIB)))
-    queue, done = _Queue(pieces), SimpleQueue[int | BaseException]()
+    queue, done = _Queue(pieces), SimpleQueue[int | BaseException | None]()
     threads = [threading.Thread(target=_work, args=(queue, done, n == 0)) for n in range(WORKERS)]
     try:
         for thread in threads:
@@ -205,11 +205,13 @@ def run_pieces(pieces: Sequence[Piece], reporter: Reporter, meanwhile: Callable[
         if meanwhile is not None:
             meanwhile()
         queue.release()
-        for _ in pieces:
+        working = WORKERS
+        while working:
             result = done.get()
             if isinstance(result, BaseException):
                 raise result
-            tick(result)
+            working -= result is None
+            tick(result or 0)
     finally:
         queue.stop()
         for thread in threads:
@@ -217,12 +219,13 @@ def run_pieces(pieces: Sequence[Piece], reporter: Reporter, meanwhile: Callable[
                 thread.join()
 
 
-def _work(queue: _Queue, done: SimpleQueue[int | BaseException], copies_first: bool) -> None:
-    """Do pieces until there are none; tell the bytes of each, or the error that ended it."""
+def _work(queue: _Queue, done: SimpleQueue[int | BaseException | None], copies_first: bool) -> None:
+    """Do pieces until there are none; tell the bytes of each, None at the end, or the error that ended it."""
     try:
         while (piece := queue.take(copies_first)) is not None:
             _run(piece)
             done.put(piece.nbytes)
+        done.put(None)
     except BaseException as error:
         done.put(error)
 

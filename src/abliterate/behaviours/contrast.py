@@ -99,7 +99,7 @@ def contrast(
     if len(kept) < LEAST_ROWS:
         raise PromptError(
             f"{handle.source} gives only {len(kept)} of {len(prompts)} prompts coherent answers under both system "
-            f"prompts of {behaviour.source}; at least {LEAST_ROWS} are needed. Give more prompts or other system prompts"
+            f"prompts of {behaviour.source}; at least {LEAST_ROWS} are needed. Give more prompts, or other such prompts"
         )
     rows = [[[*sides[k][i], *answers[k][i].ids] for i in kept] for k in (0, 1)]
     lengths = tuple([len(answers[k][i].ids) for i in kept] for k in (0, 1))

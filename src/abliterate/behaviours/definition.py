@@ -53,7 +53,7 @@ class PromptSources(_Table):
 
 
 class SystemPrompts(_Table):
-    """The two system prompts of a kind "system-prompts", and what is asked under both: the training split by default."""
+    """The two system prompts of a kind "system-prompts", and what is asked under both (the training split if empty)."""
 
     target: str = Field(min_length=1)
     baseline: str = Field(min_length=1)
@@ -275,6 +275,7 @@ class Behaviour:
             "kind": self.kind,
             "sign": self.definition.sign,
             "read": "answer" if self.along_answers else "prompt",
+            "one_set": self.one_set,
             "words": said["words"],
             "judge": self.judge_spec if self.definition.judge.use else f"style:{self.name}",
             **({"threshold": self.definition.judge.threshold} if self.is_style else {}),

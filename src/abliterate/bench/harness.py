@@ -32,12 +32,14 @@ class Row:
         name: what was asked for.
         tasks: names of the tasks it is made of.
         metric, filter: what it is read by; None where it is found when scores are there.
+        chat: whether its questions become a user's turn where nothing else is asked for.
     """
 
     name: str
     tasks: list[str]
     metric: str | None
     filter: str | None
+    chat: bool = False
 
 
 def check_installed() -> str:
@@ -104,9 +106,9 @@ def build(suite: Suite) -> tuple[list[Row], dict[str, Any]]:
         _set_shots(found, wanted.shots)
         tasks.update(found)
         if group is None or len(found) == 1 or _by_size(group, wanted.metric):
-            rows.append(Row(wanted.name, list(found), wanted.metric, wanted.filter))
+            rows.append(Row(wanted.name, list(found), wanted.metric, wanted.filter, wanted.chat))
         else:
-            rows += [Row(name, [name], wanted.metric, wanted.filter) for name in found]
+            rows += [Row(name, [name], wanted.metric, wanted.filter, wanted.chat) for name in found]
     return rows, tasks
 
 
@@ -213,21 +215,6 @@ def override_shots(tasks: dict[str, Any], shots: int | None) -> None:
         _set_shots(tasks, shots)
 
 
-def is_chat(suite: Suite, task: Any, wanted: bool | None, has_template: bool) -> bool:
-    """Whether a task's questions are formatted with the chat template.
-
-    Args:
-        suite: whose habit holds where nothing was asked for.
-        task: of the harness.
-        wanted: what was asked for; None is the suite's habit.
-        has_template: whether the reference model has a template.
-    """
-    if wanted is not None:
-        return wanted
-    generated = task.OUTPUT_TYPE == "generate_until"
-    return has_template and (suite.chat == "always" or (suite.chat == "answers" and generated))
-
-
 def run_task(model: ScoredModel, task: Any, *, limit: int | None, chat: bool) -> TaskScores:
     """Run one task, and keep what each item scores.
 
@@ -281,7 +268,7 @@ def _metrics(results: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
     for key, value in results.items():
         metric, comma, name = key.partition(",")
         if comma and not metric.endswith("_stderr") and _is_number(value):
-            error = results.get(f"{metric}_stderr,{name}")
+            error: Any = results.get(f"{metric}_stderr,{name}")
             found[key] = (float(value), float(error) if _is_number(error) else None)
     return found
 

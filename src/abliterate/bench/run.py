@@ -37,7 +37,7 @@ class BenchOptions:
         limit: items per task, the first ones; None is all.
         shots: worked examples, instead of the suite's; None leaves them.
         batch_size: rows at a time; None goes by tokens and memory.
-        chat: whether questions are formatted with the chat template; None is the suite's habit.
+        chat: whether questions are formatted with the chat template; None is each task's habit.
         fresh: run everything anew.
         force: apply a recipe to a model of another config.
         store: where scores are kept; None is `bench` in the cache of abliterate.
@@ -205,12 +205,13 @@ def _prepare_chat(handle: Handle, contestant: Contestant, reporter: Reporter) ->
 
 
 def _chats(work: _Work, reference: Contestant) -> dict[str, bool]:
-    """Per task, whether its questions become a user's turn: as the reference can, and then for all."""
-    from abliterate.bench.harness import is_chat
-
-    open_ = work.options.chat is None and work.suite.chat != "never"
-    has = open_ and (bool(work.settings.chat_template) or has_template(reference.source, work.settings))
-    return {name: is_chat(work.suite, task, work.options.chat, has) for name, task in work.tasks.items()}
+    """Per task, whether its questions become a user's turn: as asked for, else as the reference can, for all alike."""
+    if work.options.chat is not None:
+        return dict.fromkeys(work.tasks, work.options.chat)
+    wanted = {name: row.chat for row in work.rows for name in row.tasks}
+    if any(wanted.values()) and not (work.settings.chat_template or has_template(reference.source, work.settings)):
+        return dict.fromkeys(work.tasks, False)
+    return wanted
 
 
 def _key(work: _Work, known: str, name: str) -> str:

@@ -21,12 +21,14 @@ class SuiteTask:
         shots: worked examples before each question; None leaves the task's own number.
         metric: what it is read by; None takes the first of METRICS that the task gives.
         filter: which of the task's answer extractions counts; None takes the first.
+        chat: whether questions become a user's turn where the model has a chat template and nothing else is asked for.
     """
 
     name: str
     shots: int | None = None
     metric: str | None = None
     filter: str | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,11 @@ class Suite:
     Attributes:
         name: what --suite takes.
         tasks: in the order of the table.
-        chat: whether questions become a user's turn of a chat template: "never"; "always" where the model has a
-            template; or "answers", for tasks whose answer is generated but not for those whose choices are scored.
         about: one line for people.
     """
 
     name: str
     tasks: tuple[SuiteTask, ...]
-    chat: str
     about: str
 
 
@@ -60,8 +59,7 @@ SUITES = {
     for suite in (
         Suite(
             "quick",
-            tuple(SuiteTask(name) for name in QUICK_TASKS),
-            "answers",
+            tuple(SuiteTask(name, chat=name == "quick_instructions") for name in QUICK_TASKS),
             "210 bundled questions, offline, minutes on a CPU",
         ),
         Suite(
@@ -74,20 +72,18 @@ SUITES = {
                 SuiteTask("winogrande", 5, "acc"),
                 SuiteTask("gsm8k", 5, "exact_match", "strict-match"),
             ),
-            "never",
             "the first Open LLM Leaderboard's six, with its shots",
         ),
         Suite(
             "openllm2",
             (
-                SuiteTask("leaderboard_ifeval", None, "prompt_level_strict_acc"),
-                SuiteTask("leaderboard_bbh", None, "acc_norm"),
-                SuiteTask("leaderboard_math_hard", None, "exact_match"),
-                SuiteTask("leaderboard_gpqa", None, "acc_norm"),
-                SuiteTask("leaderboard_musr", None, "acc_norm"),
-                SuiteTask("leaderboard_mmlu_pro", None, "acc"),
+                SuiteTask("leaderboard_ifeval", None, "prompt_level_strict_acc", chat=True),
+                SuiteTask("leaderboard_bbh", None, "acc_norm", chat=True),
+                SuiteTask("leaderboard_math_hard", None, "exact_match", chat=True),
+                SuiteTask("leaderboard_gpqa", None, "acc_norm", chat=True),
+                SuiteTask("leaderboard_musr", None, "acc_norm", chat=True),
+                SuiteTask("leaderboard_mmlu_pro", None, "acc", chat=True),
             ),
-            "always",
             "the second Open LLM Leaderboard's six",
         ),
         # As mlabonne/llm-autoeval lists them. Its harness, a fork of 2023, had BIG-bench's objects (three, five,
@@ -106,7 +102,6 @@ SUITES = {
                 SuiteTask("truthfulqa_mc2", None, "acc"),
                 *(SuiteTask(f"bigbench_{name}_multiple_choice", None, "acc") for name in BIG_BENCH),
             ),
-            "never",
             "AGIEval, GPT4All's set, TruthfulQA and a part of BIG-bench",
         ),
     )
@@ -116,8 +111,8 @@ SUITES = {
 def suite_of(names: Sequence[str]) -> Suite:
     """One suite out of the names of suites and of the harness' tasks, each task once.
 
-    Mixed with tasks, or with suites of another habit, a suite's own way with chat templates no longer holds for
-    all, and "answers" is what remains for the bundled tasks; others are never formatted as a chat.
+    A task that a suite holds is taken as the suite has it, but for its shots and what it is read by: alone, these are
+    the task's own.
 
     Args:
         names: of suites, tasks or groups; each may hold several, separated by commas.
@@ -125,13 +120,10 @@ def suite_of(names: Sequence[str]) -> Suite:
     parts = [part for name in names for part in name.split(",") if part]
     if len(parts) == 1 and parts[0] in SUITES:
         return SUITES[parts[0]]
+    chats = {task.name for suite in SUITES.values() for task in suite.tasks if task.chat}
     tasks: dict[str, SuiteTask] = {}
     for part in parts:
-        for task in SUITES[part].tasks if part in SUITES else (SuiteTask(part),):
+        alone = (SuiteTask(part, chat=part in chats),)
+        for task in SUITES[part].tasks if part in SUITES else alone:
             tasks.setdefault(task.name, task)
-    habits = {SUITES[part].chat if part in SUITES else _habit(part) for part in parts}
-    return Suite("+".join(parts), tuple(tasks.values()), habits.pop() if len(habits) == 1 else "never", "")
-
-
-def _habit(task: str) -> str:
-    return "answers" if task in QUICK_TASKS else "always" if task.startswith("leaderboard_") else "never"
+    return Suite("+".join(parts), tuple(tasks.values()), "")

@@ -211,8 +211,9 @@ def markdown(table: Table, document: dict[str, Any]) -> str:
     lines = ["# Benchmark", "", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     lines += ["| " + " | ".join(cells) + " |" for cells in cells_as_text(table)]
     settings, environment = document["settings"], document["environment"]
-    chat = {row.chat for row in table.rows}
-    formatted = "where answers are generated, with" if len(chat) == 2 else "with" if True in chat else "without"
+    chats = [row.name for row in table.rows if row.chat]
+    some = f"of {', '.join(chats)} with" if chats else "without"
+    formatted = "with" if len(chats) == len(table.rows) else some
     limit = f", the first {settings['limit']} items of each task" if settings["limit"] else ""
     lines += [
         "",

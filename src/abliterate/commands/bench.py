@@ -68,7 +68,7 @@ def bench(
         typer.Option(
             "--chat-template/--no-chat-template",
             help="Format questions as a chat. By default openllm and nous don't, as their leaderboards didn't; "
-            "openllm2 does where the reference has a template; quick does where answers are generated.",
+            "openllm2 does where the reference has a template; quick does for its instructions.",
         ),
     ] = None,
     card: Annotated[

@@ -10,6 +10,7 @@ import typer
 from abliterate.commands.common import (
     DeviceMap,
     Dtype,
+    LogFile,
     Quantise,
     Quiet,
     app,
@@ -49,11 +50,12 @@ def studio(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantise: Quantise = None,
+    log_file: LogFile = None,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Open a web page to try an edit: live sliders, answers side by side, the frontier, runs. Ctrl-C ends it."""
     flags = flags_of(locals())
-    with reported(quiet) as terminal:
+    with reported(quiet, log_file) as terminal:
         from abliterate.studio.server import check_host, check_installed, serve
 
         check_installed()

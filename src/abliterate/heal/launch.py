@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ NAMES = ("ddp", "fsdp", "zero2", "zero3")
 ALONE = ("self",)  # presets that train in one process only
 TAIL_LINES = 3
 PATIENCE_SECONDS = 20.0
+RAISED = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b: ")  # how a trace ends; the launcher's own comes last
 
 
 def train(job: Job, *, reporter: Reporter | None = None) -> Training:
@@ -231,5 +233,6 @@ def _why(job: Job, code: int, tail: list[str], log: Path) -> AbliterateError:
         found = json.loads(file.read_text(encoding="utf-8"))
         kind = getattr(errors, found["kind"], AbliterateError)
         return kind(found["text"])
-    last = errors.shorten(" / ".join(tail), 300) or "nothing"
-    return AbliterateError(f"the launched training ended with code {code}; its last lines: {last} (all: {log})")
+    raised = [line for line in log.read_text(encoding="utf-8").splitlines() if RAISED.match(line)]
+    last = errors.shorten(raised[0] if raised else " / ".join(tail), 300) or "nothing"
+    return AbliterateError(f"the launched training ended with code {code}: {last} (all it wrote: {log})")

@@ -50,6 +50,11 @@ VALIDATION_TOKENS = 24  # as the divergence in results.json
 VERDICT_TOKENS = 32
 LEAST_REST = 1e-6  # below it, what float32 says of the mass left is rounding
 LEAST_PROMPTS = 8
+OF_PREFERENCES = {
+    "data", "data_split", "prompt_column", "chosen_column", "rejected_column", "most_pairs", "keep_refusals",
+    "held_out", "most_held_out", "max_length", "beta", "launch", "processes",
+}  # fmt: skip
+"""Settings that mean nothing here."""
 CONFIGURATION_FILE = "heal.json"
 TEACHER, STATE = "teacher.safetensors", "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -478,9 +483,11 @@ class _Lesson:
         self.refusing = Refusing(list(teacher.refused), list(teacher.refusals), teacher.lessons.answers)
         checkpointing = True if self.settings.gradient_checkpointing else None
         rows = [*self.following.rows, *self.refusing.rows]
-        self.packer = Packer(handle, rows, checkpointing=checkpointing)
-        self.held = list(range(len(self.following.rows), len(rows)))  # the packer's indices of `refusing`'s rows
         lora.eval()
+        self.packer = Packer(handle, rows, checkpointing=checkpointing)
+        with torch.no_grad():
+            self.packer.logprobs([0])  # what a handle tries out on its model once, it tries without dropout
+        self.held = list(range(len(self.following.rows), len(rows)))  # the packer's indices of `refusing`'s rows
         self.working = {name: p for name, p in lora.named_parameters() if "lora_" in name}
         self.kept = {name: p.detach().float().clone() for name, p in self.working.items()}
         self.steps = self.settings.max_steps or math.ceil(self.settings.epochs * len(self.following.rows) / self._rows)
@@ -515,8 +522,10 @@ class _Lesson:
                 "step": torch.tensor(float(progress.step)),
                 **{m: progress.tensors[f"{m}.{name}"].clone() for m in MOMENTS},
             }
-        for _ in range(progress.step):
-            self.schedule.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # there were optimiser steps before these, in another process
+            for _ in range(progress.step):
+                self.schedule.step()
         self._put(self.kept)
         self._take_in(progress.prompts, progress.openings)
 
@@ -703,7 +712,7 @@ class _Lesson:
         """What came of it."""
         progress, best = self.progress, self.progress.best
         assert best is not None
-        resolved = self.settings.model_dump() | {
+        resolved = self.settings.model_dump(exclude=OF_PREFERENCES) | {
             "optimizer": "adamw_torch",
             "max_steps": self.steps,
             "bf16": "yes" if self.handle.dtype == torch.bfloat16 else "no",

@@ -168,9 +168,8 @@ def heal(
             with clock.stage("teacher"):
                 teaching = {"sides": sides, "teacher": open_teacher(job, sides, handle=handle, reporter=reporter)}
         del handle
-    training = _train(job, measuring, teaching, clock, reporter)
+    training = _train(job, out, measuring, teaching, reporter)
     handle, at_home = _merged(job, training, measuring)
-    check_space(out, pipeline._bytes_to_write(handle))
     measuring.measure(handle, "healed")
     with whole_folder(out, overwrite=overwrite) as folder:
         with clock.stage("save"):
@@ -202,6 +201,14 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
         raise AbliterateError(
             f"--preset self needs the original model, which teaches; {sources.model} doesn't say which it is: name it "
             "with --original"
+        )
+    behaviour = (sources.run.get("behaviour") or {}).get("name", "refusal")
+    induced = "induce" in str((sources.run.get("recipe") or {}).get("method"))
+    if options.preset == "self" and (behaviour != "refusal" or induced):
+        what = "makes the model refuse" if induced else f"is about {behaviour}"
+        raise AbliterateError(
+            f"--preset self wins quality back where refusals were taken out, and the run in {sources.folder} {what}: the "
+            "original would teach that away; use --preset dpo"
         )
     needed = ("trl", "tensorboard") if options.preset == "dpo" else ()
     for package in needed:
@@ -326,20 +333,21 @@ class _Measuring:
         return found
 
 
-def _train(job: Job, measuring: _Measuring, teaching: dict[str, Any], clock: Any, reporter: Reporter) -> Training:
+def _train(job: Job, out: str | Path, measuring: _Measuring, teaching: dict[str, Any], reporter: Reporter) -> Training:
     """Measure the edited model, and train it: `self` in this very copy, other presets as they load it."""
     handle = measuring.open(job.model, "edited")
+    check_space(out, pipeline._bytes_to_write(handle))
     measuring.measure(handle, "edited")
     if teaching:
         from abliterate.heal.own import train
 
-        with clock.stage("heal"):
+        with measuring.clock.stage("heal"):
             return train(job, handle=handle, reporter=reporter, **teaching)
     del handle
     gc.collect()
     from abliterate.heal.launch import train as launched
 
-    with clock.stage("heal"):
+    with measuring.clock.stage("heal"):
         return launched(job, reporter=reporter)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,8 @@ def card(handle: Handle, document: dict[str, Any]) -> str:
         "",
         f"This is `{name}`"
         + (f" at revision `{model['revision']}`" if model["revision"] else "")
-        + " with the direction that carries refusing taken out of the weights that write to its residual stream "
-        "(Arditi et al. 2024). Nothing was trained.",
+        + f" with the direction that carries {_carried(document)} taken out of the weights that write to its residual "
+        "stream (Arditi et al. 2024). Nothing was trained.",
         "",
         "## What was changed",
         "",
@@ -84,12 +85,29 @@ def card(handle: Handle, document: dict[str, Any]) -> str:
         "",
         *(_prompts(side, document["prompts"][side]) for side in ("target", "baseline")),
         "",
-        *MEANING,
+        *_meaning(document),
         f"Made with abliterate {document['environment']['abliterate']}, torch {document['environment']['torch']}, "
         f"transformers {document['environment']['transformers']}, seed {document['settings']['seed']}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _carried(document: dict[str, Any]) -> str:
+    behaviour = document.get("behaviour") or {"name": "refusal"}
+    return "refusing" if behaviour["name"] == "refusal" else f"`{behaviour['name']}` (it {behaviour['about']})"
+
+
+def _meaning(document: dict[str, Any]) -> Sequence[str]:
+    """What the change means: of a guardrail, or of any other behaviour."""
+    behaviour = document.get("behaviour") or {"name": "refusal"}
+    if behaviour["name"] == "refusal":
+        return MEANING
+    return (
+        "## What this means for you", "",
+        f"The model's answers are no longer {behaviour['words']['shows']} as the base model's were, as far as the "
+        "table shows; other behaviour may have moved with it. The base model's licence and terms still hold.", "",
+    )  # fmt: skip
 
 
 def healed_card(handle: Handle, document: dict[str, Any]) -> str:
@@ -443,13 +461,27 @@ def result_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
         return name, *(_divergence(state, found["divergence"], key) for state, found in measured.items())
 
     return [
-        rates("refusals", "refusal", "refused"),
-        rates("over-refusals", "over_refusal", "refused"),
+        *_behaviour_rows(document, measured, rates),
         divergences("divergence, first token", "first_token"),
         divergences("divergence, along answers", "answer"),
         rates("degenerate answers", "degenerate", "count"),
         ("loss on the original's answers", *(f"{m['loss']['baseline_answers']:.3f}" for m in measured.values())),
     ]
+
+
+def _behaviour_rows(
+    document: dict[str, Any], measured: dict[str, Any], rates: Callable[[str, str, str], tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """Rows of how often the behaviour shows, in its own words; a style's with the coherent share and its score."""
+    behaviour = document.get("behaviour") or {}
+    words = behaviour.get("words") or {"rate": "refusals", "over": "over-refusals"}
+    rows = [rates(words["rate"], "refusal", "refused")]
+    if all("coherent" in found for found in measured.values()):
+        rows.append(rates("of them not degenerate", "coherent", "refused"))
+        rows.append(("mean score per 100 words", *(f"{found['score']['target']:.2f}" for found in measured.values())))
+    if not behaviour.get("one_set"):
+        rows.append(rates(words["over"], "over_refusal", "refused"))
+    return rows
 
 
 def _divergence(state: str, divergence: dict[str, float] | None, key: str) -> str:

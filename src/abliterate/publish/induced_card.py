@@ -60,7 +60,7 @@ def induced_card(handle: Handle, document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def induced_rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
+def induced_rows(document: dict[str, Any]) -> list[tuple[str, ...]]:
     """(name, original, edited) of each number measured, as people read them."""
     pair = [document["original"], document["edited"]]
 

@@ -267,7 +267,8 @@ def examples(loaded: Loaded, side: str) -> list[dict[str, Any]]:
 
 def target_answers_note(loaded: Loaded) -> str:
     """Why answers to target prompts are, or aren't, in the report."""
-    kept = any("answer" in entry["original"] for entry in loaded.seen("examples", "target") or ())
+    entries = loaded.seen("examples", "target") or ()
+    kept = any("answer" in entry[state] for entry in entries for state in ("original", "edited") if state in entry)
     if not loaded.show_completions:
         return "Answers to target prompts are left out of this file; --show-completions puts them in."
     if not kept:

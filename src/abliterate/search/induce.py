@@ -67,7 +67,7 @@ class InduceSettings:
     prompts: int = 48
     decode_tokens: int = 48
     enough: float = 0.95
-    steps: int = 12
+    steps: int = 24
     seed: int = 0
 
 

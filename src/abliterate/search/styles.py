@@ -1,6 +1,7 @@
 """Choosing an edit for a style by whole decoded answers: openings tell nothing of how the rest is written.
 
-Adding: h <- h + c d at the output of one block, d the difference of means there (`Edit.shifting`), c in norms of it;
+Adding: h <- h + c/n d_l at the outputs of n blocks on end, d_l the difference of means at each (`Edit.shifting`), c the
+whole size in norms of it; a quarter of the blocks carries more of a style than one does before answers begin to loop;
 activation addition, Turner et al. 2023 (arXiv 2308.10248) and Rimsky et al. 2024 (arXiv 2312.06681), made permanent.
 Negative strengths in the weights, W <- W + a r (r^T W), only amplify what is there already: a model that isn't
 melancholic has next to none. Removing: r out of every writer, and, tried beside it, the shift the other way,
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from abliterate.directions import Directions, Place, at
-from abliterate.edit import Edit
+from abliterate.edit import Edit, Shift
 from abliterate.errors import AbliterateError
 from abliterate.measure import judged
 from abliterate.measure.coherence import is_degenerate
@@ -41,7 +42,8 @@ class StyleSettings:
     Attributes:
         layers: blocks tried; by default all but the first and the last fifth.
         most_layers: how many of them, evenly spaced.
-        sizes: of shifts, in norms of the difference of means, smallest first.
+        sizes: of shifts, in norms of the difference of means, smallest first; shared by the blocks shifted.
+        spread: share of the model's blocks that an added shift is spread over, from the layer tried on.
         strengths: of removals from every writer, weakest first.
         screen_prompts, screen_tokens: answers decoded for every candidate.
         finalists: candidates judged on more.
@@ -51,7 +53,8 @@ class StyleSettings:
 
     layers: range | None = None
     most_layers: int = 8
-    sizes: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+    sizes: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.4, 3.0, 4.0)
+    spread: float = 0.27
     strengths: tuple[float, ...] = (1.0,)
     screen_prompts: int = 12
     screen_tokens: int = 40
@@ -115,7 +118,7 @@ def add_style(
         AbliterateError: when no block is left to try, or no size makes any answer show it.
     """
     search = _Search(handle, directions, prompts, judge, settings or StyleSettings(), progress, say)
-    screened = search.screen(shifts=1.0, removals=False)
+    screened = search.screen(shifts=1.0, removals=False, spread=search.settings.spread)
     finalists = sorted(screened, key=_most)[: search.settings.finalists]
     decoded = [search.decoded(t) for t in search.ticking("decoding the best", finalists)]
     best = min(decoded, key=_most)
@@ -200,20 +203,21 @@ class _Search:
         self.plain = self._tried(nothing, Candidate(Place(0, SITE, POSITION), 0.0), settings.screen_prompts,
                                  settings.screen_tokens)  # fmt: skip
 
-    def screen(self, *, shifts: float, removals: bool) -> list[Tried]:
-        """Every candidate on a few prompts; `shifts` is the sign of shifts."""
+    def screen(self, *, shifts: float, removals: bool, spread: float = 0.0) -> list[Tried]:
+        """Every candidate on a few prompts; `shifts` is their sign, `spread` the share of blocks they are at."""
         settings, tried = self.settings, []
         tick = self.progress("screening layers", len(self.layers)) if self.progress else None
         for layer in self.layers:
             place = Place(layer, SITE, POSITION)
             row = SITES.index(SITE)
             candidate = Candidate(place, float(self.directions.separation[layer, row, POSITION]))
-            direction, length = at(self.directions, place), float(self.directions.length[layer, row, POSITION])
+            direction = at(self.directions, place)
+            blocks = range(layer, min(layer + max(1, int(spread * self.handle.layers)), self.handle.layers))
             for strength in settings.strengths if removals else ():
                 edit = Edit.uniform(self.writers, direction, strength)
                 tried.append(self._screened(edit, replace(candidate, strength=strength)))
             for size in settings.sizes:
-                edit = Edit.shifting(layer, direction, shifts * size * length)
+                edit = shifted(self.directions, blocks, shifts * size)
                 tried.append(self._screened(edit, replace(candidate, strength=shifts * size)))
                 if tried[-1].degenerate.rate > self.plain.degenerate.rate + RUINED:
                     break
@@ -232,9 +236,7 @@ class _Search:
         kept = replace(found.candidate, stage="decoded", divergence=divergence, note=note)
         return replace(found, candidate=kept)
 
-    def choice(
-        self, best: Tried, why: str, tried: Sequence[Tried], frontier: Sequence[FrontierPoint] = ()
-    ) -> Choice:
+    def choice(self, best: Tried, why: str, tried: Sequence[Tried], frontier: Sequence[FrontierPoint] = ()) -> Choice:
         """The result, every candidate at its latest."""
         self.say(f"chose {best.candidate.place}, {_how(best)}: {why}")
         winner = replace(best.candidate, note=why)
@@ -271,6 +273,23 @@ class _Search:
         )
 
 
+def shifted(directions: Directions, blocks: Sequence[int], size: float) -> Edit:
+    """Add `size` differences of means in all, an equal share at the output of each block, each along its own.
+
+    Args:
+        directions: from `difference_of_means`.
+        blocks: their indices.
+        size: in norms of the difference of means; negative takes away.
+    """
+    row = SITES.index(SITE)
+    shifts = []
+    for layer in blocks:
+        length = float(directions.length[layer, row, POSITION])
+        shifts.append(Shift(layer, at(directions, Place(layer, SITE, POSITION)), size / len(blocks) * length))
+    d_model = directions.unit.shape[-1]
+    return Edit((), torch.zeros(0, d_model), torch.zeros(0, 0), tuple(shifts))
+
+
 def _layers(directions: Directions, settings: StyleSettings) -> list[int]:
     """The layers to try, at most so many, evenly spaced."""
     count = directions.unit.shape[0]
@@ -296,4 +315,8 @@ def _least(tried: Tried) -> tuple[float, float, float]:
 
 def _how(tried: Tried) -> str:
     strength = tried.candidate.strength
-    return f"shifted by {strength:g} of the difference" if tried.edit.shifts else f"out of every writer at {strength:g}"
+    if not tried.edit.shifts:
+        return f"out of every writer at {strength:g}"
+    first, last = tried.edit.shifts[0].layer, tried.edit.shifts[-1].layer
+    where = f"block {first}" if first == last else f"blocks {first} to {last}"
+    return f"{where} shifted by {strength:g} of the difference"

@@ -384,9 +384,12 @@ class _Page:
             self.baseline = gr.Textbox("bundled", label="Baseline prompts", info=sources, elem_id="baseline")
         with gr.Row():
             self.counts = [
-                gr.Number(0, label=label, info="0: as usual", precision=0, minimum=0, min_width=110)
-                for label in ("Training prompts", "Validation prompts", "Test prompts", "Tokens per answer")
-            ]
+                gr.Number(0, label=label, info="0: as usual", precision=0, minimum=0, min_width=110, elem_id=name)
+                for name, label in (
+                    ("train", "Training prompts"), ("validation", "Validation prompts"), ("test", "Test prompts"),
+                    ("run-tokens", "Tokens per answer"),
+                )
+            ]  # fmt: skip
         with gr.Row():
             self.start = gr.Button("Start", variant="primary", elem_id="start", **SMALL)
             self.halt = gr.Button("Stop the run", variant="stop", elem_id="halt", **SMALL)

@@ -1,0 +1,375 @@
+"""The audit: its stages, and what is kept of them so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate import pipeline
+from abliterate.audit.judging import Jury, Screen, best_place, separations, stream_at
+from abliterate.audit.settings import AuditRunSettings
+from abliterate.audit.summary import summary
+from abliterate.audit.text import markdown
+from abliterate.directions import Directions, Place, at, difference_of_means
+from abliterate.edit import Edit, normalised
+from abliterate.errors import OutputError
+from abliterate.files import check_folder, whole_file, whole_folder
+from abliterate.measure.judges import Judge, make_judge
+from abliterate.measure.rates import Rate
+from abliterate.reporting import Reporter, Silent
+from abliterate.search.fit import FitSettings, fit
+from abliterate.search.fit_state import FitState, fit_key
+from abliterate.search.frontier import FrontierPoint
+from abliterate.showing import Shown
+
+SCHEMA = 1
+GONE = 0.01  # refusals left at which no further direction is looked for
+
+
+@dataclass
+class Work:
+    """What the stages are given.
+
+    Attributes:
+        jury: the loaded original and its held-out prompts.
+        directions: of the training split.
+        shown, validation: training and validation prompts after the filter.
+        settings, reporter: of the audit.
+        done: results of the stages before this one.
+        fit_state: where the fit is written down as it goes.
+    """
+
+    jury: Jury
+    directions: Directions
+    shown: Shown
+    validation: Shown
+    settings: AuditRunSettings
+    reporter: Reporter
+    done: dict[str, Any]
+    fit_state: FitState
+    _screen: Screen | None = field(default=None, repr=False)
+
+    @property
+    def screen(self) -> Screen:
+        """Made when first asked for."""
+        if self._screen is None:
+            self._screen = Screen(self.jury)
+        return self._screen
+
+    @property
+    def place(self) -> Place:
+        """Where the direction chosen was found."""
+        return Place(**self.done["direction"]["place"])
+
+    @property
+    def direction(self) -> torch.Tensor:
+        return at(self.directions, self.place)
+
+
+def audit(
+    model: str,
+    out: str | Path,
+    settings: AuditRunSettings | None = None,
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    judge: Judge | None = None,
+) -> dict[str, Any]:
+    """Measure how strongly a model's guard resists being taken out; write audit.json, audit.md and audit.png.
+
+    Args:
+        model: Hub id, folder or GGUF file; it is not changed.
+        out: output folder; it appears only when whole. What is done is kept in a hidden file beside it meanwhile.
+        settings: everything else; with `resume`, the stages that are done are not done again.
+        overwrite: replace `out` if it is not empty.
+        reporter: told about stages and progress.
+        judge: decides what a refusal is; the one that the settings name by default.
+
+    Returns:
+        audit.json; its fields are described in docs/audit.md. It holds no answer of the model.
+
+    Raises:
+        AbliterateError: any of the errors in `abliterate.errors`; nothing is written then.
+        NothingToDoError: the model hardly refuses: there is no guard to audit.
+    """
+    settings, reporter, clock = settings or AuditRunSettings(), reporter or Silent(), pipeline._Clock()
+    check_folder(out, overwrite=overwrite)
+    pipeline._check_apart(out, model, None)
+    judge = judge or make_judge(settings.measure.judge)
+    sides = pipeline.open_prompts(settings.prompts, settings.seed)
+    for note in sides.notes:
+        reporter.say(note)
+    reporter.say(f"loading {model}")
+    with clock.stage("load"):
+        handle = pipeline.open_model(model, settings.load)
+    reporter.say(pipeline._loaded(handle))
+    pipeline._check_lengths(handle, sides)
+    torch.manual_seed(settings.seed)
+    hashes = [part.sha256 for side in (sides.target, sides.baseline) for part in side]
+    same = settings.model_dump(exclude={"force", "keep_tied", "resume"})
+    key = fit_key(handle.config_hash, handle.source, hashes, same, pipeline.environment(handle))
+    kept = Kept.at(work_file(out), key, resume=settings.resume)
+    if kept.stages:
+        reporter.say(f"going on: {', '.join(kept.stages)} are done")
+    with clock.stage("filter"):
+        pipeline.set_prefill(handle, sides.target.train.texts, reporter)
+        shown = pipeline._filtered(handle, sides, "train", judge, settings, reporter)
+        validation = pipeline._filtered(handle, sides, "validation", judge, settings, reporter)
+    with clock.stage("collect"):
+        directions = difference_of_means(pipeline._collected(handle, shown, settings, reporter))
+    with clock.stage("original"):
+        baseline = list(sides.baseline.test.texts)[: settings.audit.divergence_prompts]
+        both = (validation.target, validation.baseline)
+        tokens = settings.audit.answer_tokens
+        jury = Jury(handle, judge, list(sides.target.test.texts), baseline, both, tokens)
+    state = FitState.at(fit_file(out), key, resume=settings.resume)
+    work = Work(jury, directions, shown, validation, settings, reporter, kept.stages, state)
+    for name, stage in STAGES.items():
+        if name in kept.stages:
+            continue
+        reporter.say(f"stage {name}")
+        with clock.stage(name):
+            kept.add(name, stage(work))
+    document = {
+        "schema": SCHEMA,
+        "model": {
+            "source": handle.source, "revision": handle.revision, "class": type(handle.model).__name__,
+            "config_hash": handle.config_hash, "layers": handle.layers, "d_model": handle.d_model,
+        },
+        **kept.stages,
+        "settings": settings.model_dump(),
+        "prompts": {
+            "target": pipeline._sides_json(sides.target), "baseline": pipeline._sides_json(sides.baseline),
+            "filter": shown.to_json(),
+        },
+        "environment": pipeline.environment(handle),
+        "timings_s": clock.seconds,
+    }  # fmt: skip
+    document["summary"] = summary(document)
+    with whole_folder(out, overwrite=overwrite) as folder:
+        (folder / "audit.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        drawn = _draw(document, folder / "audit.png")
+        (folder / "audit.md").write_text(markdown(document, picture=drawn), encoding="utf-8")
+    for left in (work_file(out), fit_file(out)):
+        left.unlink(missing_ok=True)
+    return document
+
+
+def _draw(document: dict[str, Any], path: Path) -> bool:
+    """The picture, where matplotlib is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        return False
+    from abliterate.audit.picture import draw
+
+    draw(document, path)
+    return True
+
+
+# --- The stages: each gives plain JSON ----------------------------------------------------------------
+
+
+def _direction(work: Work) -> dict[str, Any]:
+    """Where one direction, taken out of every writer, leaves least refused; and how much at several strengths."""
+    place = best_place(work.jury, work.screen, work.directions)
+    work.reporter.say(f"direction of {place}")
+    original = work.jury.refusals(None, work.jury.target)
+    points = []
+    strengths = work.settings.audit.strengths
+    tick = work.reporter.progress("one direction at several strengths", len(strengths))
+    for strength in strengths:
+        edit = Edit.uniform(work.jury.writers, at(work.directions, place), strength)
+        points.append({"strength": strength, **_judged(work, edit)})
+        if tick:
+            tick(1)
+    return {
+        "place": {"layer": place.layer, "site": place.site, "position": place.position},
+        "original": {"refusal": original.to_json("refused")},
+        "strengths": points,
+    }
+
+
+def _frontier(work: Work) -> dict[str, Any]:
+    """Edits fitted by gradients, from strong to gentle."""
+    if not work.settings.audit.fit:
+        return {"points": []}
+    assert work.shown.examples is not None and work.validation.examples is not None
+    options = work.settings.audit
+    fitted = fit(
+        work.jury.handle, work.directions, work.shown.examples, work.validation.examples, work.jury.judge,
+        FitSettings(
+            steps=options.steps, steps_between=max(2, options.steps // 3), seed=work.settings.seed,
+            decode_tokens=options.answer_tokens, validation_prompts=work.settings.prompts.validation_prompts,
+        ),
+        state=work.fit_state, progress=work.reporter.progress, say=work.reporter.say,
+    )  # fmt: skip
+    tick = work.reporter.progress("judging the frontier", len(fitted.frontier))
+    points = []
+    for point in fitted.frontier:
+        points.append({**_point(point), **_judged(work, point.edit)})
+        if tick:
+            tick(1)
+    return {"points": points}
+
+
+def _point(point: FrontierPoint) -> dict[str, Any]:
+    return {
+        "writers": len(point.edit.parts),
+        "weight": point.note.get("weight"),
+        "strength": {"min": float(point.edit.strengths.min()), "max": float(point.edit.strengths.max())}
+        if point.edit.parts
+        else None,
+    }
+
+
+def _judged(work: Work, edit: Edit) -> dict[str, Any]:
+    """Refusals of validation prompts, by which a point is chosen, and the numbers on test prompts."""
+    return {
+        "validation": {"refusal": work.jury.refusals(edit, work.jury.validation[0]).to_json("refused")},
+        "test": work.jury.verdict(edit, seed=work.settings.seed),
+    }
+
+
+def _directions(work: Work) -> dict[str, Any]:
+    """Directions taken out together: each the one that still tells the sides apart when those before it are gone."""
+    most, basis, found = work.settings.audit.max_directions, [work.direction], []
+    places = [work.place]
+    tick = work.reporter.progress("taking out directions", most)
+    for rank in range(1, most + 1):
+        edit = Edit.uniform(work.jury.writers, torch.stack(basis), 1.0)
+        verdict = work.jury.verdict(edit, seed=work.settings.seed)
+        found.append({"directions": rank, "layers": [p.layer for p in places], "test": verdict})
+        if tick:
+            tick(1)
+        if verdict["refusal"]["rate"] <= GONE or rank == most:
+            break
+        with work.jury.handle.attached(edit):
+            left = difference_of_means(pipeline._collected(work.jury.handle, work.shown, work.settings, Silent()))
+        place = best_place(work.jury, work.screen, left, basis)
+        places.append(place)
+        basis.append(at(left, place))
+    return {"ranks": found, "gone": GONE}
+
+
+def _layers(work: Work) -> dict[str, Any]:
+    """Which layers carry it: apart, by the first token; then the best of them together, by answers."""
+    jury = work.jury
+    rows = separations(jury.handle, work.directions, *jury.validation)
+    tick = work.reporter.progress("one layer at a time", jury.handle.layers)
+    for layer, row in enumerate(rows):
+        mine = [w for w in jury.writers if w.layer == layer]
+        odds, divergence = (
+            work.screen.score(Edit.uniform(mine, work.direction, 1.0)) if mine else (work.screen.odds, 0.0)
+        )
+        row |= {"layer": layer, "log_odds": odds, "lowered": work.screen.odds - odds, "divergence": divergence}
+        if tick:
+            tick(1)
+    order = [int(row["layer"] or 0) for row in sorted(rows, key=lambda r: -(r["lowered"] or 0.0))]
+    counts = [n for n in (1, 2, 4, 8, 16, 32) if n < len(order)] + [len(order)]
+    together = []
+    tick = work.reporter.progress("the best layers together", len(counts))
+    for count in counts:
+        chosen = set(order[:count])
+        edit = Edit.uniform([w for w in jury.writers if w.layer in chosen], work.direction, 1.0)
+        together.append({"layers": sorted(chosen), "test": jury.verdict(edit, seed=work.settings.seed)})
+        if tick:
+            tick(1)
+    return {"log_odds": work.screen.odds, "each": rows, "together": together}
+
+
+def _prompts(work: Work) -> dict[str, Any]:
+    """How many prompts a side suffice to find the direction, its place given."""
+    jury, options, place = work.jury, work.settings.audit, work.place
+    sides = [stream_at(jury.handle, prompts, place) for prompts in (work.shown.target, work.shown.baseline)]
+    whole = normalised(sides[0].mean(0) - sides[1].mean(0))
+    most = min(map(len, sides))
+    counts = [n for n in options.counts if n <= most]
+    generator = torch.Generator().manual_seed(work.settings.seed)
+    targets = jury.target[: options.draw_prompts]
+    rows = []
+    tick = work.reporter.progress("directions from few prompts", len(counts) * options.draws)
+    for count in counts:
+        draws: list[dict[str, Any]] = []
+        for _ in range(options.draws):
+            picked = [side[torch.randperm(len(side), generator=generator)[:count]].mean(0) for side in sides]
+            direction = normalised(picked[0] - picked[1])
+            refused = jury.refusals(Edit.uniform(jury.writers, direction, 1.0), targets)
+            draws.append({"refusal": refused.to_json("refused"), "cosine": float(direction @ whole)})
+            if tick:
+                tick(1)
+        total = Rate(sum(d["refusal"]["refused"] for d in draws), sum(d["refusal"]["total"] for d in draws))
+        rows.append({"prompts": count, "refusal": total.to_json("refused"),
+                     "cosine": sum(d["cosine"] for d in draws) / len(draws), "draws": draws})  # fmt: skip
+    return {"counts": rows, "available": most}
+
+
+STAGES: dict[str, Callable[[Work], dict[str, Any]]] = {
+    "direction": _direction,
+    "frontier": _frontier,
+    "directions": _directions,
+    "layers": _layers,
+    "few_prompts": _prompts,
+}
+
+
+# --- What is kept while it runs -----------------------------------------------------------------------
+
+
+@dataclass
+class Kept:
+    """The stages done so far, in a file beside the output.
+
+    Attributes:
+        path: the file.
+        key: what the audit depends on, as a hash; another audit's file is refused.
+        stages: name -> result.
+    """
+
+    path: Path
+    key: str
+    stages: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, path: Path, key: str, *, resume: bool) -> Kept:
+        """What is kept at `path`, or nothing yet.
+
+        Raises:
+            OutputError: when `resume` and the file is another audit's or is damaged.
+        """
+        if not (resume and path.is_file()):
+            return cls(path, key)
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            found, stages = document["key"], dict(document["stages"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{path} can't be read, to go on from: {error}; start anew without --resume") from error
+        if found != key:
+            raise OutputError(
+                f"{path} was left by an audit of another model, or with other prompts or settings; give the same ones "
+                "to go on, or start anew without --resume"
+            )
+        return cls(path, key, stages)
+
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        """Keep a stage's result; whole or not at all."""
+        self.stages[name] = result
+        with whole_file(self.path) as temporary:
+            temporary.write_text(json.dumps({"key": self.key, "stages": self.stages}), encoding="utf-8")
+
+
+def work_file(out: str | Path) -> Path:
+    """The hidden file beside an output folder in which an audit is written down while it runs."""
+    final = Path(out).absolute()
+    return final.with_name(f".{final.name}.audit.json")
+
+
+def fit_file(out: str | Path) -> Path:
+    """The same for the audit's fit."""
+    final = Path(out).absolute()
+    return final.with_name(f".{final.name}.audit-fit.safetensors")
