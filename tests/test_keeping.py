@@ -94,7 +94,14 @@ def test_a_fit_stays_orthogonal_and_still_finds_what_was_planted(handle, rank):
     kept = unit(DECOY)[None]
     sides = [showing(handle, TARGET[a:b], BASELINE[a:b], RefusesWithR()).examples for a, b in ((0, 6), (6, 8))]
     options = FitSettings(
-        steps=12, steps_between=4, weights=(1.0, 0.1), layers=range(4), target_batch=3, baseline_batch=3, rate=0.3, rank=rank
+        steps=12,
+        steps_between=4,
+        weights=(1.0, 0.1),
+        layers=range(4),
+        target_batch=3,
+        baseline_batch=3,
+        rate=0.3,
+        rank=rank,
     )
     free = fit(handle, mixed(handle), *sides, RefusesWithR(), options).edit
     bound = fit(handle, mixed(handle), *sides, RefusesWithR(), options, kept=kept).edit
@@ -150,7 +157,13 @@ def test_a_run_says_what_became_of_what_is_kept(tiny_folder, tmp_path):
     settings = RunSettings.model_validate(
         {
             "keep": str(tmp_path / "keep.txt"),
-            "prompts": {"target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8},
+            "prompts": {
+                "target": "bundled",
+                "baseline": "bundled",
+                "train_prompts": 8,
+                "validation_prompts": 8,
+                "test_prompts": 8,
+            },
             "search": {"method": "article", "candidates": 1},
             "collect": {"filter": False},
             "measure": {"max_new_tokens": 8},

@@ -120,9 +120,7 @@ def keeping(
     keep = read_keep(path, seed)
     span = kept_span(handle, keep, baseline, reporter)
     directions, share = without(directions, span)
-    reporter.say(
-        f"kept: {len(span)} directions taken out of the edit's; at most {share:.0%} of a direction is left"
-    )
+    reporter.say(f"kept: {len(span)} directions taken out of the edit's; at most {share:.0%} of a direction is left")
     return directions, Kept(keep, span, share)
 
 

@@ -90,7 +90,11 @@ def test_pairs_in_a_file(tmp_path):
     good = '{"prompt": "p%d", "target": "t", "baseline": "b"}\n'
     (tmp_path / "pairs.jsonl").write_text("".join(good % i for i in range(9)))
     assert len(load_behaviour(path).pairs) == 9
-    for line, said in (("{", "line 10"), ('{"prompt": "p"}', "line 10"), (good % 1 * 0 + '{"prompt": "", "target": "t", "baseline": "b"}', "prompt is ''")):
+    for line, said in (
+        ("{", "line 10"),
+        ('{"prompt": "p"}', "line 10"),
+        (good % 1 * 0 + '{"prompt": "", "target": "t", "baseline": "b"}', "prompt is ''"),
+    ):
         (tmp_path / "pairs.jsonl").write_text("".join(good % i for i in range(9)) + line)
         with pytest.raises(PromptError, match=said):
             _ = load_behaviour(path).pairs
@@ -101,7 +105,9 @@ def test_pairs_in_a_file(tmp_path):
 
 def test_prompts_in_the_file_itself(tmp_path):
     texts = ", ".join(f'"prompt number {i}"' for i in range(20))
-    sides = behaviour_sides(load_behaviour(written(tmp_path, ('both = "bundled"', f"both = [{texts}]"))), PromptSettings(), 0)
+    sides = behaviour_sides(
+        load_behaviour(written(tmp_path, ('both = "bundled"', f"both = [{texts}]"))), PromptSettings(), 0
+    )
     assert sum(len(part) for part in sides.target) == 20
 
 

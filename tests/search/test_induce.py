@@ -111,7 +111,7 @@ def test_layers(found):
     _, directions, _ = found
     wide = replace(directions, unit=torch.randn(40, 3, 1, 8))
     tried = layers_to_try(wide, InduceSettings())
-    assert len(tried) <= 12 and tried[0] >= 1 and tried[-1] == 31  # not block 0, not the last fifth
+    assert len(tried) <= 12 and tried[0] >= 6 and tried[-1] == 31  # not the first sixth, not the last fifth
     assert layers_to_try(wide, InduceSettings(layers=range(0, 5))) == [1, 2, 3, 4]
     with pytest.raises(AbliterateError, match="no layer left"):
         induce(*found, BASELINE, RefusesWithR(), InduceSettings(layers=range(0, 1)))

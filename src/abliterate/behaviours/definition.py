@@ -258,7 +258,9 @@ class Behaviour:
             collect = collect.model_copy(update={"positions": defaults.positions})
         if search.max_divergence is None and defaults.max_divergence is not None:
             search = search.model_copy(update={"max_divergence": defaults.max_divergence})
-        method = "sweep" if self.runs_as_style else defaults.method
+        # the program's own default can't be told from the same word by the user; any other word is the user's
+        default = defaults.method if search.method == "fit" else None
+        method = "sweep" if self.runs_as_style else default
         if method is not None and method != search.method:
             why = "its style shows in whole answers only" if self.runs_as_style else "as its file says"
             notes.append(f"behaviour {self.name}: method {method} instead of {search.method}: {why}")

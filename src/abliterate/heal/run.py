@@ -207,8 +207,8 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
     if options.preset == "self" and (behaviour != "refusal" or induced):
         what = "makes the model refuse" if induced else f"is about {behaviour}"
         raise AbliterateError(
-            f"--preset self wins quality back where refusals were taken out, and the run in {sources.folder} {what}: the "
-            "original would teach that away; use --preset dpo"
+            f"--preset self wins quality back where refusals were taken out, and the run in {sources.folder} {what}: "
+            "the original would teach that away; use --preset dpo"
         )
     needed = ("trl", "tensorboard") if options.preset == "dpo" else ()
     for package in needed:

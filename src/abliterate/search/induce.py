@@ -49,12 +49,12 @@ class InduceSettings:
 
     Attributes:
         sizes: what is added, in norms of the difference of means, smallest first.
-        layers: blocks tried; by default `most_layers` of them, spread over all but the first and the last fifth.
+        layers: blocks tried; by default `most_layers` of them, spread over all but the first sixth and the last fifth.
         scored: baseline prompts behind which refusals are scored.
         decoded: how many of the best have their answers decoded.
         prompts: most prompts decoded for each.
         decode_tokens: longest answer decoded.
-        enough: share of answers that must refuse in whole sentences; below it, the best one's vector is turned.
+        enough: share of answers that must refuse in whole sentences; below it, vectors are turned.
         steps: gradient steps of that turning; 0 leaves it at the sweep.
         seed: of the draw of refusals.
     """
@@ -147,9 +147,9 @@ def induce(
     1. Score: for both directions of every block tried, at growing sizes for as long as it helps, how likely the
        model's own refusals are behind training baseline prompts. Forward passes only, a few prompts.
     2. Decode: validation answers for the best, to their end.
-    3. Turn, where none makes `enough` refuse: a few gradient steps on the best one's vector, so that these refusals
-       become likelier still. Its cosine with the difference of means says how far that went.
-    4. Choose: most refusals that are whole sentences; of equals the least size.
+    3. Turn, where none makes `enough` refuse: a few gradient steps on the vectors of these, so that refusals become
+       likelier still; the one that gets farthest goes on. Its cosine with the difference of means says how far it went.
+    4. Choose: most refusals that are whole sentences; of equals the one that makes the model's own likeliest.
 
     Args:
         handle: the loaded original; it is not changed.
@@ -180,7 +180,7 @@ def induce(
                 tried += _scored(scorer, layer, source, vector, at_prompt, settings.sizes)
         if tick:
             tick(1)
-    best = _best_of_each(tried)[: settings.decoded]
+    best = _best_of_each_layer(tried)[: settings.decoded]
     tick = progress("decoding with it added", len(best)) if progress else None
     prompts = list(baseline[: settings.prompts])
     decoded = []
@@ -191,7 +191,7 @@ def induce(
     winner = max(decoded, key=_merit)
     if _share(winner) < settings.enough and settings.steps:
         say(f"{winner} makes {_of(winner)} refuse in whole sentences; turning its vector by gradients")
-        turned = _turned(scorer, best[0], _difference(directions, best[0].layer), settings, progress)
+        turned = _turned(scorer, best, directions, settings, progress)
         decoded += [counted(handle, c, prompts, judge, settings.decode_tokens) for c in turned]
         winner = max(decoded, key=_merit)
     if not winner.refused or not winner.refused.count:
@@ -199,7 +199,7 @@ def induce(
             f"adding the direction makes {handle.source} refuse nothing, whatever the layer and size; "
             "give other target prompts, or other --layers"
         )
-    note = f"refuses {_of(winner)} in whole sentences, the most; of equals the least"
+    note = f"refuses {_of(winner)} in whole sentences, the most; of equals the likeliest"
     winner = replace(winner, note=note)
     say(f"chose {winner}: {note}")
     done = {(c.layer, c.source, c.size): c for c in (*tried, *decoded, winner)}
@@ -213,13 +213,14 @@ def _difference(directions: Directions, layer: int) -> Float[Tensor, " d_model"]
 
 
 def layers_to_try(directions: Directions, settings: InduceSettings) -> list[int]:
-    """Blocks spread over the depth; not the first, for which llama.cpp has no control vector, nor the last fifth."""
+    """Blocks spread over the depth; not the first sixth, where a prompt isn't read yet, nor the last fifth."""
     count = directions.unit.shape[0]
     last = max(2, int(count * (1 - LAST_LAYERS_LEFT_OUT)))
     finite = directions.unit[:, SITES.index(SITE), -1].isfinite().all(-1)
-    allowed = [i for i in range(1, min(last, count)) if bool(finite[i])]
+    allowed = [i for i in range(1, min(last, count)) if bool(finite[i])]  # llama.cpp has no control vector for block 0
     if settings.layers is not None:
         return [i for i in allowed if i in settings.layers]
+    allowed = [i for i in allowed if i >= count // 6]
     step = max(1, -(-len(allowed) // settings.most_layers))
     return allowed[::-1][::step][::-1]
 
@@ -294,11 +295,11 @@ class _Scorer:
 
     @torch.no_grad()
     def score(self, layer: int, vector: Float[Tensor, " d_model"]) -> float:
-        with self._adding(layer, vector):
+        with self.adding(layer, vector):
             return float(self.loss(self.scored))
 
     @contextmanager
-    def _adding(self, layer: int, vector: Tensor) -> Iterator[None]:
+    def adding(self, layer: int, vector: Tensor) -> Iterator[None]:
         """A vector added at a block's output; gradients reach it."""
 
         def add(_module: Any, _args: Any, out: Any) -> Any:
@@ -312,23 +313,29 @@ class _Scorer:
         finally:
             hook.remove()
 
-    def descend(
-        self, layer: int, start: Float[Tensor, " d_model"], settings: InduceSettings, tick: Tick | None
-    ) -> Float[Tensor, " d_model"]:
-        """The vector after gradient steps on the loss, a few rows a step."""
-        vector = torch.nn.Parameter(start.detach().clone())
-        rate = STEP * float(start.norm()) / len(start) ** 0.5
-        optimiser = torch.optim.Adam([vector], lr=rate)
-        rows, size = len(self.wanted), min(8, len(self.wanted))
-        for step in range(settings.steps):
-            picked = [(step * size + k) % rows for k in range(size)]
-            optimiser.zero_grad()
-            with torch.enable_grad(), self._adding(layer, vector):
-                self.loss(picked).backward()
-            optimiser.step()
+
+class _Descent:
+    """A vector on its way down the loss, a few rows a step."""
+
+    def __init__(self, scorer: _Scorer, start: Induced) -> None:
+        self.scorer, self.start, self.done = scorer, start, 0
+        self.vector = torch.nn.Parameter(start.vector.detach().clone())
+        rate = STEP * float(start.vector.norm()) / len(start.vector) ** 0.5
+        self.optimiser = torch.optim.Adam([self.vector], lr=rate)
+
+    def go(self, steps: int, tick: Tick | None) -> float:
+        """Take some steps; returns the loss there."""
+        rows, size = len(self.scorer.wanted), min(8, len(self.scorer.wanted))
+        for _ in range(steps):
+            picked = [(self.done * size + k) % rows for k in range(size)]
+            self.optimiser.zero_grad()
+            with torch.enable_grad(), self.scorer.adding(self.start.layer, self.vector):
+                self.scorer.loss(picked).backward()
+            self.optimiser.step()
+            self.done += 1
             if tick:
                 tick(1)
-        return vector.detach()
+        return self.scorer.score(self.start.layer, self.vector.detach())
 
 
 def _scored(
@@ -346,27 +353,35 @@ def _scored(
 
 
 def _turned(
-    scorer: _Scorer, start: Induced, at_prompt: Tensor, settings: InduceSettings, progress: Progress | None
-) -> list[Induced]:
-    """The start's vector after gradient steps, whole and a little more and less of it."""
-    tick = progress("turning the vector", settings.steps) if progress else None
-    vector = scorer.descend(start.layer, start.vector, settings, tick)
-    unit = float(start.vector.norm()) / start.size
-    cosine = float(normalised(vector) @ normalised(at_prompt))
+    scorer: _Scorer, starts: Sequence[Induced], directions: Directions, settings: InduceSettings,
+    progress: Progress | None,
+) -> list[Induced]:  # fmt: skip
+    """The vector that gradient steps bring farthest, whole and a little more and less of it.
+
+    Every start goes a third of the way; the one with the lowest loss there goes on.
+    """
+    first = max(1, settings.steps // 3)
+    tick = progress("turning the vector", first * len(starts) + settings.steps - first) if progress else None
+    descents = [_Descent(scorer, start) for start in starts]
+    losses = [descent.go(first, tick) for descent in descents]
+    best = descents[losses.index(min(losses))]
+    best.go(settings.steps - first, tick)
+    layer, vector = best.start.layer, best.vector.detach()
+    unit = float(best.start.vector.norm()) / best.start.size
+    cosine = float(normalised(vector) @ normalised(_difference(directions, layer)))
     return [
-        Induced(start.layer, "turned", factor * float(vector.norm()) / unit, scorer.score(start.layer, factor * vector),
-                cosine, factor * vector)
+        Induced(layer, "turned", factor * float(vector.norm()) / unit, scorer.score(layer, factor * vector), cosine,
+                factor * vector)
         for factor in (0.85, 1.0, 1.2)
     ]  # fmt: skip
 
 
-def _best_of_each(tried: Sequence[Induced]) -> list[Induced]:
-    """Of each block and source the size at which refusals are likeliest; likeliest first."""
-    best: dict[tuple[int, str], Induced] = {}
+def _best_of_each_layer(tried: Sequence[Induced]) -> list[Induced]:
+    """Of each block the direction and size at which refusals are likeliest; likeliest first."""
+    best: dict[int, Induced] = {}
     for candidate in tried:
-        key = (candidate.layer, candidate.source)
-        if key not in best or candidate.loss < best[key].loss:
-            best[key] = candidate
+        if candidate.layer not in best or candidate.loss < best[candidate.layer].loss:
+            best[candidate.layer] = candidate
     return sorted(best.values(), key=lambda c: c.loss)
 
 
@@ -374,9 +389,8 @@ def _share(candidate: Induced) -> float:
     return candidate.coherent.rate if candidate.coherent else -1.0
 
 
-def _merit(candidate: Induced) -> tuple[float, float, float]:
-    size = float(candidate.vector.norm())
-    return (_share(candidate), -size if candidate.coherent else 0.0, -candidate.loss)
+def _merit(candidate: Induced) -> tuple[float, float]:
+    return _share(candidate), -candidate.loss
 
 
 def _of(candidate: Induced) -> str:
