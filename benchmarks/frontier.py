@@ -42,6 +42,7 @@ HERETIC_BATCH = 60  # its search for a good one depends on who else uses the mac
 ANSWER_TOKENS, QUICK_TOKENS = 100, 32
 QUICK_MODELS = 3
 QUIET = 0.5
+ENOUGH_ALONE = 5  # trials that nothing ran beside, to tell how long one takes
 SEED = 0
 
 
@@ -188,17 +189,25 @@ def heretic_times(job: Job) -> dict[str, Any]:
     """Seconds of all of Heretic's trials: as they went, and as they would on a quiet machine where timed."""
     laps = heretic_run.trial_times(job.heretic)
     trials = [lap for lap in laps if lap["trial"]]
+    starts = [lap["seconds"] for lap in laps if not lap["trial"]]
     file = job.timing / "timing.json"
     timed = json.loads(file.read_text()) if file.is_file() else None
     wall = sum(lap["seconds"] for lap in laps)
-    quiet = timed and timed["startup_seconds"] + median(timed["seconds_per_trial"]) * len(trials)
+    # its own threads make a load of as many: while the load is no higher, nothing else runs
+    alone = [lap["seconds"] for lap in trials if lap["load"] <= job.options.threads]
+    quiet = None
+    if timed:
+        quiet = timed["startup_seconds"] + median(timed["seconds_per_trial"]) * len(trials)
+    elif len(alone) >= ENOUGH_ALONE:
+        quiet = min(starts) + median(alone) * len(trials)
     return {
         "trials": len({lap["trial"] for lap in trials}),
-        "starts": sum(lap["trial"] == 0 for lap in laps),
+        "starts": len(starts),
         "measured_seconds": wall,
         "heretic_seconds": quiet or wall,
         "heretic_cpu_seconds": sum(lap["cpu_seconds"] for lap in laps),
         "mean_load": sum(lap["load"] for lap in laps) / max(1, len(laps)),
+        "alone": {"trials": len(alone), "seconds_per_trial": median(alone) if alone else None},
         "timed_apart": timed,
     }
 
@@ -363,6 +372,11 @@ def notes(job: Job, times: dict[str, Any], settings: dict[str, Any]) -> list[str
         found.append(
             f"its time counts as {median(timed['seconds_per_trial']):.1f} s a trial, the median of "
             f"{len(timed['seconds_per_trial'])} timed apart at a load of {timed['load_before']:.1f} before"
+        )
+    elif times["alone"]["trials"] >= ENOUGH_ALONE:
+        found.append(
+            f"its time counts as {times['alone']['seconds_per_trial']:.1f} s a trial, the median of the "
+            f"{times['alone']['trials']} beside which nothing else ran, and its quickest start"
         )
     if job.ours_times.is_file():
         ours = json.loads(job.ours_times.read_text())

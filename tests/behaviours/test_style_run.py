@@ -104,7 +104,8 @@ def test_what_such_a_run_has_no_use_for_is_refused(tmp_path, tiny_folder):
 def test_a_behaviour_of_two_prompt_sets_runs_as_refusal_does(tmp_path, tiny_folder):
     path = tmp_path / "letters.toml"
     path.write_text(
-        'name = "letters"\nabout = "uses letters"\nkind = "prompts"\n[words]\nshows = "lettered"\nrate = "lettered answers"\n'
+        'name = "letters"\nabout = "uses letters"\nkind = "prompts"\n'
+        '[words]\nshows = "lettered"\nrate = "lettered answers"\n'
         'over = "others"\n[prompts]\ntarget = "bundled"\nbaseline = "bundled"\n'
         "[judge]\npatterns = ['[a-z]']\nthreshold = 100000\n[defaults]\nmethod = \"article\"\n"
     )

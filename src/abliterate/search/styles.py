@@ -55,7 +55,7 @@ class StyleSettings:
     most_layers: int = 8
     sizes: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.4, 3.0, 4.0)
     spread: float = 0.27
-    strengths: tuple[float, ...] = (1.0,)
+    strengths: tuple[float, ...] = (0.6, 1.0)
     screen_prompts: int = 12
     screen_tokens: int = 40
     finalists: int = 4

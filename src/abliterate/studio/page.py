@@ -401,7 +401,7 @@ class _Page:
     def _keep(self) -> None:
         gr.Markdown("### The recipe, at the strengths of the sliders")
         with gr.Row():
-            self.name = gr.Textbox("studio.safetensors", label="File", elem_id="name", min_width=240)
+            self.name = gr.Textbox("studio.safetensors", label="File", elem_id="name", min_width=160)
             self.replace = gr.Checkbox(False, label="Replace", elem_id="replace", min_width=100)
         with gr.Row():
             self.save = gr.Button("Save", variant="primary", elem_id="save", **SMALL)
