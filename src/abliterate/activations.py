@@ -233,9 +233,7 @@ def _read(
     return read
 
 
-def _means(
-    stream: Float[Tensor, "prompt token d_model"], along: Sequence[int]
-) -> Float[Tensor, "prompt one d_model"]:
+def _means(stream: Float[Tensor, "prompt token d_model"], along: Sequence[int]) -> Float[Tensor, "prompt one d_model"]:
     """Each row's mean over its last tokens, as many as `along` says; rows are padded on the left."""
     means = [row[-length:].float().mean(0) for row, length in zip(stream, along, strict=True)]
     return torch.stack(means)[:, None]

@@ -226,7 +226,9 @@ def run(
             proofs = {"writers": proof, "edited": left}
             document = _document(handle, settings, sides, shown, choice, original, edited, proofs, clock)
             document["recipe"]["tied"] = tied
-            document |= {"behaviour": behaviour.to_json(), **({"kept": kept_found} if kept_found else {})}
+            document["behaviour"] = behaviour.to_json()
+            if kept_found:
+                document["kept"] = kept_found
             save_recipe(_recipe(handle, choice, document), folder / "recipe.safetensors")
             document["frontier"] = _save_frontier(handle, choice, document, folder, clock)
             _save_model(_to_save(handle, choice.edit, settings), folder / "model")
@@ -583,7 +585,7 @@ def _recipe(handle: Handle, choice: Choice, document: dict[str, Any]) -> Recipe:
     # what baking untied was tied in the model that the recipe is for
     model |= stored_names(handle) | {"tied": handle.tied or document["recipe"]["tied"] is not None}
     model |= config_file(handle.source)
-    provenance = {
+    provenance: dict[str, Any] = {
         "found_at": choice.winner.to_json(),
         "prompts": {
             name: {**part, "source": public_name(part["source"])} if name in ("target", "baseline") else part

@@ -107,7 +107,8 @@ def run_style(
                 "writers": {"component": proof.component, "where": proof.where},
                 "edited": {"component": left.component, "where": left.where} if left else None,
             }
-            document |= {"kept": kept_found} if kept_found else {}
+            if kept_found:
+                document["kept"] = kept_found
             document["prompts"]["contrast"] = {"target": len(rows.target), "baseline": len(rows.baseline)}
             save_recipe(_with_provenance(recipe, document), folder / "recipe.safetensors")
             if held["weights"]:
@@ -254,7 +255,7 @@ def _with_provenance(recipe: Recipe, document: dict[str, Any]) -> Recipe:
         name: {**part, "source": public(part["source"])} if name in ("target", "baseline") else part
         for name, part in document["prompts"].items()
     }
-    provenance = {
+    provenance: dict[str, Any] = {
         "found_at": document["recipe"]["direction"],
         "prompts": prompts,
         "settings": pipeline._shared_settings(document["settings"]),

@@ -344,13 +344,13 @@ def test_frontier_report_and_export(page, shared, downloads, screenshots):
 def test_a_run_is_started_watched_and_stopped(page, shared, screenshots):
     driver, folder = page.driver, shared[0]
     for name in ("river", "colour"):  # so many that the run doesn't end before it is stopped
-        (folder / f"{name}s.txt").write_text("".join(f"Name the {name} {number}.\n" for number in range(100_000)))
+        (folder / f"{name}s.txt").write_text("".join(f"Name the {name} {number}.\n" for number in range(30_000)))
     before = {path.name for path in folder.iterdir()}
     page.tab("Run")
     page.type("method", "sweep")
     page.type("target", "rivers.txt")
     page.type("baseline", "colours.txt")
-    page.type("train", "50000")
+    page.type("train", "20000")
     page.click("start")
     page.until(lambda: "Starting" in page.text("progress") or " of " in page.text("progress"))
     page.until(lambda: driver.find_elements("css selector", "#progress progress"))

@@ -293,7 +293,8 @@ def _run(
         ("results", out / "results.json"), *([("report", out / "report.html")] if html_missing() is None else []),
         ("original", source),
     ):  # fmt: skip
-        console.print(f"{what + ':':<10}{where}", soft_wrap=True)
+        if what == "original" or Path(str(where)).exists():  # a style has no report
+            console.print(f"{what + ':':<10}{where}", soft_wrap=True)
 
 
 def _ask(terminal: Terminal, candidates: list[Candidate]) -> int:

@@ -11,7 +11,7 @@ h <- h - c d.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,8 @@ from abliterate.writers import SITES, find_writers
 
 SITE, POSITION = "post", -1
 DIVERGENCE_TOKENS = 24
+SCREEN_DIVERGENCE_TOKENS = 8
+GONE = 0.25  # of the original's mean score, up to which a style counts as gone when screening
 RUINED = 0.5  # share of degenerate answers, beyond the original's, at which larger sizes aren't tried
 
 
@@ -147,7 +149,8 @@ def remove_style(
 ) -> Choice:
     """The edit that makes fewest answers show a style: the direction out of every writer, or a shift away from it.
 
-    1. Screen: at blocks evenly spaced, both on a few target prompts; by the judge's mean score.
+    1. Screen: at blocks evenly spaced, both on a few target prompts, and the divergence on a few baseline prompts;
+       first come those that leave little of the judge's mean score, by divergence.
     2. Decode: the best few on more prompts, and the divergence on baseline prompts; a point of their frontier is
        chosen as in every search.
 
@@ -165,9 +168,10 @@ def remove_style(
     """
     settings = settings or StyleSettings()
     search = _Search(handle, directions, target, judge, settings, progress, say)
-    screened = search.screen(shifts=-1.0, removals=True)
+    few = original_reference(handle, baseline[: settings.screen_prompts], answer_tokens=SCREEN_DIVERGENCE_TOKENS)
+    screened = search.screen(shifts=-1.0, removals=True, spread=settings.spread, reference=few)
     bearable = [t for t in screened if t.degenerate.rate <= search.plain.degenerate.rate + RUINED / 2]
-    ranked = sorted(bearable or screened, key=_least)
+    ranked = sorted(bearable or screened, key=_cheapest_of(GONE * search.plain.score))
     removals, shifts = ([t for t in ranked if bool(t.edit.shifts) is kind] for kind in (False, True))
     half = (settings.finalists + 1) // 2  # some of each: which is cheaper shows only now
     finalists = [*removals[:half], *shifts[: settings.finalists - half]]
@@ -203,7 +207,9 @@ class _Search:
         self.plain = self._tried(nothing, Candidate(Place(0, SITE, POSITION), 0.0), settings.screen_prompts,
                                  settings.screen_tokens)  # fmt: skip
 
-    def screen(self, *, shifts: float, removals: bool, spread: float = 0.0) -> list[Tried]:
+    def screen(
+        self, *, shifts: float, removals: bool, spread: float = 0.0, reference: Reference | None = None
+    ) -> list[Tried]:
         """Every candidate on a few prompts; `shifts` is their sign, `spread` the share of blocks they are at."""
         settings, tried = self.settings, []
         tick = self.progress("screening layers", len(self.layers)) if self.progress else None
@@ -215,10 +221,10 @@ class _Search:
             blocks = range(layer, min(layer + max(1, int(spread * self.handle.layers)), self.handle.layers))
             for strength in settings.strengths if removals else ():
                 edit = Edit.uniform(self.writers, direction, strength)
-                tried.append(self._screened(edit, replace(candidate, strength=strength)))
+                tried.append(self._screened(edit, replace(candidate, strength=strength), reference))
             for size in settings.sizes:
                 edit = shifted(self.directions, blocks, shifts * size)
-                tried.append(self._screened(edit, replace(candidate, strength=shifts * size)))
+                tried.append(self._screened(edit, replace(candidate, strength=shifts * size), reference))
                 if tried[-1].degenerate.rate > self.plain.degenerate.rate + RUINED:
                     break
             if tick:
@@ -228,10 +234,7 @@ class _Search:
     def decoded(self, tried: Tried, reference: Reference | None = None) -> Tried:
         """A candidate on more prompts and longer answers, with its divergence if there is a reference."""
         found = self._tried(tried.edit, tried.candidate, self.settings.prompts, self.settings.tokens)
-        divergence = None
-        if reference is not None:
-            with tried.edit.attached(self.handle):
-                divergence = compare(self.handle, reference).answer
+        divergence = self._divergence(tried.edit, reference)
         note = f"{found.degenerate.count} of {found.degenerate.total} degenerate, mean score {found.score:.2f}"
         kept = replace(found.candidate, stage="decoded", divergence=divergence, note=note)
         return replace(found, candidate=kept)
@@ -252,8 +255,16 @@ class _Search:
             if tick:
                 tick(1)
 
-    def _screened(self, edit: Edit, candidate: Candidate) -> Tried:
+    def _screened(self, edit: Edit, candidate: Candidate, reference: Reference | None) -> Tried:
+        candidate = replace(candidate, divergence=self._divergence(edit, reference))
         return self._tried(edit, candidate, self.settings.screen_prompts, self.settings.screen_tokens)
+
+    def _divergence(self, edit: Edit, reference: Reference | None) -> float | None:
+        """Along the original's answers; None without a reference."""
+        if reference is None:
+            return None
+        with edit.attached(self.handle):
+            return compare(self.handle, reference).answer
 
     def _tried(self, edit: Edit, candidate: Candidate, count: int, tokens: int) -> Tried:
         prompts = self.prompts[:count]
@@ -308,9 +319,14 @@ def _most(tried: Tried) -> tuple[float, float]:
     return -tried.coherent.rate, abs(tried.candidate.strength)
 
 
-def _least(tried: Tried) -> tuple[float, float, float]:
-    """Sorts the fewest that show the style first: by rate, then by mean score."""
-    return tried.shown.rate, tried.score, tried.degenerate.rate
+def _cheapest_of(score: float) -> Callable[[Tried], tuple[bool, float]]:
+    """Sorts those with at most this mean score first, by divergence; then the others, by score."""
+
+    def key(tried: Tried) -> tuple[bool, float]:
+        much = tried.score > score
+        return much, tried.score if much else tried.candidate.divergence or 0.0
+
+    return key
 
 
 def _how(tried: Tried) -> str:
