@@ -143,7 +143,7 @@ def coherent_rate(answers: Sequence[Answer], shown: Sequence[bool]) -> Rate:
 
 def _mean_score(judge: Judge, answers: Sequence[Answer]) -> float:
     """The mean of a style judge's scores; 0 for judges that give none."""
-    scores = getattr(judge, "scores", lambda texts: [])([a.text for a in answers])
+    scores: list[float] = getattr(judge, "scores", lambda texts: [])([a.text for a in answers])
     return sum(scores) / len(scores) if scores else 0.0
 
 
