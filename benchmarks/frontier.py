@@ -40,7 +40,7 @@ STAGES = ("heretic", "ours", "export", "evaluate", "verdict")
 HERETIC_TOKENS = 32
 HERETIC_BATCH = 60  # its search for a good one depends on who else uses the machine; 20 to 60 are alike
 ANSWER_TOKENS, QUICK_TOKENS = 100, 32
-QUICK_MODELS = 3
+QUICK_MODELS, QUICK_PROMPTS = 3, 40
 QUIET = 0.5
 ENOUGH_ALONE = 5  # trials that nothing ran beside, to tell how long one takes
 SEED = 0
@@ -280,7 +280,7 @@ def evaluate_stage(job: Job) -> dict[str, Any]:
 
     Heretic's saved models are removed once they are judged, unless they are to be kept.
     """
-    held = frontier_prompts.held_out(job.options.quick)
+    held = frontier_prompts.held_out(QUICK_PROMPTS if job.options.quick else job.options.test_prompts)
     tokens = QUICK_TOKENS if job.options.quick else ANSWER_TOKENS
     evaluator = Evaluator(job.model, held.target, held.baseline, _explicit_system_prompt(job), tokens)
     settings = evaluator.settings
@@ -334,7 +334,7 @@ def verdict_stage(job: Job, judged: dict[str, Any]) -> dict[str, Any]:
     for model in (*judged["heretic"], *judged["ours"]):
         model.pop("settings", None)
     document = {
-        "command": "python benchmarks/frontier.py" + (" --quick" if job.options.quick else ""),
+        "command": "python benchmarks/frontier.py" + _options_said(job.options),
         "model": Path(job.model).name,
         "threads": job.options.threads,
         "notes": notes(job, times, settings),
@@ -354,6 +354,12 @@ def verdict_stage(job: Job, judged: dict[str, Any]) -> dict[str, Any]:
     for bar in bars:
         say(f"{'met   ' if bar['met'] else 'MISSED'}  {bar['bar']}: {bar['found']}")
     return document
+
+
+def _options_said(options: argparse.Namespace) -> str:
+    """The options that change what is judged."""
+    quick = " --quick" if options.quick else ""
+    return quick + (f" --test-prompts {options.test_prompts}" if options.test_prompts else "")
 
 
 def notes(job: Job, times: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -425,6 +431,7 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ours-options", default="", help="more options for abliterate run, in one string")
     parser.add_argument("--reuse", type=Path, metavar="FOLDER", help="a folder Heretic ran in, finished or not")
     parser.add_argument("--ours", type=Path, metavar="FOLDER", help="what abliterate run wrote, instead of running it")
+    parser.add_argument("--test-prompts", type=int, metavar="N", help="most test prompts a side (all, 200 and 250)")
     parser.add_argument("--quick", action="store_true", help="40 + 40 prompts, 32 tokens, 3 of Heretic's models")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated ({','.join(STAGES)})")
     parser.add_argument("--redo", choices=STAGES[1:4], help="forget this stage's result first")

@@ -19,11 +19,11 @@ class Held:
     baseline: tuple[str, ...]
 
 
-def held_out(quick: bool) -> Held:
-    """Test prompts of both sides: 200 and 250, or 40 each when quick."""
+def held_out(most: int | None) -> Held:
+    """Test prompts of both sides, at most so many of each; all are 200 and 250."""
     from abliterate.prompts import load_sides
 
-    sides = load_sides("bundled", "bundled", limit_test=40 if quick else None)
+    sides = load_sides("bundled", "bundled", limit_test=most)
     return Held(sides.target.test.texts, sides.baseline.test.texts)
 
 
