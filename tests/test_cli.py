@@ -177,7 +177,7 @@ def test_every_option_reaches_a_setting():
     names = {name for fields in _FIELDS.values() for name in fields}
     not_settings = {
         "model", "out", "config", "overwrite", "quiet", "json_", "show_completions", "activations", "original",
-        "keep_vectors", "plan", "log_file",
+        "keep_vectors", "plan", "log_file", "induce",
     }  # fmt: skip
     commands = typer.main.get_command(app).commands
     for name in ("run", "demo", "collect", "measure", "inspect"):  # those that take settings
