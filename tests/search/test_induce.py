@@ -30,6 +30,7 @@ from abliterate.search.induce import (
 from abliterate.showing import showing
 from abliterate.writers import SITES, watch_sites
 from command import PROMPTS, abliterate, fails, succeeds
+from long import LONG
 from models import FAMILIES, save_tiny
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
 
@@ -270,12 +271,14 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.slow
+@LONG
 def test_live_nearly_every_baseline_prompt_is_refused_in_a_sentence(bar: Bar) -> None:
     assert bar.before <= 0.1 and bar.sentences.total == 100
     assert bar.sentences.rate >= LEAST and bar.degenerate.rate <= 0.1
 
 
 @pytest.mark.slow
+@LONG
 def test_in_the_weights_and_as_a_checkpoint(bar: Bar, tmp_path: Path) -> None:
     out = bar.applied("checkpoint", bar.source, tmp_path / "edited")
     saved = ab.load(out)
@@ -288,6 +291,7 @@ def test_in_the_weights_and_as_a_checkpoint(bar: Bar, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@LONG
 def test_as_an_adapter(bar: Bar, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -301,6 +305,7 @@ def test_as_an_adapter(bar: Bar, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@LONG
 def test_in_llama_cpp_as_a_control_vector_and_in_the_tensors(bar: Bar, tmp_path: Path) -> None:
     from abliterate.pipeline import Silent
     from abliterate.publish.gguf import export_gguf
