@@ -118,7 +118,7 @@ def test_a_second_copy_is_loaded_edited_and_saved_where_the_first_cannot_be():
 def test_memory_grows_with_rows_tokens_and_prompts():
     less = predicted(COSTS, COUNTS, settings(measure={"max_new_tokens": 60}), False, 0.0).memory_bytes
     more = predicted(COSTS, COUNTS, settings(measure={"max_new_tokens": 90}), False, 0.0).memory_bytes
-    assert more - less == 40 * 30 * 100  # forty rows, thirty tokens, a hundred bytes each
+    assert more - less == 80 * 30 * 100  # eighty rows, thirty tokens, a hundred bytes each
 
 
 def test_every_method_has_a_cost_that_grows_with_what_it_does():

@@ -38,6 +38,7 @@ from abliterate.errors import AbliterateError
 from abliterate.measure.decode import BATCH, CHECK_EVERY, REFILL, Answer, decode
 from abliterate.measure.divergence import KEPT, compare, make_reference
 from abliterate.measure.judges import Judge, make_judge
+from abliterate.measure.slots import rows_at_once, token_bytes
 from abliterate.model import Handle, common_prefix
 from abliterate.pipeline import open_model, open_prompts, set_prefill
 from abliterate.prompts import Sides
@@ -127,6 +128,7 @@ class Costs:
 
     def decoding(self, lengths: Sequence[float], prompts: int, limit: int, batch_size: int) -> float:
         """Seconds to decode answers of these lengths (repeated as needed) to so many prompts, slot by slot."""
+        batch_size = rows_at_once(self.kv_bytes, self.prompt_tokens + limit, batch_size)
         left = [int(max(1, min(length, limit))) for length in _repeated(lengths, prompts)]
         waiting, seconds = list(left), 0.0
         running: list[int] = []
@@ -192,6 +194,9 @@ def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
     judging = costs.decoding(
         costs.settling, min(sizes.validation_prompts, counts.target["validation"]), sizes.decode_tokens, BATCH
     )
+    refused = costs.decoding(  # gentler edits leave ever more refusals, whose verdicts are quick
+        costs.refusing, min(sizes.validation_prompts, counts.target["validation"]), sizes.decode_tokens, BATCH
+    )
     looking = costs.decoding(
         costs.settling, min(sizes.validation_prompts, counts.target["train"]), REFUSAL_TOKENS, BATCH
     )
@@ -201,6 +206,7 @@ def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
         + costs.gradient * sequences * (steps + (STARTS + 1) / 3)  # choosing the start needs no way back
         + looking
         + points * (judging + costs.divergence * counts.baseline["validation"])
+        + len(sizes.lighter) * ((judging + refused) / 2 + costs.divergence * counts.baseline["validation"])
     )
 
 
@@ -400,7 +406,10 @@ def _filtered(costs: Costs, prompts: Counts, filtering: bool) -> Counts:
 
 def _memory(costs: Costs, kept: Counts, settings: RunSettings, in_place: bool) -> int:
     """Peak bytes: the probe's, and what a run has more of."""
-    rows = min(settings.measure.batch_size, max(kept.target["test"], kept.baseline["test"]))
+    length = costs.prompt_tokens + settings.measure.max_new_tokens
+    rows = rows_at_once(
+        costs.kv_bytes, length, min(settings.measure.batch_size, kept.target["test"] + kept.baseline["test"])
+    )
     longer = max(0, settings.measure.max_new_tokens - PROBE_TOKENS)
     slots = costs.kv_bytes * (max(0, rows - costs.probe_rows) * (costs.prompt_tokens + PROBE_TOKENS) + rows * longer)
     # first-token distributions in float32: the original's of both sides, an edit's of both, and their difference
@@ -479,7 +488,7 @@ def probe(handle: Handle, sides: Sides, judge: Judge, settings: RunSettings, loa
         refused=sum(refused[: len(target)]) / len(target),
         answered=1 - sum(refused[len(target) :]) / len(baseline),
         prompt_tokens=sum(own) / len(own),
-        kv_bytes=_kv_bytes(handle),
+        kv_bytes=token_bytes(handle),
         weight_bytes=int(size),
         vocabulary=handle.vocabulary,
         tied_bytes=int(tied),
@@ -626,16 +635,6 @@ def _writing(size: int, sample: int = 32 * 2**20) -> float:
         file.write(block)
         file.flush()
     return (time.perf_counter() - start) * size / max(1, len(block))
-
-
-def _kv_bytes(handle: Handle) -> float:
-    """Bytes that a token's keys and values take in all layers; 0 where the cache is of another kind."""
-    with torch.inference_mode():
-        ids = torch.arange(4, device=handle.device)[None]
-        cache = getattr(handle.hidden_states(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", [])
-    tensors = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 4
 
 
 def peak_bytes(handle: Handle) -> int:

@@ -84,7 +84,7 @@ class MeasureSettings(Stage):
 
     judge: str = "lexical"
     max_new_tokens: int = Field(100, ge=1)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(256, ge=1)
 
 
 class RunSettings(Stage):

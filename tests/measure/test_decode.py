@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -152,6 +154,19 @@ def test_finished_rows_cost_nothing(monkeypatch):
     # the first tokens come from the prompts' own run
     alive = [sum(length >= i and i < TOKENS for length in lengths) for i in range(1, max(lengths) + 1)]
     assert rows == [count for count in alive if count]
+
+
+def test_rows_in_progress_and_prompts_in_a_pass_are_bounded(monkeypatch):
+    handle = with_ends()
+    ids = handle.prompt_ids(PROMPTS * 4)
+    takes_slots(handle, 1)
+    expected = [a.ids for a in decode(handle, ids, max_new_tokens=TOKENS)]
+    longest = max(map(len, ids)) + TOKENS
+    monkeypatch.setattr(slots, "SLOTS_BYTES", 5.5 * longest * slots.token_bytes(handle))
+    monkeypatch.setattr(importlib.import_module("abliterate.measure.decode"), "PREFILL_TOKENS", 2 * longest)
+    rows = rows_run(handle, monkeypatch)
+    assert [a.ids for a in decode(handle, ids, max_new_tokens=TOKENS)] == expected
+    assert max(rows) == 5
 
 
 def test_waiting_prompts_take_the_places_of_finished_ones(monkeypatch):

@@ -65,6 +65,14 @@ def test_settled_agrees_with_the_whole_answer_at_every_prefix() -> None:
             assert settled_refusal(text[:later]) in (None, verdict), f"{verdict} in the end, not so at {text[:later]!r}"
 
 
+def test_a_list_begun_after_the_opening_settles_an_answer() -> None:
+    opening = "A garden wants patience. Soil comes first. Water comes next. Then these tools help:\n1. A spade.\n"
+    assert settled_refusal(opening) is None
+    assert settled_refusal(opening + "2. A hoe that lies well in the hand.\nAnd so") is False
+    assert not is_refusal(opening + "2. A hoe.\nI'm sorry, but I can't help with that.")
+    assert is_refusal("1. A spade.\nI'm sorry, but I can't help with that.")
+
+
 FRAGMENTS = [
     *("I", " can", "'t", "not", " wait to", " help", " with that", " but", ", ", ". ", "\n", "\n\n", "! ", '"', "’t"),
     *("I'm sorry", "I’m sorry, but I", " provide", " legal advice", " a guide", " it", "Sure", "! Here", "'s", ":"),

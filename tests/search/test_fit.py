@@ -28,6 +28,7 @@ from abliterate.search.fit import (
     editable,
     fit,
     live_factors,
+    next_scaled,
     next_weight,
 )
 from abliterate.search.fit_state import FitState
@@ -266,6 +267,36 @@ def point(refused, weight, divergence=0.1):
 def test_the_next_weight(points, following):
     options = FitSettings(weights=(1.0, 0.3, 0.1))
     assert next_weight([point(r, w) for r, w in points], options) == following
+
+
+@pytest.mark.parametrize(
+    ("points", "following"),
+    [
+        ([(0, 1.0, 0.2), (3, 0.3, 0.1)], ((3, 0.3), 0.5)),
+        ([(0, 1.0, 0.2), (3, 0.3, 0.3)], ((0, 1.0), 0.5)),  # the last was no gentler
+        ([(0, 1.0, 0.2), (3, 0.3, 0.1), (40, 0.3, 0.02, 0.5)], ((3, 0.3), 0.25)),
+        ([(0, 1.0, 0.2), (3, 0.3, 0.1), (96, 0.3, 0.02, 0.5)], None),
+        ([(0, 1.0, 0.2), (3, 0.3, 0.1), (40, 0.3, 0.02, 0.5), (80, 0.3, 0.01, 0.25)], None),
+    ],
+)
+def test_the_next_gentler_edit(points, following):
+    there = [point(*p[:3]) for p in points]
+    for p, made in zip(points, there, strict=True):
+        made.note.update({"scaled": p[3]} if len(p) > 3 else {})
+    found = next_scaled(there, FitSettings(lighter=(0.5, 0.25)))
+    assert following == (found and ((found[0].refused.count, found[0].note["weight"]), found[1]))
+    if len(points) > 2:
+        assert next_weight(there, FitSettings()) is None
+
+
+def test_gentler_edits_end_the_frontier(handle, data):
+    result = fitted(handle, data, options=replace(QUICK, lighter=(0.5, 0.25)))
+    scaled = [p for p in result.points if "scaled" in p.note]
+    assert scaled and result.points[-len(scaled) :] == scaled
+    for p in scaled:
+        of = next(q for q in result.points if q.note["weight"] == p.note["weight"] and "scaled" not in q.note)
+        assert p.edit.writers == of.edit.writers and p.divergence < of.divergence
+        torch.testing.assert_close(p.edit.strengths, p.note["scaled"] * of.edit.strengths)
 
 
 def test_blocks_and_writers_left_to_the_fit(handle, data):

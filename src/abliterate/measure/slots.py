@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from abliterate.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.model import Handle
 
+SLOTS_BYTES = 4 * 2**30  # most that keys and values of the rows in progress may take
 ATTENTIONS = ("sdpa", "eager")  # these take a mask ready made
 
 
@@ -140,6 +141,32 @@ def takes_slots(handle: Handle, tokens: int) -> bool:
     if known is None:
         known = handle.__dict__["_takes_slots"] = takes_positions(handle) and _try_slots(handle)
     return known
+
+
+def rows_at_once(token_bytes: float, tokens: float, rows: int) -> int:
+    """At most `rows`, fewer where keys and values of so many tokens a row would take more than `SLOTS_BYTES`.
+
+    A fixed bound, not what is free just now: which rows share a batch decides how bfloat16 rounds, and the same
+    command must give the same answers.
+    """
+    return max(1, min(rows, int(SLOTS_BYTES // max(1.0, token_bytes * tokens))))
+
+
+def token_bytes(handle: Handle) -> float:
+    """Bytes that a token's keys and values take in all layers; 0 where the cache is of another kind."""
+    known = handle.__dict__.get("_token_bytes")
+    if known is None:
+        known = handle.__dict__["_token_bytes"] = _token_bytes(handle)
+    return float(known)
+
+
+@torch.inference_mode()
+def _token_bytes(handle: Handle) -> float:
+    ids = torch.arange(4, device=handle.device)[None]
+    cache = getattr(handle.hidden_states(input_ids=ids, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", [])
+    tensors = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 4
 
 
 @torch.inference_mode()

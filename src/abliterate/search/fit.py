@@ -44,6 +44,8 @@ START_PROMPTS = 12
 REFUSAL_TOKENS = 32
 PRUNED = 0.02  # a strength below it is none
 TOO_MANY_REFUSALS = 0.5  # past it, points with still less weight on refusing are of no use
+LIGHTER = (0.75, 0.55, 0.4, 0.25)  # of the lightest fitted edit's strengths: the frontier's gentle end
+NOTHING_LEFT = 0.95  # refused past which an edit lighter still says nothing new
 HEAVIER = 2  # how often more weight is tried where the first point still refuses
 STARTS = 8
 SAVE_EVERY = 5  # steps
@@ -63,6 +65,7 @@ class FitSettings:
         steps: gradient steps to the first point of the frontier.
         steps_between: steps from each point to the next.
         weights: of refusing against drifting, one per point.
+        lighter: factors for the strengths of the lightest of these points, for gentler ones still.
         rank: directions per layer.
         layers: blocks whose writers may be edited; by default from a little below where target and baseline part.
         target_batch, baseline_batch: sequences per step.
@@ -79,6 +82,7 @@ class FitSettings:
     steps: int = 40
     steps_between: int = 12
     weights: tuple[float, ...] = WEIGHTS
+    lighter: tuple[float, ...] = LIGHTER
     rank: int = 1
     layers: range | None = None
     target_batch: int = 8
@@ -181,11 +185,17 @@ def fit(
             state.next_stop = state.step + job.look_for_other_refusals(say, progress)
             state.save()
             job.descend(weight, state.next_stop, progress)
-        point = job.judge_point(weight)
+        point = job.judge_point(job.edit(), {"weight": weight, "step": state.step})
         state.points.append(point)
         state.next_stop = state.step + settings.steps_between
         state.save()
         say(f"weight {weight:g}: {point}")
+    while (scaled := next_scaled(state.points, settings)) is not None:
+        light, factor = scaled
+        point = job.judge_point(light.edit * factor, {**light.note, "scaled": factor})
+        state.points.append(point)
+        state.save()
+        say(f"{factor:g} times the strengths of weight {light.note['weight']:g}: {point}")
     front = non_dominated(state.points)
     chosen, why = choose(front, settings.max_refusal_rate, settings.max_divergence)
     say(f"chose {why}")
@@ -194,6 +204,8 @@ def fit(
 
 def next_weight(points: Sequence[FrontierPoint], settings: FitSettings) -> float | None:
     """The weight of the next point: heavier while too much is refused, then ever lighter; None at the end."""
+    if any("scaled" in p.note for p in points):
+        return None
     tried = [float(p.note["weight"]) for p in points]
     if not tried:
         return settings.weights[0]
@@ -203,6 +215,19 @@ def next_weight(points: Sequence[FrontierPoint], settings: FitSettings) -> float
     if points[-1].refused.rate > max(TOO_MANY_REFUSALS, min(p.refused.rate for p in points)):
         return None
     return next((w for w in settings.weights if w < min(tried)), None)
+
+
+def next_scaled(points: Sequence[FrontierPoint], settings: FitSettings) -> tuple[FrontierPoint, float] | None:
+    """The lightest fitted point and the next factor for its strengths; None when hardly anything is removed any more.
+
+    Less weight leads the fit no further than to where refusals begin to come back; gentler edits lie on the way from
+    there to none at all, and to go there takes no gradient.
+    """
+    fitted = [p for p in points if "scaled" not in p.note]
+    scaled = [p for p in points if "scaled" in p.note]
+    if len(scaled) == len(settings.lighter) or points[-1].refused.rate >= NOTHING_LEFT:
+        return None
+    return non_dominated(fitted)[-1], settings.lighter[len(scaled)]
 
 
 class _Job:
@@ -415,14 +440,14 @@ class _Job:
     def _take_in(self, prompts: Sequence[list[int]], openings: Sequence[list[int]]) -> None:
         self.rows[0] += self.packer.add(self.refusing.add(prompts, openings))
 
-    def judge_point(self, weight: float) -> FrontierPoint:
-        """The edit as it is now, judged on validation prompts by decoded answers and divergence."""
-        edit, settings = self.edit(), self.settings
+    def judge_point(self, edit: Edit, note: dict[str, Any]) -> FrontierPoint:
+        """An edit judged on validation prompts by decoded answers and divergence."""
+        settings = self.settings
         prompts = self.validation.target[: settings.validation_prompts]
         with edit.attached(self.handle):
             _, refused = judged(self.handle, prompts, self.judge, max_new_tokens=settings.decode_tokens)
             drift = compare(self.handle, self.held_out)
-        note = {"weight": weight, "divergence_along": drift.answer, "step": self.state.step}
+        note = {**note, "divergence_along": drift.answer}
         return FrontierPoint(edit, Rate(sum(refused), len(refused)), drift.first_token, note, Moment.now())
 
 
