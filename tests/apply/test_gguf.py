@@ -481,7 +481,7 @@ def test_refusals_fall_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
 
     folder = ab.demo_model()
     handle = ab.load(folder)
-    prompts = ab.load_sides("bundled", "bundled", limit_train=64, limit_test=24)
+    prompts = ab.load_sides("bundled", "bundled", limit_train=64, limit_test=12)
     directions = ab.difference_of_means(ab.collect(handle, prompts.target.train, prompts.baseline.train))
     edit = Edit.uniform(ab.find_writers(handle), directions.unit[15, 0, -1], 1.0)
     save_recipe(recipe_for(edit, folder), tmp_path / "recipe.safetensors")
@@ -498,6 +498,6 @@ def test_refusals_fall_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
         export_gguf(folder, plain, kind, SILENT)
         apply_gguf(recipe, str(plain), out, OVERWRITE, SILENT)
         apply_gguf_adapter(recipe, str(plain), lora, replace(OVERWRITE, skip_unsupported=True), SILENT)
-        assert refused(plain) >= 20, kind
-        assert refused(out) <= 3, kind
-        assert refused(plain, lora) <= 3, kind
+        assert refused(plain) >= 10, kind
+        assert refused(out) <= 1, kind
+        assert refused(plain, lora) <= 1, kind

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from abliterate.heal import launch, worker
 from abliterate.heal.launch import NAMES, check_launch, command, configuration, train
 from abliterate.heal.settings import HealRunSettings
 from abliterate.heal.training import Job
-from preference_pairs import small_job
+from preference_pairs import Heard, small_job
 
 START = """
 import json, os, pathlib, sys
@@ -24,7 +26,11 @@ job = json.load(open(sys.argv[1]))
 folder = pathlib.Path(job["folder"])
 """
 SAME = {"dropout": 0.0, "micro_batch": 1}  # each process draws its own dropout
-FSDP_ON_CPU = Path(__file__).parent / "fsdp_on_cpu.py"
+ON_CPU = {  # workers for what accelerate has for GPUs only
+    "fsdp": "fsdp_on_cpu.py", "zero2": "deepspeed_on_cpu.py", "zero3": "deepspeed_on_cpu.py",
+}  # fmt: skip
+DISTRIBUTED = {"ddp": "MULTI_CPU", "fsdp": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+SPREAD = {"zero2": "zero_pp_rank_1_*optim_states.pt", "zero3": "zero_pp_rank_1_*model_states.pt"}
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -34,20 +40,41 @@ def one(tiny_folder, pairs_file, tmp_path_factory):
     return train(small_job(tiny_folder, pairs_file, tmp_path_factory.mktemp("one") / "work", accumulation=4, **SAME))
 
 
+@contextlib.contextmanager
+def persuaded(name):
+    """Let accelerate, which has all but DDP on GPUs only, start a worker here that does without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name in ON_CPU and not torch.cuda.is_available():
+            words, worker_file = launch.command, Path(__file__).parent / ON_CPU[name]
+            patch.setattr(launch, "check_launch", lambda *_: None)
+            patch.setattr(launch, "command", lambda *of: [*words(*of)[:5], str(worker_file), str(of[2])])
+        yield
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def two(request, tiny_folder, pairs_file, tmp_path_factory):
+    """A job with the same global batch that two processes did, what it came to, and what was said meanwhile."""
+    name, folder = request.param, tmp_path_factory.mktemp("two") / "work"
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed isn't installed: DS_BUILD_OPS=0 pip install deepspeed")
+    job = small_job(tiny_folder, pairs_file, folder, accumulation=2, launch=name, processes=2, **SAME)
+    heard = Heard()
+    with persuaded(name):
+        return job, train(job, reporter=heard), heard
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_processes_train_as_one_does(name, one, job, heard, monkeypatch):
-    """With the same global batch. What is left is the order of sums in float32: 1e-5 of a loss, 1e-4 in a weight."""
+def test_two_processes_train_as_one_does(two, one):
+    """What is left is the order of sums in float32: 1e-5 of a loss, 1e-4 in a weight."""
     from safetensors.torch import load_file
 
-    if name == "fsdp" and not torch.cuda.is_available():
-        words = launch.command
-        monkeypatch.setattr(launch, "check_launch", lambda *_: None)
-        monkeypatch.setattr(launch, "command", lambda *of: [*words(*of)[:5], str(FSDP_ON_CPU), str(of[2])])
-    two = train(job(name, accumulation=2, launch=name, processes=2, **SAME), reporter=heard)
+    job, two, heard = two
+    name = job.settings.heal.launch
     assert (one.resolved["processes"], two.resolved["processes"]) == (1, 2)
     if not torch.cuda.is_available():
-        assert two.resolved["distributed"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[name]
+        assert two.resolved["distributed"] == DISTRIBUTED[name]
+    if name in SPREAD:  # the second process kept a part
+        assert list(job.checkpoints.glob(f"checkpoint-6/global_step6/{SPREAD[name]}"))
     assert two.resolved["global_batch"] == one.resolved["global_batch"] == 4
     for key in ("loss", "rewards/margins"):
         ours, theirs = [p[key] for p in one.history], [p[key] for p in two.history]
@@ -63,7 +90,22 @@ def test_two_processes_train_as_one_does(name, one, job, heard, monkeypatch):
     # what the main process says comes through once
     assert heard.stages["training"] == [6, 6]
     assert sum("loading" in line for line in heard.lines) == 1
-    assert "Traceback" not in (job(name).folder / "launch.log").read_text()
+    assert "Traceback" not in (job.folder / "launch.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("two", ["fsdp", "zero2", "zero3"], indirect=True)
+def test_what_is_spread_over_processes_is_resumed(two, heard):
+    """A checkpoint has every process's part: the last steps done again give the same adapter, byte for byte."""
+    job, training, _ = two
+    weights = training.adapter / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(job.checkpoints / "checkpoint-6")
+    with persuaded(job.settings.heal.launch):
+        train(job.model_copy(update={"resume": True}), reporter=heard)
+    assert "going on from step 4 of 6" in heard.lines
+    assert heard.stages["training"] == [2, 2]
+    assert weights.read_bytes() == before
 
 
 # --- What a launched process leaves ---------------------------------------------------------------
