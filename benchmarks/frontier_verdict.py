@@ -117,6 +117,11 @@ def _counts_bar(rows: Sequence[dict[str, Any]], kind: str, words: str) -> dict[s
     pairs = [(counted(row["ours"]), counted(row["heretic"])) for row in rows if row["ours"]]
     worse = [f"{a} against {b}" for a, b in pairs if a > b]
     found = f"higher at {len(worse)} of {len(pairs)} refusal rates" + (f" ({', '.join(worse)})" if worse else "")
+    if worse:
+        least = min(
+            row["paired_p"][kind] for row in rows if row["ours"] and counted(row["ours"]) > counted(row["heretic"])
+        )
+        found += f"; the least p of a paired exact test among these is {least:.2f}"
     return _bar(words, bool(rows) and len(pairs) == len(rows) and not worse, found)
 
 
