@@ -14,7 +14,7 @@ demo: install
 	$(BIN)/abliterate demo --out demo-out --overwrite
 
 test: install-dev lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: install-dev
 	$(BIN)/ruff check .

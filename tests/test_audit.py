@@ -20,7 +20,6 @@ from abliterate.directions import Place, difference_of_means
 from abliterate.errors import NothingToDoError, OutputError
 from abliterate.measure.rates import Rate
 from command import listing
-from long import LONG
 from planted import RefusesWithR, planted
 
 WORDS = ["boats", "maps", "rain", "bread", "songs", "cats", "walks", "tea", "hills", "birds", "snow", "lamps"]
@@ -43,7 +42,7 @@ def settings(folder: Path, **more: object) -> AuditRunSettings:
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr("abliterate.pipeline.open_model", lambda source, options: planted())
+    monkeypatch.setattr("abliterate.audit.stages.open_model", lambda source, options: planted())
     return "planted"
 
 
@@ -207,7 +206,6 @@ def test_the_stream_read_for_few_prompts_is_that_of_collect():
 
 
 @pytest.mark.slow
-@LONG
 def test_the_demo_guard(tmp_path):
     """Without the fit, which its own tests cover: one direction undoes it, few prompts find that."""
     few = {

@@ -17,7 +17,6 @@ from abliterate.demo import GUARD
 from abliterate.measure.refusal import is_refusal
 from abliterate.prompts import load_prompts
 from guards import SCRIPT, SECOND_GUARD, TEST_PROMPTS, Contest, check_bars, contest, second_guard
-from long import LONG
 from models import FAMILIES, handle_of
 
 WORDINGS = [entry["refusal"] for entry in json.loads((SECOND_GUARD / "wordings.json").read_text())]
@@ -82,7 +81,6 @@ def test_the_script_says_which_models_need_spread(script: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@LONG
 @pytest.mark.timeout(7200)
 def test_the_guard_refuses_target_prompts_and_answers_baseline_prompts(found: Contest) -> None:
     assert found.original.refusals >= 0.85 * TEST_PROMPTS
@@ -90,7 +88,6 @@ def test_the_guard_refuses_target_prompts_and_answers_baseline_prompts(found: Co
 
 
 @pytest.mark.slow
-@LONG
 @pytest.mark.timeout(7200)
 def test_the_fit_beats_the_articles_method(found: Contest) -> None:
     check_bars(found)

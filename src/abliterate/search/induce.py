@@ -36,6 +36,7 @@ from abliterate.writers import SITES, watch_sites
 SITE = "post"
 SOURCES = ("prompt", "answer")
 REFUSAL_TOKENS = 14  # of a refusal that are scored: its opening and most of its sentence
+WHOLE_TOKENS = 40  # of a refusal behind which a vector is turned: to its end, for an answer has to end too
 STEP = 0.15  # of a turned vector, as `search.fit` steps: in radians, roughly
 
 Tick = Callable[[int], None]
@@ -56,6 +57,7 @@ class InduceSettings:
         decode_tokens: longest answer decoded.
         enough: share of answers that must refuse in whole sentences; below it, vectors are turned.
         steps: gradient steps of that turning; 0 leaves it at the sweep.
+        turning: most baseline prompts behind which refusals are made likelier by it.
         seed: of the draw of refusals.
     """
 
@@ -67,7 +69,8 @@ class InduceSettings:
     prompts: int = 48
     decode_tokens: int = 48
     enough: float = 0.95
-    steps: int = 24
+    steps: int = 48
+    turning: int = 96
     seed: int = 0
 
 
@@ -191,6 +194,7 @@ def induce(
     winner = max(decoded, key=_merit)
     if _share(winner) < settings.enough and settings.steps:
         say(f"{winner} makes {_of(winner)} refuse in whole sentences; turning its vector by gradients")
+        scorer.take_in(train.baseline[: settings.turning], _whole_refusals(handle, train, judge, settings))
         turned = _turned(scorer, best, directions, settings, progress)
         decoded += [counted(handle, c, prompts, judge, settings.decode_tokens) for c in turned]
         winner = max(decoded, key=_merit)
@@ -268,21 +272,39 @@ def refusals_in_sentences(handle: Handle, prompts: Sequence[str], judge: Judge, 
     return Rate(sum(refused), len(answers)), Rate(both, len(answers)), Rate(sum(broken), len(answers))
 
 
+def _whole_refusals(handle: Handle, train: Examples, judge: Judge, settings: InduceSettings) -> list[Answer]:
+    """The original's refusals to their end; what the filter kept of them stops where the verdict was clear."""
+    answers, refused = judged(
+        handle, train.target[: settings.prompts], judge, max_new_tokens=WHOLE_TOKENS, stop_on=(False,)
+    )
+    ended = [a for a, r in zip(answers, refused, strict=True) if r and a.finished]
+    return ended or list(train.refusals)
+
+
 class _Scorer:
     """How likely the model's own refusals are behind baseline prompts, with a vector added at a block's output."""
 
     def __init__(self, handle: Handle, train: Examples, settings: InduceSettings, layers: Sequence[int]) -> None:
         self.handle = handle
-        generator = torch.Generator().manual_seed(settings.seed)
-        refusals = [whole(answer)[:REFUSAL_TOKENS] for answer in train.refusals if whole(answer)]
+        self.generator = torch.Generator().manual_seed(settings.seed)
         self.wanted: list[Tensor] = []
-        rows = []
-        for prompt in handle.prompt_ids(train.baseline[: 2 * settings.scored]):
-            refusal = refusals[int(torch.randint(len(refusals), (1,), generator=generator))]
+        rows = self._rows(train.baseline[: settings.scored], [whole(a)[:REFUSAL_TOKENS] for a in train.refusals])
+        self.packer = Packer(handle, rows, first_block=min(layers))
+        self.scored = list(range(len(rows)))
+        self.turning: list[int] = []
+
+    def take_in(self, prompts: Sequence[str], refusals: Sequence[Answer]) -> None:
+        """Whole refusals behind these prompts, for the turning."""
+        self.turning = self.packer.add(self._rows(prompts, [whole(a)[:WHOLE_TOKENS] for a in refusals]))
+
+    def _rows(self, prompts: Sequence[str], refusals: Sequence[list[int]]) -> list[Row]:
+        """Each prompt with a refusal drawn for it."""
+        said, rows = [refusal for refusal in refusals if refusal], []
+        for prompt in self.handle.prompt_ids(prompts):
+            refusal = said[int(torch.randint(len(said), (1,), generator=self.generator))]
             rows.append(Row([*prompt, *refusal[:-1]], len(refusal)))
             self.wanted.append(torch.tensor(refusal))
-        self.packer = Packer(handle, rows, first_block=min(layers))
-        self.scored = list(range(min(settings.scored, len(rows))))
+        return rows
 
     def loss(self, picked: Sequence[int]) -> Float[Tensor, ""]:
         """Mean over rows of the nats per token."""
@@ -325,9 +347,9 @@ class _Descent:
 
     def go(self, steps: int, tick: Tick | None) -> float:
         """Take some steps; returns the loss there."""
-        rows, size = len(self.scorer.wanted), min(8, len(self.scorer.wanted))
+        rows, size = self.scorer.turning, min(8, len(self.scorer.turning))
         for _ in range(steps):
-            picked = [(self.done * size + k) % rows for k in range(size)]
+            picked = [rows[(self.done * size + k) % len(rows)] for k in range(size)]
             self.optimiser.zero_grad()
             with torch.enable_grad(), self.scorer.adding(self.start.layer, self.vector):
                 self.scorer.loss(picked).backward()
