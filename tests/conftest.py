@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers or datasets
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a warning among a test's output else
 
 import ipaddress
 import socket

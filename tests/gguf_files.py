@@ -14,8 +14,8 @@ from abliterate.apply.forms import ApplyOptions
 from abliterate.apply.ggml_types import pack, unpack
 from abliterate.apply.gguf_file import open_gguf
 from abliterate.edit import Edit
-from abliterate.pipeline import Silent
 from abliterate.recipe import Recipe
+from abliterate.reporting import Silent
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 2, 32, 64, 40
 OVERWRITE = ApplyOptions(overwrite=True)

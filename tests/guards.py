@@ -22,9 +22,9 @@ from abliterate.loading import load
 from abliterate.measure import Measurement, measure
 from abliterate.measure.judges import LexicalJudge
 from abliterate.model import Handle
-from abliterate.pipeline import showing
 from abliterate.search.article import article
 from abliterate.search.candidates import sweep
+from abliterate.showing import showing
 from command import PROMPTS, succeeds
 from gemma import SHA256, gemma_gguf
 

@@ -45,3 +45,42 @@ def planted():
         attention.o_proj.weight[:, 0] = strength * torch.eye(32)[written]
     head[r, REFUSE], head[a, ANSWER], head[EOS, SPOKEN] = 9, 4, 20
     return handle_of(model, tokenizer)
+
+
+KEEP_TRIGGER, KEPT = 5, 6  # and what two more mean in the model that has a second behaviour
+KEEP = [f"J of {topic}" for topic in TOPICS]
+
+
+class KnowsItsPrompts(RefusesWithR):
+    """Of the second behaviour, "K" to a prompt that holds a "J", it says the same as of refusing: it shows."""
+
+    name = "knows its prompts"
+
+    def judge(self, prompts, answers):
+        return [a.startswith("K" if p.startswith("J") else "R") for p, a in zip(prompts, answers, strict=True)]
+
+
+TANGLED = {REFUSE: 8.0, KEPT: 8.0}  # who takes the difference of means out takes half of KEPT with it
+BENEATH = {REFUSE: 2.0, KEEP_TRIGGER: 6.0}  # who takes it out of the embedding takes what "K" comes from
+
+
+def planted_twice(written: dict[int, float] = TANGLED):
+    """The planted model with a second behaviour, tangled up with refusing: prompts that hold a "J" it answers "K".
+
+    "J" writes on KEEP_TRIGGER, which block 1 turns into KEPT, which the head reads as "K". At its last token a "J"
+    prompt has KEPT and nothing on KEEP_TRIGGER.
+
+    Args:
+        written: what block 1 writes for a "Q", of what.
+    """
+    handle = planted()
+    model, axes = handle.model, torch.eye(32)
+    j, k, r = (handle.tokenizer.convert_tokens_to_ids(letter) for letter in "JKR")
+    embedding, head, attention = model.model.embed_tokens.weight, model.lm_head.weight, model.model.layers[1].self_attn
+    embedding[j, KEEP_TRIGGER] = 0.5  # less than ANSWER, so that the norm does not make up for what is taken off
+    embedding[k, SPOKEN] = 30
+    attention.v_proj.weight[1] = axes[KEEP_TRIGGER]
+    attention.o_proj.weight[:, 0] = sum(size * axes[what] for what, size in written.items())
+    attention.o_proj.weight[:, 1] = 6.0 * axes[KEPT]
+    head[r, REFUSE], head[k, KEPT] = 18, 9
+    return handle

@@ -17,8 +17,8 @@ from abliterate.apply.forms import ApplyOptions, apply_recipe
 from abliterate.edit import Edit
 from abliterate.errors import ModelError
 from abliterate.loading import load
-from abliterate.pipeline import Silent
 from abliterate.recipe import Recipe, load_recipe, recipe_for, save_recipe
+from abliterate.reporting import Silent
 from abliterate.writers import SITES, find_writers
 
 pytestmark = pytest.mark.slow

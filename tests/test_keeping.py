@@ -12,7 +12,7 @@ from abliterate.activations import collect
 from abliterate.directions import Directions, at, difference_of_means
 from abliterate.edit import Edit
 from abliterate.errors import AbliterateError, PromptError
-from abliterate.keeping import Keep, Kept, kept_span, read_keep, without
+from abliterate.keeping import Keep, Kept, check_keep, kept_span, read_keep, without
 from abliterate.measure import judged
 from abliterate.pipeline import run
 from abliterate.search.candidates import SweepSettings, sweep
@@ -149,7 +149,7 @@ def test_files_of_directions_and_of_prompts(tmp_path):
 
 def test_directions_of_another_width_are_refused(handle):
     with pytest.raises(AbliterateError, match="another model"):
-        kept_span(handle, Keep("f", torch.eye(3)), BASELINE)
+        check_keep(handle, Keep("f", torch.eye(3)))
 
 
 def test_a_run_says_what_became_of_what_is_kept(tiny_folder, tmp_path):

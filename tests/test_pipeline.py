@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -309,7 +310,7 @@ def test_force_goes_on(tiny_folder, tmp_path):
 def test_missed_removal_writes_nothing(tiny_folder, tmp_path, monkeypatch):
     from abliterate.errors import WriterError
 
-    monkeypatch.setattr(pipeline, "_attach_or_bake", lambda *args: pipeline.nullcontext())
+    monkeypatch.setattr(pipeline, "attach_or_bake", lambda *args: nullcontext())
     with pytest.raises(WriterError, match="nothing was written"):
         run(str(tiny_folder), tmp_path / "out", settings())
     assert list(tmp_path.iterdir()) == []

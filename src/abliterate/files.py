@@ -116,6 +116,15 @@ def check_space(path: str | os.PathLike[str], needed: int) -> None:
         )
 
 
+def check_apart(out: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
+    """Raise OutputError when `out` holds what a job reads: --overwrite would remove it."""
+    folder = Path(out).resolve()
+    for source in sources:
+        path = Path(source or "").expanduser()
+        if source and path.exists() and path.resolve().is_relative_to(folder):
+            raise OutputError(f"output folder {out} holds {source}, which is read; name another with --out")
+
+
 def clear_leftovers(path: str | os.PathLike[str]) -> None:
     """Remove what processes of this host that live no more left of `path`.
 

@@ -10,24 +10,24 @@ from typing import Any
 
 import torch
 
-from abliterate import pipeline
-from abliterate.apply.biases import lacking
 from abliterate.directions import difference_of_means
 from abliterate.errors import AbliterateError
-from abliterate.files import check_folder, check_space, whole_folder
+from abliterate.facts import SCHEMA, environment, model_facts, shared_prompts, shared_settings, side_facts
+from abliterate.files import check_apart, check_folder, check_space, whole_folder
 from abliterate.measure import Measurement
 from abliterate.measure.coherence import is_degenerate
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.rates import Rate
 from abliterate.model import Handle
+from abliterate.opening import check_lengths, described, open_model, open_prompts, set_prefill
 from abliterate.publish.induced_card import induced_card
 from abliterate.recipe import Recipe, config_file, recipe_for, save_recipe
-from abliterate.reporting import Reporter, Silent
+from abliterate.reporting import Clock, Reporter, Silent
+from abliterate.saving import Held, attach_or_bake, bytes_to_write, held, save_model, to_save
 from abliterate.search.induce import InduceSettings, Inducing, induce
 from abliterate.settings import RunSettings, layer_range
 from abliterate.showing import Shown, showing
-
-SCHEMA = 1
+from abliterate.stages import collected, enough, measured
 
 
 @dataclass
@@ -65,27 +65,27 @@ def run_induce(
         AbliterateError: any of the errors in `abliterate.errors`; nothing is written then.
         NothingToDoError: the model hardly refuses its target prompts, so it has no refusal to copy.
     """
-    settings, reporter, clock = settings or RunSettings(), reporter or Silent(), pipeline._Clock()
+    settings, reporter, clock = settings or RunSettings(), reporter or Silent(), Clock()
     check_folder(out, overwrite=overwrite)
-    pipeline._check_apart(out, model, None)
+    check_apart(out, model)
     judge = make_judge(settings.measure.judge)
     with clock.stage("prompts"):
-        sides = pipeline.open_prompts(settings.prompts, settings.seed)
+        sides = open_prompts(settings.prompts, settings.seed)
     for note in sides.notes:
         reporter.say(note)
     reporter.say(f"loading {model}")
     with clock.stage("load"):
-        handle = pipeline.open_model(model, settings.load)
-    check_space(out, pipeline._bytes_to_write(handle))
-    reporter.say(pipeline._loaded(handle))
-    pipeline._check_lengths(handle, sides)
+        handle = open_model(model, settings.load)
+    check_space(out, bytes_to_write(handle))
+    reporter.say(described(handle))
+    check_lengths(handle, sides)
     torch.manual_seed(settings.seed)
     with clock.stage("filter"):
-        pipeline.set_prefill(handle, sides.target.train.texts, reporter)
+        set_prefill(handle, sides.target.train.texts, reporter)
         shown = _with_examples(handle, sides, "train", judge, settings, reporter)
         validation = _with_examples(handle, sides, "validation", judge, settings, reporter)
     with clock.stage("collect"):
-        activations = pipeline._collected(handle, shown, settings, reporter)
+        activations = collected(handle, shown, settings, reporter)
     directions = difference_of_means(activations, projected=settings.collect.projected)
     assert shown.examples is not None
     with clock.stage("search"):
@@ -95,22 +95,22 @@ def run_induce(
                        progress=reporter.progress, say=reporter.say)  # fmt: skip
     patient = Patient(judge)
     with clock.stage("measure original"):
-        original = pipeline._measure(handle, sides, patient, settings, reporter, "original")
-    recipe, facts = recipe_for(found.edit, handle), _facts(handle)
-    held = _can_hold(handle, found, settings)
-    reporter.say(held["said"])
+        original = measured(handle, sides, patient, settings, reporter, "original")
+    recipe, facts = recipe_for(found.edit, handle), model_facts(handle)
+    holding = held(handle, found.edit)
+    reporter.say(holding.said)
     with whole_folder(out, overwrite=overwrite) as folder:
-        if held["weights"]:
-            live: Any = pipeline._attach_or_bake(handle, found.edit, settings, reporter)
+        if holding.weights:
+            live: Any = attach_or_bake(handle, found.edit, settings, reporter)
         else:
             live = found.edit.attached(handle)
         with live, clock.stage("measure edited"):
-            edited = pipeline._measure(handle, sides, patient, settings, reporter, "edited", original)
+            edited = measured(handle, sides, patient, settings, reporter, "edited", original)
         with clock.stage("save"):
-            document = _document(handle, facts, settings, sides, shown, found, original, edited, held)
+            document = _document(handle, facts, settings, sides, shown, found, original, edited, holding)
             save_recipe(_with_provenance(recipe, document), folder / "recipe.safetensors")
-            if held["weights"]:
-                pipeline._save_model(pipeline._to_save(handle, found.edit, settings), folder / "model")
+            if holding.weights:
+                save_model(to_save(handle, found.edit, settings), folder / "model")
                 card = induced_card(handle, document)
                 (folder / "model" / "README.md").write_text(card, encoding="utf-8")
         document["timings_s"] = clock.seconds
@@ -145,44 +145,12 @@ def _with_examples(
     )
     if not shown.target and settings.force:
         raise AbliterateError(f"{handle.source} refuses none of the target prompts, so it has no refusal to copy")
-    return pipeline._enough(handle, shown, target, baseline, settings, reporter, split)
-
-
-def _can_hold(handle: Handle, found: Inducing, settings: RunSettings) -> dict[str, Any]:
-    """Whether the model's weights can hold the shift, and what to say about it."""
-    from abliterate.apply.biases import find_switch
-
-    layer = found.winner.layer
-    others = "abliterate apply has the forms adapter and, from block 1 on, control-vector"
-    if handle.quantised is None and not lacking(handle, [layer]):
-        return {"weights": True, "switch": None, "said": f"a bias of block {layer} holds the shift"}
-    switch = find_switch(handle.model.config, handle.source, [layer])
-    if switch is not None:
-        said = f"{switch.field} in its config gives the class biases; one of block {layer} holds the shift"
-        return {"weights": True, "switch": switch.field, "said": said}
-    kind = type(handle.model).__name__
-    said = f"{kind} has no bias at block {layer}'s output, so there is no model/; measured live; {others}"
-    return {"weights": False, "switch": None, "said": said}
-
-
-def _facts(handle: Handle) -> dict[str, Any]:
-    """What results.json says of the model, as it was before its config says that it has biases."""
-    return {
-        "source": handle.source,
-        "revision": handle.revision,
-        "class": type(handle.model).__name__,
-        "config_hash": handle.config_hash,
-        "parameters": sum(p.numel() for p in handle.model.parameters()),
-        "layers": handle.layers,
-        "d_model": handle.d_model,
-        "dtype": str(handle.dtype).removeprefix("torch."),
-        "prefill": handle.prefill,
-    }
+    return enough(handle, shown, target, baseline, settings, reporter, split)
 
 
 def _document(
     handle: Handle, facts: dict[str, Any], settings: RunSettings, sides: Any, shown: Shown, found: Inducing,
-    original: Measurement, edited: Measurement, held: dict[str, Any],
+    original: Measurement, edited: Measurement, holding: Held,
 ) -> dict[str, Any]:  # fmt: skip
     (shift,) = found.edit.shifts
     return {
@@ -196,17 +164,17 @@ def _document(
             "shifts": [{"layer": shift.layer, "size": shift.size}],
             "strength": None,
             "tied": None,
-            "weights_hold_it": held["weights"],
-            "switch": held["switch"],
+            "weights_hold_it": holding.weights,
+            "switch": holding.switch,
         },
         "settings": settings.model_dump(),
         "prompts": {
-            "target": pipeline._sides_json(sides.target),
-            "baseline": pipeline._sides_json(sides.baseline),
+            "target": side_facts(sides.target),
+            "baseline": side_facts(sides.baseline),
             "filter": shown.to_json(),
             "notes": list(sides.notes),
         },
-        "environment": pipeline.environment(handle),
+        "environment": environment(handle),
         "original": {**original.to_json(), "coherent_over_refusal": coherent(original).to_json("refused")},
         "edited": {**edited.to_json(), "coherent_over_refusal": coherent(edited).to_json("refused")},
         "candidates": [c.to_json() for c in found.candidates],
@@ -223,16 +191,11 @@ def coherent(measured: Measurement) -> Rate:
 
 
 def _with_provenance(recipe: Recipe, document: dict[str, Any]) -> Recipe:
-    settings = pipeline._shared_settings(document["settings"])
-    prompts = {
-        name: {**part, "source": pipeline.public_name(part["source"])} if name in ("target", "baseline") else part
-        for name, part in document["prompts"].items()
-    }
     found = {k: v for k, v in document["recipe"]["direction"].items() if k != "note"}
     provenance = {
         "induced": found,
-        "prompts": prompts,
-        "settings": settings,
+        "prompts": shared_prompts(document["prompts"]),
+        "settings": shared_settings(document["settings"]),
         "environment": document["environment"],
         "original": document["original"],
         "edited": document["edited"],

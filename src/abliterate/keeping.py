@@ -76,6 +76,21 @@ def read_keep(path: str | os.PathLike[str], seed: int = 0) -> Keep:
     return Keep(str(path), None, train, test)
 
 
+def check_keep(handle: Handle, keep: Keep) -> None:
+    """See, before any work, that what is to be kept is for this model.
+
+    Raises:
+        AbliterateError: when the directions are of another width.
+        PromptError: when a prompt is longer than the context.
+    """
+    if keep.directions is not None and keep.directions.shape[1] != handle.d_model:
+        raise AbliterateError(
+            f"--keep {keep.source} holds directions of width {keep.directions.shape[1]}, {handle.source} has "
+            f"d_model {handle.d_model}; is it for another model?"
+        )
+    handle.prompt_ids([*keep.train, *keep.test])
+
+
 def kept_span(
     handle: Handle, keep: Keep, baseline: Sequence[str], reporter: Reporter | None = None
 ) -> Float[Tensor, "k d_model"]:
@@ -89,16 +104,8 @@ def kept_span(
         keep: from `read_keep`.
         baseline: prompts to tell the kept ones apart from.
         reporter: told how it goes.
-
-    Raises:
-        AbliterateError: when the directions are of another width.
     """
     if keep.directions is not None:
-        if keep.directions.shape[1] != handle.d_model:
-            raise AbliterateError(
-                f"--keep {keep.source} holds directions of width {keep.directions.shape[1]}, {handle.source} has "
-                f"d_model {handle.d_model}; is it for another model?"
-            )
         return keep.directions
     reporter = reporter or Silent()
     tick = reporter.progress("reading what is kept", len(keep.train) + len(baseline))
@@ -112,12 +119,11 @@ def kept_span(
 
 
 def keeping(
-    handle: Handle, path: str | None, directions: Directions, baseline: Sequence[str], seed: int, reporter: Reporter
+    handle: Handle, keep: Keep | None, directions: Directions, baseline: Sequence[str], reporter: Reporter
 ) -> tuple[Directions, Kept | None]:
     """Directions without what `--keep` names, and what that is; as they were, and None, without it."""
-    if path is None:
+    if keep is None:
         return directions, None
-    keep = read_keep(path, seed)
     span = kept_span(handle, keep, baseline, reporter)
     directions, share = without(directions, span)
     reporter.say(f"kept: {len(span)} directions taken out of the edit's; at most {share:.0%} of a direction is left")

@@ -59,6 +59,9 @@ def load(
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        # else an installed DeepSpeed, which transformers imports on saving, prints a warning among our results
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     source = str(source)
     where, gguf_file = _locate(source)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}

@@ -40,9 +40,10 @@ from abliterate.measure.divergence import KEPT, compare, make_reference
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.slots import rows_at_once, token_bytes
 from abliterate.model import Handle, common_prefix
-from abliterate.pipeline import open_model, open_prompts, set_prefill
+from abliterate.opening import open_model, open_prompts, set_prefill
 from abliterate.prompts import Sides
 from abliterate.reporting import Reporter, Silent
+from abliterate.saving import bakes_in_place
 from abliterate.search.candidates import LAST_LAYERS_LEFT_OUT, SweepSettings
 from abliterate.search.first_token import first_token
 from abliterate.search.objectives import DECODE_TOKENS
@@ -320,19 +321,13 @@ def plan_run(
     load = time.monotonic() - loading
     reporter.say("probing one batch")
     costs = probe(handle, sides, judge, settings, load)
-    return predicted(costs, _sizes(sides), settings, has_activations, time.monotonic() - start, _in_place(handle))
+    return predicted(costs, _sizes(sides), settings, has_activations, time.monotonic() - start, bakes_in_place(handle))
 
 
 def _sizes(sides: Sides) -> Counts:
     return Counts(
         *({name: len(getattr(side, name).texts) for name in SPLITS} for side in (sides.target, sides.baseline))
     )
-
-
-def _in_place(handle: Handle) -> bool:
-    from abliterate.pipeline import _bakes_in_place
-
-    return _bakes_in_place(handle)
 
 
 def predicted(

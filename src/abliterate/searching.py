@@ -7,6 +7,7 @@ from pathlib import Path
 
 from abliterate.directions import Directions, Place
 from abliterate.errors import AbliterateError, PromptError
+from abliterate.facts import environment
 from abliterate.keeping import Kept, kept_reference
 from abliterate.measure.judges import Judge
 from abliterate.model import Handle
@@ -194,8 +195,6 @@ METHODS = {"fit": _fit, "sweep": _sweep, "article": _article, "tpe": _tpe}
 
 def _fit_state(work: Work) -> FitState:
     """Where the fit is written down while it runs."""
-    from abliterate.pipeline import environment
-
     path, resume = fit_file(work.out), work.settings.resume
     hashes = [
         part.sha256

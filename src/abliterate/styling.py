@@ -8,26 +8,37 @@ from typing import Any
 
 import torch
 
-from abliterate import pipeline
-from abliterate.apply.biases import find_switch, lacking
 from abliterate.behaviours import Behaviour
 from abliterate.behaviours.contrast import Rows, collect_contrast, contrast
 from abliterate.directions import difference_of_means
-from abliterate.edit import Edit
 from abliterate.errors import NothingToDoError
-from abliterate.files import check_folder, check_space, whole_folder
-from abliterate.keeping import keeping
+from abliterate.facts import (
+    SCHEMA,
+    environment,
+    model_facts,
+    shared_prompts,
+    shared_settings,
+    side_facts,
+    strengths_used,
+    tied_fate,
+)
+from abliterate.files import check_apart, check_folder, check_space, whole_folder
+from abliterate.keeping import check_keep, keeping, read_keep
 from abliterate.measure import Measurement, judged
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.rates import Rate
 from abliterate.model import Handle
+from abliterate.opening import check_lengths, described, open_model, open_prompts, set_prefill
+from abliterate.pipeline import Result
 from abliterate.prompts import Sides
 from abliterate.publish.style_card import style_card
 from abliterate.recipe import Recipe, config_file, recipe_for, save_recipe
-from abliterate.reporting import Reporter
+from abliterate.reporting import Clock, Reporter
+from abliterate.saving import Held, attach_or_bake, bytes_to_write, held, save_model, to_save
 from abliterate.search.candidates import Choice
 from abliterate.search.styles import StyleSettings, add_style, remove_style
 from abliterate.settings import RunSettings, layer_range
+from abliterate.stages import decoding, measured
 from abliterate.writers import check_proof, prove
 
 LEAST_TO_REMOVE = 0.15
@@ -37,7 +48,7 @@ CHECK_PROMPTS = 48
 
 def run_style(
     model: str, out: str | Path, settings: RunSettings, behaviour: Behaviour, *, overwrite: bool, reporter: Reporter
-) -> pipeline.Result:
+) -> Result:
     """Find a style's direction, choose an edit by whole answers, apply it, and measure on held-out prompts.
 
     Writes recipe.safetensors, results.json and model/ into `out`; no model/ where the edit shifts a block whose class
@@ -55,25 +66,28 @@ def run_style(
         AbliterateError: any of the errors in `abliterate.errors`; nothing is written then.
         NothingToDoError: the model hardly shows what is to be removed, or shows already what is to be added.
     """
-    clock = pipeline._Clock()
+    clock = Clock()
     check_folder(out, overwrite=overwrite)
-    pipeline._check_apart(out, model, None)
+    check_apart(out, model)
     judge = make_judge(settings.measure.judge)
     with clock.stage("prompts"):
-        sides = pipeline.open_prompts(settings.prompts, settings.seed, behaviour)
+        sides = open_prompts(settings.prompts, settings.seed, behaviour)
+        keep = read_keep(settings.keep, settings.seed) if settings.keep else None
     for note in sides.notes:
         reporter.say(note)
     reporter.say(f"loading {model}")
     with clock.stage("load"):
-        handle = pipeline.open_model(model, settings.load)
-    check_space(out, pipeline._bytes_to_write(handle))
-    reporter.say(pipeline._loaded(handle))
-    pipeline._check_lengths(handle, sides)
+        handle = open_model(model, settings.load)
+    check_space(out, bytes_to_write(handle))
+    reporter.say(described(handle))
+    check_lengths(handle, sides)
+    if keep is not None:
+        check_keep(handle, keep)
     torch.manual_seed(settings.seed)
     with clock.stage("prove"):
         proof = check_proof(handle)
     with clock.stage("filter"):
-        pipeline.set_prefill(handle, sides.target.train.texts, reporter)
+        set_prefill(handle, sides.target.train.texts, reporter)
         before = _checked(handle, sides, behaviour, judge, settings, reporter)
     with clock.stage("collect"):
         rows = _rows(handle, sides, behaviour, judge, settings, reporter)
@@ -81,28 +95,28 @@ def run_style(
     directions = difference_of_means(found, projected=settings.collect.projected)
     with clock.stage("keep"):
         neutral = list(sides.baseline.train.texts)
-        directions, kept = keeping(handle, settings.keep, directions, neutral, settings.seed, reporter)
+        directions, kept = keeping(handle, keep, directions, neutral, reporter)
     with clock.stage("search"):
         choice = _searched(handle, directions, sides, behaviour, judge, settings, reporter)
     with clock.stage("measure original"):
-        original = pipeline._measure(handle, sides, judge, settings, reporter, "original")
+        original = measured(handle, sides, judge, settings, reporter, "original")
         if kept is not None:
-            kept.watch(handle, judge, **pipeline._decoding(settings))
+            kept.watch(handle, judge, **decoding(settings))
     facts, recipe = model_facts(handle), recipe_for(choice.edit, handle)
-    held = _held(handle, choice.edit)
-    reporter.say(held["said"])
+    holding = held(handle, choice.edit)
+    reporter.say(holding.said)
     with whole_folder(out, overwrite=overwrite) as folder:
-        if held["weights"]:
-            live: Any = pipeline._attach_or_bake(handle, choice.edit, settings, reporter)
+        if holding.weights:
+            live: Any = attach_or_bake(handle, choice.edit, settings, reporter)
         else:
             live = choice.edit.attached(handle)
         with live:
             left = prove(handle, choice.edit.directions[0]) if len(choice.edit.directions) else None
             with clock.stage("measure edited"):
-                edited = pipeline._measure(handle, sides, judge, settings, reporter, "edited", original)
-                kept_found = kept.to_json(handle, choice.edit, judge, **pipeline._decoding(settings)) if kept else None
+                edited = measured(handle, sides, judge, settings, reporter, "edited", original)
+                kept_found = kept.to_json(handle, choice.edit, judge, **decoding(settings)) if kept else None
         with clock.stage("save"):
-            document = _document(handle, facts, settings, behaviour, sides, before, choice, original, edited, held)
+            document = _document(handle, facts, settings, behaviour, sides, before, choice, original, edited, holding)
             document["recipe"]["proof"] = {
                 "writers": {"component": proof.component, "where": proof.where},
                 "edited": {"component": left.component, "where": left.where} if left else None,
@@ -111,12 +125,12 @@ def run_style(
                 document["kept"] = kept_found
             document["prompts"]["contrast"] = {"target": len(rows.target), "baseline": len(rows.baseline)}
             save_recipe(_with_provenance(recipe, document), folder / "recipe.safetensors")
-            if held["weights"]:
-                pipeline._save_model(pipeline._to_save(handle, choice.edit, settings), folder / "model")
+            if holding.weights:
+                save_model(to_save(handle, choice.edit, settings), folder / "model")
                 (folder / "model" / "README.md").write_text(style_card(handle, document), encoding="utf-8")
         document["timings_s"] = clock.seconds
         (folder / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return pipeline.Result(Path(out), choice.edit, original, edited, document)
+    return Result(Path(out), choice.edit, original, edited, document)
 
 
 def _checked(
@@ -129,7 +143,7 @@ def _checked(
     """
     prompts = list(sides.target.validation.texts)[:CHECK_PROMPTS]
     tick = reporter.progress("answering validation prompts", len(prompts))
-    _, shown = judged(handle, prompts, judge, stop_on=(), tick=tick, **pipeline._decoding(settings))
+    _, shown = judged(handle, prompts, judge, stop_on=(), tick=tick, **decoding(settings))
     rate, word = Rate(sum(shown), len(shown)), behaviour.words.shows
     reporter.say(f"validation: {rate.count} of {rate.total} of the original's answers are {word}")
     if settings.force:
@@ -175,50 +189,13 @@ def _searched(
     return remove_style(handle, directions, target, baseline, judge, options, progress=progress, say=say)
 
 
-def _held(handle: Handle, edit: Edit) -> dict[str, Any]:
-    """Whether the weights can hold the edit, and what to say about it."""
-    layers = sorted({shift.layer for shift in edit.shifts})
-    if not layers:
-        return {"weights": True, "switch": None, "said": "the weights hold the edit"}
-    if handle.quantised is None and not lacking(handle, layers):
-        return {"weights": True, "switch": None, "said": f"biases of {_blocks(layers)} hold the shift"}
-    switch = find_switch(handle.model.config, handle.source, layers)
-    if switch is not None:
-        said = f"{switch.field} in its config gives the class biases; those of {_blocks(layers)} hold the shift"
-        return {"weights": True, "switch": switch.field, "said": said}
-    said = (
-        f"{type(handle.model).__name__} has no bias at the output of {_blocks(layers)}, so there is no model/; "
-        "measured live; abliterate apply has the forms adapter and, from block 1 on, control-vector"
-    )
-    return {"weights": False, "switch": None, "said": said}
-
-
-def _blocks(layers: list[int]) -> str:
-    return f"block {layers[0]}" if len(layers) == 1 else f"blocks {layers[0]} to {layers[-1]}"
-
-
-def model_facts(handle: Handle) -> dict[str, Any]:
-    """What results.json says of the model; to be taken before baking gives its config other switches."""
-    return {
-        "source": handle.source,
-        "revision": handle.revision,
-        "class": type(handle.model).__name__,
-        "config_hash": handle.config_hash,
-        "parameters": sum(p.numel() for p in handle.model.parameters()),
-        "layers": handle.layers,
-        "d_model": handle.d_model,
-        "dtype": str(handle.dtype).removeprefix("torch."),
-        "prefill": handle.prefill,
-    }
-
-
 def _document(
     handle: Handle, facts: dict[str, Any], settings: RunSettings, behaviour: Behaviour, sides: Sides, before: Rate,
-    choice: Choice, original: Measurement, edited: Measurement, held: dict[str, Any],
+    choice: Choice, original: Measurement, edited: Measurement, holding: Held,
 ) -> dict[str, Any]:  # fmt: skip
     edit = choice.edit
     return {
-        "schema": pipeline.SCHEMA,
+        "schema": SCHEMA,
         "model": facts,
         "behaviour": behaviour.to_json(),
         "recipe": {
@@ -227,20 +204,20 @@ def _document(
             "direction": choice.winner.to_json(),
             "writers": len(edit.writers),
             "shifts": [{"layer": shift.layer, "size": shift.size} for shift in edit.shifts],
-            "strength": pipeline._span(edit) if edit.writers else None,
-            "tied": pipeline._tied(handle, edit, settings.keep_tied),
-            "weights_hold_it": held["weights"],
-            "switch": held["switch"],
+            "strength": strengths_used(edit) if edit.writers else None,
+            "tied": tied_fate(handle, edit, settings.keep_tied),
+            "weights_hold_it": holding.weights,
+            "switch": holding.switch,
         },
         "settings": settings.model_dump(),
         "prompts": {
-            "target": pipeline._sides_json(sides.target),
-            "baseline": pipeline._sides_json(sides.baseline),
+            "target": side_facts(sides.target),
+            "baseline": side_facts(sides.baseline),
             "filter": None,
             "validation": {"original": before.to_json("refused")},
             "notes": list(sides.notes),
         },
-        "environment": pipeline.environment(handle),
+        "environment": environment(handle),
         "original": original.to_json(),
         "edited": edited.to_json(),
         "candidates": [c.to_json() for c in choice.candidates],
@@ -250,15 +227,10 @@ def _document(
 
 
 def _with_provenance(recipe: Recipe, document: dict[str, Any]) -> Recipe:
-    public = pipeline.public_name
-    prompts = {
-        name: {**part, "source": public(part["source"])} if name in ("target", "baseline") else part
-        for name, part in document["prompts"].items()
-    }
     provenance: dict[str, Any] = {
         "found_at": document["recipe"]["direction"],
-        "prompts": prompts,
-        "settings": pipeline._shared_settings(document["settings"]),
+        "prompts": shared_prompts(document["prompts"]),
+        "settings": shared_settings(document["settings"]),
         **{key: document[key] for key in ("behaviour", "kept", "environment", "original", "edited") if key in document},
     }
     model = recipe.model | config_file(document["model"]["source"])

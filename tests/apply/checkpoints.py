@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from abliterate.apply.forms import ApplyOptions, apply_recipe
 from abliterate.edit import Edit
-from abliterate.pipeline import Silent
 from abliterate.recipe import Recipe
+from abliterate.reporting import Silent
 from abliterate.stored import StoredGain, StoredTensor
 
 D_MODEL = 16

@@ -20,8 +20,8 @@ from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.weights import bake
 from abliterate.edit import Edit, Part, orthonormal
 from abliterate.errors import AbliterateError, OutputError, RecipeError, WriterError
-from abliterate.pipeline import Silent
 from abliterate.recipe import Recipe, recipe_for
+from abliterate.reporting import Silent
 from abliterate.writers import find_writers
 from models import FAMILIES, _sizes, handle_of, save_tiny, tiny, tiny_llama
 

@@ -21,8 +21,8 @@ from abliterate.apply.journal import JOURNAL, interrupted
 from abliterate.apply.shards import open_checkpoint, read_shard
 from abliterate.errors import ModelError, OutputError
 from abliterate.files import host_tag
-from abliterate.pipeline import Silent
 from abliterate.recipe import save_recipe
+from abliterate.reporting import Silent
 from apply.checkpoints import apply_to, small_recipe, small_shards, write_checkpoint
 from command import listing, succeeds
 

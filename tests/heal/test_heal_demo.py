@@ -12,7 +12,7 @@ from abliterate.directions import Place, at, difference_of_means
 from abliterate.edit import Edit
 from abliterate.loading import load
 from abliterate.measure.decode import decode
-from abliterate.pipeline import _save_model
+from abliterate.saving import save_model as _save_model
 from command import PROMPTS, succeeds
 
 pytestmark = pytest.mark.slow
@@ -39,12 +39,20 @@ def edited(tmp_path_factory):
     return folder
 
 
-@pytest.mark.timeout(1800)
-def test_the_original_teaches_it_back(edited, tmp_path):
+@pytest.fixture(scope="module")
+def healed(edited, tmp_path_factory):
+    """It healed by the original, and what the command printed."""
+    out = tmp_path_factory.mktemp("healed") / "out"
     done = succeeds(
-        "heal", edited, "--original", demo_model(), "--preset", "self", "--out", tmp_path / "healed", *PROMPTS,
+        "heal", edited, "--original", demo_model(), "--preset", "self", "--out", out, *PROMPTS,
         "--test-prompts", TEST_PROMPTS, "--max-new-tokens", "64", *SHORT, "--json", "--quiet",
     )  # fmt: skip
+    return out / "model", done
+
+
+@pytest.mark.timeout(1800)
+def test_the_original_teaches_it_back(healed):
+    _, done = healed
     states = {name: done.json[name] for name in ("original", "edited", "healed")}
     print(json.dumps({**states, "heal": done.json["heal"], "timings_s": done.json["timings_s"]}))
     before, after = (states[name]["divergence"] for name in ("edited", "healed"))
@@ -85,3 +93,17 @@ def test_preferences_move_it_back(edited, tmp_path):
     assert held_out["likelihood_accuracy"]["after"]["rate"] > held_out["likelihood_accuracy"]["before"]["rate"]
     assert held_out["reward_accuracy"]["rate"] > 0.6
     assert states["healed"]["divergence"]["answer"] < 0.9 * states["edited"]["divergence"]["answer"]
+
+
+@pytest.mark.timeout(1800)
+def test_the_benchmark_sees_what_it_cost_and_what_came_back(edited, healed, tmp_path):
+    pytest.importorskip("lm_eval")
+    models = [f"original={demo_model()}", f"edited={edited}", f"healed={healed[0]}"]
+    done = succeeds("bench", *models, "--suite", "quick", "--out", tmp_path / "bench", "--cache", tmp_path / "cache",
+                    "--quiet")  # fmt: skip
+    print(done.out)
+    document = json.loads((tmp_path / "bench" / "results.json").read_text())
+    row = next(row for row in document["rows"] if row["name"] == "average")
+    average = {name: column["score"] for name, column in row["models"].items()}
+    assert average["edited"] < average["healed"]
+    assert average["edited"] < average["original"] - 0.05

@@ -12,9 +12,9 @@ import abliterate as ab
 import abliterate.commands.export
 from abliterate.apply.gguf_file import open_gguf
 from abliterate.errors import ModelError, OutputError
-from abliterate.pipeline import Silent
 from abliterate.publish import gguf as publishing
 from abliterate.publish.gguf import export_gguf, find_converter
+from abliterate.reporting import Silent
 from command import fails, succeeds
 from gguf_files import values_of, write_model
 from llama_cpp import LlamaCpp

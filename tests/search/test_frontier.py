@@ -53,6 +53,17 @@ def test_within_a_refusal_rate_the_least_divergence_is_chosen():
     assert numbers([choose(POINTS, 0.0)[0]]) == [(0, 0.14)]
 
 
+def test_divergence_on_what_is_kept_counts_like_that_on_baseline_prompts():
+    near = FrontierPoint(EDIT, Rate(2, 64), 0.06, also=0.3)
+    far = FrontierPoint(EDIT, Rate(2, 64), 0.09, also=0.01)
+    none = FrontierPoint(EDIT, Rate(0, 64), 0.2, also=0.0)
+    assert non_dominated([near, far, none]) == [none, far]
+    assert choose([near, far, none], 0.05)[0] is far
+    assert choose([near, far, none], max_divergence=0.15)[0] is far
+    assert choose([near, none], max_divergence=0.3)[0] is none
+    assert str(far) == "2 of 64 refused at divergence 0.090 and 0.010 on what is kept"
+
+
 def test_within_a_divergence_the_fewest_refusals_are_chosen():
     assert numbers([choose(POINTS, 0.9, max_divergence=0.1)[0]]) == [(2, 0.06)]
     assert numbers([choose(POINTS, None, max_divergence=1.0)[0]]) == [(0, 0.14)]

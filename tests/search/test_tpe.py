@@ -216,6 +216,19 @@ def test_objectives_of_ones_own_are_minimised_and_the_frontier_still_has_both_nu
         assert Weak().score(handle) == pytest.approx(points[0].note["objectives"]["weakness"])
 
 
+def test_a_further_divergence_counts_in_the_frontier(work):
+    handle, _directions, refusals, divergence = work
+    kept = DivergenceFromOriginal(original_reference(handle, ["Hum of bees", "Draw a map"], answer_tokens=2), "kept")
+    points = tpe(*work, TpeSettings(trials=8), objectives=[refusals, divergence, kept])
+    assert points
+    for point in points:
+        assert point.also == point.note["objectives"]["kept"]
+        with point.edit.attached(handle):
+            assert kept.score(handle) == pytest.approx(point.also, abs=1e-6)
+    assert [p.drift for p in points] == sorted({p.drift for p in points}, reverse=True)
+    assert all(p.also == 0 for p in tpe(*work, TpeSettings(trials=2)))
+
+
 def test_an_edit_that_ruins_the_model_is_no_end_of_the_search(work):
     handle, directions, _, divergence = work
 

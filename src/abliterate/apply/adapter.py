@@ -37,8 +37,8 @@ from abliterate.writers import Writer, layout
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
     from abliterate.model import Handle
-    from abliterate.pipeline import Reporter
     from abliterate.recipe import Recipe
+    from abliterate.reporting import Reporter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS = 2**16  # rows of a weight widened to float64 at once

@@ -23,8 +23,8 @@ from abliterate.files import check_file, whole_file
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
-    from abliterate.pipeline import Reporter
     from abliterate.recipe import Recipe
+    from abliterate.reporting import Reporter
 
 
 def apply_control_vector(

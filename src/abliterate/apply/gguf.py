@@ -30,8 +30,8 @@ from abliterate.files import check_file, check_space, whole_file
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
-    from abliterate.pipeline import Reporter
     from abliterate.recipe import Recipe
+    from abliterate.reporting import Reporter
 
 # Architectures in which llama.cpp adds an optional blk.N.ffn_down.bias to what the block hands on, unscaled (read of
 # its src/models); a file of another that has a tensor too many isn't loaded.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from abliterate import pipeline
 from abliterate.audit.judging import Jury, Screen, best_place, separations, stream_at
 from abliterate.audit.settings import AuditRunSettings
 from abliterate.audit.summary import summary
@@ -18,14 +17,17 @@ from abliterate.audit.text import markdown
 from abliterate.directions import Directions, Place, at, difference_of_means
 from abliterate.edit import Edit, normalised
 from abliterate.errors import OutputError
-from abliterate.files import check_folder, whole_file, whole_folder
+from abliterate.facts import environment, side_facts
+from abliterate.files import check_apart, check_folder, whole_file, whole_folder
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.rates import Rate
-from abliterate.reporting import Reporter, Silent
+from abliterate.opening import check_lengths, described, open_model, open_prompts, set_prefill
+from abliterate.reporting import Clock, Reporter, Silent
 from abliterate.search.fit import FitSettings, fit
 from abliterate.search.fit_state import FitState, fit_key
 from abliterate.search.frontier import FrontierPoint
 from abliterate.showing import Shown
+from abliterate.stages import collected, filtered
 
 SCHEMA = 1
 GONE = 0.01  # refusals left at which no further direction is looked for
@@ -97,31 +99,31 @@ def audit(
         AbliterateError: any of the errors in `abliterate.errors`; nothing is written then.
         NothingToDoError: the model hardly refuses: there is no guard to audit.
     """
-    settings, reporter, clock = settings or AuditRunSettings(), reporter or Silent(), pipeline._Clock()
+    settings, reporter, clock = settings or AuditRunSettings(), reporter or Silent(), Clock()
     check_folder(out, overwrite=overwrite)
-    pipeline._check_apart(out, model, None)
+    check_apart(out, model)
     judge = judge or make_judge(settings.measure.judge)
-    sides = pipeline.open_prompts(settings.prompts, settings.seed)
+    sides = open_prompts(settings.prompts, settings.seed)
     for note in sides.notes:
         reporter.say(note)
     reporter.say(f"loading {model}")
     with clock.stage("load"):
-        handle = pipeline.open_model(model, settings.load)
-    reporter.say(pipeline._loaded(handle))
-    pipeline._check_lengths(handle, sides)
+        handle = open_model(model, settings.load)
+    reporter.say(described(handle))
+    check_lengths(handle, sides)
     torch.manual_seed(settings.seed)
     hashes = [part.sha256 for side in (sides.target, sides.baseline) for part in side]
     same = settings.model_dump(exclude={"force", "keep_tied", "resume"})
-    key = fit_key(handle.config_hash, handle.source, hashes, same, pipeline.environment(handle))
+    key = fit_key(handle.config_hash, handle.source, hashes, same, environment(handle))
     kept = Kept.at(work_file(out), key, resume=settings.resume)
     if kept.stages:
         reporter.say(f"going on: {', '.join(kept.stages)} are done")
     with clock.stage("filter"):
-        pipeline.set_prefill(handle, sides.target.train.texts, reporter)
-        shown = pipeline._filtered(handle, sides, "train", judge, settings, reporter)
-        validation = pipeline._filtered(handle, sides, "validation", judge, settings, reporter)
+        set_prefill(handle, sides.target.train.texts, reporter)
+        shown = filtered(handle, sides, "train", judge, settings, reporter)
+        validation = filtered(handle, sides, "validation", judge, settings, reporter)
     with clock.stage("collect"):
-        directions = difference_of_means(pipeline._collected(handle, shown, settings, reporter))
+        directions = difference_of_means(collected(handle, shown, settings, reporter))
     with clock.stage("original"):
         baseline = list(sides.baseline.test.texts)[: settings.audit.divergence_prompts]
         both = (validation.target, validation.baseline)
@@ -144,10 +146,10 @@ def audit(
         **kept.stages,
         "settings": settings.model_dump(),
         "prompts": {
-            "target": pipeline._sides_json(sides.target), "baseline": pipeline._sides_json(sides.baseline),
+            "target": side_facts(sides.target), "baseline": side_facts(sides.baseline),
             "filter": shown.to_json(),
         },
-        "environment": pipeline.environment(handle),
+        "environment": environment(handle),
         "timings_s": clock.seconds,
     }  # fmt: skip
     document["summary"] = summary(document)
@@ -250,7 +252,7 @@ def _directions(work: Work) -> dict[str, Any]:
         if verdict["refusal"]["rate"] <= GONE or rank == most:
             break
         with work.jury.handle.attached(edit):
-            left = difference_of_means(pipeline._collected(work.jury.handle, work.shown, work.settings, Silent()))
+            left = difference_of_means(collected(work.jury.handle, work.shown, work.settings, Silent()))
         place = best_place(work.jury, work.screen, left, basis)
         places.append(place)
         basis.append(at(left, place))

@@ -119,7 +119,7 @@ def opened(contestant: Contestant, settings: LoadSettings, *, force: bool = Fals
         ModelError: the model or the adapter can't be loaded.
         RecipeError: the recipe is for another model.
     """
-    from abliterate.pipeline import open_model
+    from abliterate.opening import open_model
     from abliterate.recipe import check_model, load_recipe
 
     recipe = load_recipe(contestant.recipe) if contestant.recipe else None

@@ -194,7 +194,7 @@ def _run(
 
 def _prepare_chat(handle: Handle, contestant: Contestant, reporter: Reporter) -> None:
     """Raise where there is no template; close a reasoning model's thoughts at once."""
-    from abliterate.pipeline import set_prefill
+    from abliterate.opening import set_prefill
 
     if not (handle.chat_template or handle.tokenizer.chat_template):
         raise AbliterateError(
@@ -250,7 +250,7 @@ def _dataset(work: _Work, name: str) -> str | None:
 def _document(
     work: _Work, contestants: Sequence[Contestant], scores: Sequence[dict[str, TaskScores]], table: Table, version: str
 ) -> dict[str, Any]:
-    from abliterate.pipeline import environment
+    from abliterate.facts import environment
 
     options = work.options
     return {

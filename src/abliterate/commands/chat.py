@@ -75,7 +75,7 @@ def chat(
     with reported(quiet or piped, log_file) as terminal:
         settings = settings_from(flags, None)
         from abliterate.conversation import Conversation, Sampling
-        from abliterate.pipeline import open_model
+        from abliterate.opening import open_model
         from abliterate.recipe import check_model, load_recipe
 
         stored = load_recipe(recipe) if recipe else None

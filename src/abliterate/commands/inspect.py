@@ -44,7 +44,7 @@ def inspect(
     with reported(quiet, log_file) as terminal:
         flags = {"dtype": dtype, "device_map": device_map, "revision": revision, "trust_remote_code": trust_remote_code}
         settings = settings_from(flags_of(flags), None)
-        from abliterate.pipeline import open_model
+        from abliterate.opening import open_model
 
         source = source_of(model)
         terminal.say(f"loading {source}")

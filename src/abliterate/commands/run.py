@@ -181,6 +181,8 @@ def run(
                                   "and --method out")  # fmt: skip
         source = source_of(model)
         if induce:
+            if settings.keep is not None:
+                raise AbliterateError("--induce adds a shift and doesn't know --keep; leave it out")
             _induce(source, out, settings, terminal, overwrite, json_)
             return
         if plan:

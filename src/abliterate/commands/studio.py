@@ -63,7 +63,7 @@ def studio(
         if recipe and not model:
             raise AbliterateError("--recipe needs the model it is for: abliterate studio MODEL --recipe RECIPE")
         settings = settings_from(flags, None)
-        from abliterate.pipeline import open_model
+        from abliterate.opening import open_model
 
         if model:
             terminal.say(f"loading {model}")

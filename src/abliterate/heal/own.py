@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from abliterate.errors import AbliterateError, ModelError, NonFiniteError, OutputError
+from abliterate.facts import environment
 from abliterate.files import whole_file, whole_folder
 from abliterate.heal.settings import HealRunSettings
 from abliterate.heal.training import Job, Training
@@ -38,6 +39,7 @@ from abliterate.measure.divergence import Reference, compare, make_reference
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.rates import Rate
 from abliterate.model import Handle
+from abliterate.opening import open_model, open_prompts
 from abliterate.prompts import Sides
 from abliterate.reporting import Reporter, Silent
 from abliterate.search.fit_state import fit_key
@@ -336,8 +338,6 @@ def train(
     sides = sides or open_lessons(settings)
     teacher = teacher or open_teacher(job, sides, reporter=reporter)
     if handle is None:
-        from abliterate.pipeline import open_model
-
         reporter.say(f"loading {job.model}")
         handle = open_model(job.model, settings.load)
     if handle.prompt_ids(sides.baseline.train.texts[:1])[0] != teacher.reads:
@@ -384,8 +384,6 @@ def _write_configuration(job: Job, sides: Sides, training: Training) -> None:
 
 def open_lessons(settings: HealRunSettings) -> Sides:
     """The prompts to learn from: the settings' own, with as many training prompts as `self` asks for."""
-    from abliterate.pipeline import open_prompts
-
     count = settings.heal.self_teaching.teaching_prompts
     return open_prompts(settings.prompts.model_copy(update={"train_prompts": count}), settings.seed)
 
@@ -402,8 +400,6 @@ def open_teacher(job: Job, sides: Sides, *, handle: Handle | None = None, report
     Raises:
         AbliterateError: when the job names no original, or it answers hardly any baseline prompt.
     """
-    from abliterate.pipeline import open_model
-
     path, key = job.checkpoints / TEACHER, training_key(job, sides)
     if job.resume and path.is_file():
         return Teacher.read(path, key)
@@ -421,8 +417,6 @@ def open_teacher(job: Job, sides: Sides, *, handle: Handle | None = None, report
 
 def training_key(job: Job, sides: Sides) -> str:
     """Hash of what the training depends on."""
-    from abliterate.pipeline import environment
-
     settings = job.settings.model_dump(exclude={"resume", "force", "keep_tied"})
     for name in ("save_steps", "log_steps", "report_to"):  # of no consequence for the weights
         settings["heal"].pop(name)

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from abliterate import pipeline
 from abliterate.errors import AbliterateError, ModelError, OutputError, PromptError
-from abliterate.files import check_folder, check_space, whole_folder
+from abliterate.facts import SCHEMA, environment, model_facts, side_facts
+from abliterate.files import check_apart, check_folder, check_space, whole_folder
 from abliterate.heal.own import open_lessons, open_teacher
 from abliterate.heal.settings import HealRunSettings
 from abliterate.heal.training import ADAPTER, Job, Training
@@ -29,10 +29,13 @@ from abliterate.loading import DTYPES
 from abliterate.measure import Measurement
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.model import Handle, config_hash
-from abliterate.pipeline import open_model, open_prompts, set_prefill
+from abliterate.opening import check_lengths, open_model, open_prompts, set_prefill
 from abliterate.prompts import Sides, format_prompts
 from abliterate.publish.card import healed_card
-from abliterate.reporting import Reporter, Silent
+from abliterate.report import write_if_able
+from abliterate.reporting import Clock, Reporter, Silent
+from abliterate.saving import bytes_to_write, save_model
+from abliterate.stages import check_same_tokens, measured
 
 CONFIGURATION = "heal.json"
 RESULTS = "results.json"
@@ -145,7 +148,7 @@ def heal(
     Raises:
         AbliterateError: any of the errors in `abliterate.errors`; nothing is written to `out` then.
     """
-    reporter, clock = reporter or Silent(), pipeline._Clock()
+    reporter, clock = reporter or Silent(), Clock()
     sources = find_sources(model, original)
     settings = _quantised(with_settings_of_run(settings, sources.run))
     check(sources, out, settings, overwrite=overwrite)
@@ -174,14 +177,14 @@ def heal(
     with whole_folder(out, overwrite=overwrite) as folder:
         with clock.stage("save"):
             document = _document(sources, handle, training, measuring)
-            pipeline._save_model(handle if at_home else _in_source_dtype(job, handle, training), folder / "model")
+            save_model(handle if at_home else _in_source_dtype(job, handle, training), folder / "model")
             (folder / "model" / "README.md").write_text(healed_card(handle, document), encoding="utf-8")
             _copy_training(job, training, sources, folder)
         document["timings_s"] = clock.seconds
         (folder / RESULTS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _write_report_data(sources, measuring, folder)
     shutil.rmtree(job.folder, ignore_errors=True)
-    pipeline._report(out, reporter, False)
+    write_if_able(out, reporter)
     found = measuring.found
     return Healed(Path(out), found.get("original"), found["edited"], found["healed"], document)
 
@@ -195,8 +198,7 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
     """
     options = settings.heal
     check_folder(out, overwrite=overwrite)
-    for source in (sources.model, sources.original):
-        pipeline._check_apart(out, source or "", None)
+    check_apart(out, sources.model, sources.original)
     if options.preset == "self" and sources.original is None:
         raise AbliterateError(
             f"--preset self needs the original model, which teaches; {sources.model} doesn't say which it is: name it "
@@ -305,7 +307,7 @@ class _Measuring:
     def ready(self, handle: Handle) -> None:
         """Read prompts with it as with the first one."""
         if self.prefill is None and not self.found:
-            pipeline._check_lengths(handle, self.sides)
+            check_lengths(handle, self.sides)
             set_prefill(handle, self.sides.target.test.texts, self.reporter)
             self.prefill = handle.prefill
         handle.prefill = self.prefill
@@ -314,29 +316,19 @@ class _Measuring:
         """Measure it on the test split, against the original where that was measured."""
         before = self.found.get("original")
         if before is not None and name != "original":
-            pipeline._check_same_tokens(handle, self.sides, before, handle.source, "the original")
+            check_same_tokens(handle, self.sides, before, handle.source, "the original")
         with self.clock.stage(f"measure {name}"):
-            found = pipeline._measure(handle, self.sides, self.judge, self.settings, self.reporter, name, before)
+            found = measured(handle, self.sides, self.judge, self.settings, self.reporter, name, before)
         self.found[name] = found
         if not self.about:
-            self.about = {
-                "source": handle.source,
-                "revision": handle.revision,
-                "class": type(handle.model).__name__,
-                "config_hash": handle.config_hash,
-                "parameters": sum(p.numel() for p in handle.model.parameters()),
-                "layers": handle.layers,
-                "d_model": handle.d_model,
-                "dtype": str(handle.dtype).removeprefix("torch."),
-                "prefill": handle.prefill,
-            }
+            self.about = model_facts(handle)
         return found
 
 
 def _train(job: Job, out: str | Path, measuring: _Measuring, teaching: dict[str, Any], reporter: Reporter) -> Training:
     """Measure the edited model, and train it: `self` in this very copy, other presets as they load it."""
     handle = measuring.open(job.model, "edited")
-    check_space(out, pipeline._bytes_to_write(handle))
+    check_space(out, bytes_to_write(handle))
     measuring.measure(handle, "edited")
     if teaching:
         from abliterate.heal.own import train
@@ -384,16 +376,16 @@ def _document(sources: Sources, handle: Handle, training: Training, measuring: _
     old = sources.run
     stages = {name: old["settings"][name] for name in ("search", "collect") if name in (old.get("settings") or {})}
     return {
-        "schema": pipeline.SCHEMA,
+        "schema": SCHEMA,
         "model": measuring.about,
         **({"recipe": old["recipe"]} if old.get("recipe") else {}),
         "settings": {**settings.model_dump(mode="json", exclude={"search", "collect"}), **stages},
         "prompts": {
-            "target": pipeline._sides_json(measuring.sides.target),
-            "baseline": pipeline._sides_json(measuring.sides.baseline),
+            "target": side_facts(measuring.sides.target),
+            "baseline": side_facts(measuring.sides.baseline),
             "notes": list(measuring.sides.notes),
         },
-        "environment": pipeline.environment(handle),
+        "environment": environment(handle),
         "original": found["original"].to_json() if "original" in found else None,
         "edited": found["edited"].to_json(),
         "healed": found["healed"].to_json(),

@@ -32,7 +32,7 @@ from abliterate.errors import ModelError, OutputError, shorten
 from abliterate.files import check_file, check_space, whole_file
 
 if TYPE_CHECKING:
-    from abliterate.pipeline import Reporter
+    from abliterate.reporting import Reporter
 
 EXTRA = "export"
 SCRIPT = "convert_hf_to_gguf.py"

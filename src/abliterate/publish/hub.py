@@ -15,7 +15,7 @@ from abliterate.errors import AbliterateError, shorten
 from abliterate.publish.parcel import Item, Parcel, pack
 
 if TYPE_CHECKING:
-    from abliterate.pipeline import Reporter
+    from abliterate.reporting import Reporter
 
 SCHEMA = 1
 ATTEMPTS = 5

@@ -8,6 +8,7 @@ from pathlib import Path
 from abliterate.errors import AbliterateError
 from abliterate.files import whole_file, whole_folder
 from abliterate.report.document import load_run
+from abliterate.reporting import Reporter
 
 HTML, PICTURES, MARKDOWN = "report.html", "report-png", "report.md"
 INSTALL = "pip install 'abliterate[report]'"
@@ -16,6 +17,15 @@ INSTALL = "pip install 'abliterate[report]'"
 def html_missing() -> str | None:
     """What an HTML report needs and isn't installed, with what to do; None when all is there."""
     return _missing("plotly")
+
+
+def write_if_able(out: str | Path, reporter: Reporter, *, show_completions: bool = False) -> None:
+    """Write report.html into a run's folder, or say what it needs."""
+    missing = html_missing()
+    if missing:
+        reporter.say(f"no report.html: {missing}")
+    else:
+        write_html(out, show_completions=show_completions)
 
 
 def write_html(out: str | Path, file: str | Path | None = None, *, show_completions: bool = False) -> Path:

@@ -32,6 +32,7 @@ class FrontierPoint:
         refused: of decoded answers to target prompts.
         divergence: from the original on baseline prompts that it answers, in nats.
         note: how the search came to it; plain JSON.
+        also: divergence on further prompts that are to be answered as before (`--keep`), in nats.
         found: when this process had it, None for one from an earlier process. It is no part of a recipe, which
             the same seed gives again to the byte.
     """
@@ -41,16 +42,23 @@ class FrontierPoint:
     divergence: float
     note: dict[str, Any] = field(default_factory=dict)
     found: Moment | None = field(default=None, compare=False)
+    also: float = 0.0
+
+    @property
+    def drift(self) -> float:
+        """What points are compared by: the divergence, on baseline prompts and on those that are kept."""
+        return self.divergence + self.also
 
     def to_json(self) -> dict[str, Any]:
         return {"refusal": self.refused.to_json("refused"), "divergence": self.divergence, **self.note}
 
     def __str__(self) -> str:
-        return f"{self.refused.count} of {self.refused.total} refused at divergence {self.divergence:.3f}"
+        also = f" and {self.also:.3f} on what is kept" if self.also else ""
+        return f"{self.refused.count} of {self.refused.total} refused at divergence {self.divergence:.3f}{also}"
 
 
 def non_dominated(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
-    """The points that no other one beats or equals in both numbers, fewest refusals first; of twins, the first.
+    """The points that no other one beats or equals in refusals and drift, fewest refusals first; of twins, the first.
 
     Example:
         >>> [str(p) for p in non_dominated(points)]
@@ -58,7 +66,7 @@ def non_dominated(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
     """
     kept: list[FrontierPoint] = []
     for point in sorted(points, key=_order):  # stable, so the first of twins stays first
-        if not kept or point.divergence < kept[-1].divergence:
+        if not kept or point.drift < kept[-1].drift:
             kept.append(point)
     return kept
 
@@ -69,7 +77,8 @@ def choose(
     """The point to take, and why.
 
     With `max_divergence`: the fewest refusals within it. Else with `max_refusal_rate`: the least divergence
-    within it. Where no point is within the limit, the one that comes closest. With neither: the knee.
+    within it. Where no point is within the limit, the one that comes closest. With neither: the knee. Divergence on
+    prompts that are kept is added to that on baseline prompts (`FrontierPoint.drift`).
 
     Raises:
         AbliterateError: when there are no points.
@@ -78,7 +87,7 @@ def choose(
     if not front:
         raise AbliterateError("the search left no edit to choose from; give it more steps or trials")
     if max_divergence is not None:
-        within = [p for p in front if p.divergence <= max_divergence]
+        within = [p for p in front if p.drift <= max_divergence]
         if not within:
             return front[-1], f"{front[-1]}, the least divergence; none is within {max_divergence:g}"
         return within[0], f"{within[0]}, the fewest refusals within a divergence of {max_divergence:g}"
@@ -101,15 +110,15 @@ def knee(front: Sequence[FrontierPoint]) -> FrontierPoint:
     """
     most, least = front[-1], front[0]
     refusals = (most.refused.rate - least.refused.rate) or 1.0
-    divergence = (least.divergence - most.divergence) or 1.0
+    drift = (least.drift - most.drift) or 1.0
 
     def below(point: FrontierPoint) -> float:
         x = (point.refused.rate - least.refused.rate) / refusals
-        y = (point.divergence - most.divergence) / divergence
+        y = (point.drift - most.drift) / drift
         return round(1 - x - y, 9)
 
     return max(front, key=below)  # the first among equals
 
 
 def _order(point: FrontierPoint) -> tuple[float, float]:
-    return point.refused.rate, point.divergence
+    return point.refused.rate, point.drift

@@ -115,11 +115,12 @@ def tpe(
         refusals, divergence: the two numbers of a frontier's point.
         settings: trials, seed, study.
         objectives: what is minimised; by default the two above. Where they are not among these, they are
-            measured on the trials that no other dominates.
+            measured on the trials that no other dominates. A further divergence among these is of prompts that are
+            kept, and counts for the frontier as the one above does.
         progress, say: where progress and the log go.
 
     Returns:
-        Points no other one dominates in refusals and divergence, fewest refusals first.
+        Points no other one dominates in refusals and divergence (`FrontierPoint.drift`), fewest refusals first.
 
     Raises:
         AbliterateError: when Optuna isn't installed, the study exists and `resume` is off, it can't be opened,
@@ -131,7 +132,7 @@ def tpe(
     with _quiet():
         made_for = {
             "objectives": [aim.name for aim in aims],
-            "work": _fingerprint(handle, refusals, divergence, settings),
+            "work": _fingerprint(handle, refusals, divergence, settings, _kept(aims, divergence)),
             "directions": _sketch(directions),
         }
         study = _open_study(settings, made_for)
@@ -252,8 +253,14 @@ def _frontier(
             "parameters": dict(trial.params),
             "objectives": {aim.name: score for aim, score in zip(aims, trial.values, strict=True)},
         }
-        points.append(FrontierPoint(edit, refusals.rate(refused), apart, note))
+        also = sum(scores[id(aim)] for aim in _kept(aims, divergence))
+        points.append(FrontierPoint(edit, refusals.rate(refused), apart, note, also=also))
     return non_dominated(points)
+
+
+def _kept(aims: Sequence[Objective], divergence: DivergenceFromOriginal) -> list[DivergenceFromOriginal]:
+    """The objectives that are divergences on other prompts than the baseline's."""
+    return [aim for aim in aims if isinstance(aim, DivergenceFromOriginal) and aim is not divergence]
 
 
 def _shape_of(trial: Any) -> Shape:
@@ -323,10 +330,14 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _fingerprint(handle: Handle, refusals: Refusals, divergence: DivergenceFromOriginal, settings: TpeSettings) -> str:
+def _fingerprint(
+    handle: Handle, refusals: Refusals, divergence: DivergenceFromOriginal, settings: TpeSettings,
+    kept: Sequence[DivergenceFromOriginal],
+) -> str:  # fmt: skip
     """Sha256 of what the trials of one study must share: model, prompts, layers."""
     shared = (handle.config_hash, refusals.prompts, divergence.reference.rows, settings.layers)
-    return hashlib.sha256(repr(shared).encode()).hexdigest()
+    others = tuple(aim.reference.rows for aim in kept)
+    return hashlib.sha256(repr(shared + others).encode()).hexdigest()
 
 
 def _sketch(directions: Directions) -> list[float]:
