@@ -65,7 +65,7 @@ def in_child(what: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", help="folder or Hub id; the demo model")
-    parser.add_argument("--method", default="sweep", help="of the search (sweep)")
+    parser.add_argument("--method", default="fit", help="of the search (fit)")
     parser.add_argument("--train", type=int, default=256, help="training prompts a side (256)")
     parser.add_argument("--test", type=int, default=100, help="test prompts a side (100)")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer (64)")

@@ -83,12 +83,12 @@ def test_prompts_and_tokens_cost_what_they_are():
 
 
 def test_each_stage_counts_its_own_prompts():
-    costs = replace(COSTS, per_token=1.0, collect=0.5, divergence=2.0, load=7.0, bake=3.0, save=5.0)
+    costs = replace(COSTS, per_token=1.0, collect=0.5, divergence=2.0, reference=3.0, load=7.0, bake=3.0, save=5.0)
     found = predicted(costs, COUNTS, settings(measure={"max_new_tokens": 60}), False, 0.0).stages
     assert found["load"] == 7 and found["edit"] == 3 and found["save"] == 5
     assert found["filter"] == (100 + 20) * (4 + 8)
     assert found["collect"] == 200 * 0.5
-    assert found["measure original"] == 40 * 4 + 40 * 60 + 40 * 2
+    assert found["measure original"] == 40 * 4 + 40 * 60 + 40 * 3
     assert found["measure edited"] == 40 * 8 + 40 * 60 + 40 * 2
 
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 from abliterate.activations import collect
-from abliterate.batches import Prefix, inputs
+from abliterate.directions import difference_of_means
 from abliterate.edit import Edit
 from abliterate.errors import AbliterateError
 from abliterate.measure.decode import BATCH, CHECK_EVERY, REFILL, Answer, decode
@@ -53,6 +53,7 @@ from abliterate.writers import check_proof, find_writers
 
 PROBE_TOKENS = 48
 PROBE_PROMPTS = 32  # a side
+SHORTER = 0.6  # cost of a reference along the fit's 8 answer tokens, by that along the measurement's 24
 SPLITS = ("train", "validation", "test")
 GIB = 2**30
 
@@ -84,7 +85,7 @@ class Costs:
         step: seconds of a decoding step by its rows.
         per_token: seconds of all but forward passes, per decoded token.
         collect, first_token, first_token_edited, divergence: seconds per prompt.
-    gradient: seconds per sequence of a step of gradients, forward and back.
+        gradient: seconds per sequence of a step of gradients, forward and back.
         load, prove: seconds.
         bake, save: seconds.
         refusing: tokens of answers to target prompts; those not ended within the probe are infinite.
@@ -98,6 +99,8 @@ class Costs:
         tied_bytes: bytes that untying the head adds; 0 when it isn't tied.
         peak_bytes: the probe's peak of memory.
         probe_rows: rows of keys and values in the probe.
+        layers, has_mid: of the model; whether blocks have a site between attention and MLP.
+        reference: seconds per prompt to keep the original's distributions, which `divergence` then compares with.
     """
 
     prefill: Line
@@ -126,6 +129,7 @@ class Costs:
     probe_rows: int
     layers: int
     has_mid: bool = True
+    reference: float = 0.0
 
     def decoding(self, lengths: Sequence[float], prompts: int, limit: int, batch_size: int) -> float:
         """Seconds to decode answers of these lengths (repeated as needed) to so many prompts, slot by slot."""
@@ -189,8 +193,8 @@ def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
     sizes = FitSettings(steps=settings.search.steps)
     points = len(sizes.weights)
     sequences = sizes.target_batch + sizes.baseline_batch
-    # after the first point come steps on the refusals that are left, then those to every further point
-    steps = sizes.steps + points * sizes.steps_between
+    # after the first point come steps on the refusals that are left, if any are, then those to every further point
+    steps = sizes.steps + (points - 0.5) * sizes.steps_between
     kept = min(sizes.baseline_prompts, counts.baseline["train"])
     judging = costs.decoding(
         costs.settling, min(sizes.validation_prompts, counts.target["validation"]), sizes.decode_tokens, BATCH
@@ -202,7 +206,7 @@ def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
         costs.settling, min(sizes.validation_prompts, counts.target["train"]), REFUSAL_TOKENS, BATCH
     )
     return (
-        costs.divergence * (kept + counts.baseline["validation"])
+        costs.reference * (kept * SHORTER + counts.baseline["validation"])
         + costs.collect * (counts.target["train"] + kept)  # what enters the first edited block, kept for every row
         + costs.gradient * sequences * (steps + (STARTS + 1) / 3)  # choosing the start needs no way back
         + looking
@@ -356,16 +360,16 @@ def predicted(
     stages["search"] = SEARCH_COSTS[settings.search.method](costs, kept, settings)
     # the report reads the validation prompts' activations before and after the edit
     stages["report data"] = 2 * costs.collect * (kept.target["validation"] + kept.baseline["validation"])
-    divergence = costs.divergence * kept.baseline["test"]
+    compared = kept.baseline["test"]
     count, others = prompts.target["test"], prompts.baseline["test"]
 
-    def measuring(target: Sequence[float]) -> float:
+    def measuring(target: Sequence[float], comparing: float) -> float:
         both = _mixed(_repeated(target, count), _repeated(costs.answering, others))
-        return costs.decoding(both, len(both), limit, batch) + divergence
+        return costs.decoding(both, len(both), limit, batch) + comparing * compared
 
-    stages["measure original"] = measuring(costs.refusing)
+    stages["measure original"] = measuring(costs.refusing, costs.reference)
     stages["edit"] = costs.bake if in_place else 0.0
-    stages["measure edited"] = measuring(costs.settling)
+    stages["measure edited"] = measuring(costs.settling, costs.divergence)
     stages["save"] = costs.save + (0.0 if in_place else costs.load + costs.bake)
     written = costs.weight_bytes + costs.tied_bytes
     return Plan(
@@ -447,17 +451,21 @@ def probe(handle: Handle, sides: Sides, judge: Judge, settings: RunSettings, loa
     plain, _ = _timed(handle, lambda: first_token(handle, ids))
     with edit.attached(handle):
         edited, _ = _timed(handle, lambda: first_token(handle, ids))
-    collecting, _ = _timed(
+    collecting, activations = _timed(
         handle, lambda: collect(handle, target, baseline, positions=settings.collect.positions,
                                 batch_size=settings.collect.batch_size)
     )  # fmt: skip
+    making = 0.0
     answered = [(row, a) for row, a in zip(handle.prompt_ids(few), replies, strict=False) if a.ids]
     comparing = 0.0
     if answered:
         rows, their = [row for row, _ in answered], [a for _, a in answered]
         making, reference = _timed(handle, lambda: make_reference(handle, rows, their))
         comparing, _ = _timed(handle, lambda: compare(handle, reference))
-        comparing = (making + comparing) / 2 / len(answered)
+        making, comparing = making / len(answered), comparing / len(answered)
+    gradient = 0.0
+    if settings.search.method == "fit":
+        gradient = _gradient(handle, ids, _first_edited(handle, activations, settings))
     size = sum(p.numel() * p.element_size() for p in handle.model.parameters())
     tied = handle.embedding.weight.numel() * handle.embedding.weight.element_size() if handle.tied else 0  # type: ignore
     steps = [p for p in passes if p.width == 1]
@@ -472,7 +480,8 @@ def probe(handle: Handle, sides: Sides, judge: Judge, settings: RunSettings, loa
         first_token=plain / len(ids),
         first_token_edited=edited / len(ids),
         divergence=comparing,
-        gradient=_gradient(handle, ids) if settings.search.method == "fit" else 0.0,
+        reference=making,
+        gradient=gradient,
         load=load,
         prove=prove,
         bake=_baking(handle, edit),
@@ -578,9 +587,22 @@ def _timed(handle: Handle, work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _gradient(handle: Handle, ids: Sequence[Sequence[int]], sequences: int = 24, answer_tokens: int = 8) -> float:
-    """Seconds per sequence of a forward pass and the way back to the first block, the weights frozen."""
-    rows = [[*row, *row[:answer_tokens]] for row in islice(cycle(ids), sequences)]
+def _first_edited(handle: Handle, activations: Any, settings: RunSettings) -> int:
+    """The first block that a fit would edit, as far as the probe's few prompts tell."""
+    from abliterate.search.fit import blocks_to_edit
+
+    if settings.search.layers:
+        return layer_range(settings.search.layers)[0]
+    return blocks_to_edit(difference_of_means(activations), handle.layers)[0]
+
+
+def _gradient(
+    handle: Handle, ids: Sequence[Sequence[int]], first_block: int = 0, sequences: int = 24, answer_tokens: int = 8
+) -> float:
+    """Seconds per sequence of a fit's step: packed as the fit packs them, the way back to the first edited block."""
+    from abliterate.search.packed import Packer, Row
+
+    rows = [Row([*row, *row[:answer_tokens]], min(answer_tokens, len(row))) for row in islice(cycle(ids), sequences)]
     scale = torch.ones((), requires_grad=True, dtype=handle.dtype, device=handle.device)
 
     def scaled(_module: Any, _args: Any, out: Any) -> Any:
@@ -588,15 +610,15 @@ def _gradient(handle: Handle, ids: Sequence[Sequence[int]], sequences: int = 24,
 
     def step() -> None:
         with torch.enable_grad():
-            logits, _ = handle.last_logits(answer_tokens, **{**batched, "use_cache": False})
-            logits.float().log_softmax(-1)[..., 0].mean().backward()
+            torch.cat(packer.logprobs(range(len(rows))))[..., 0].mean().backward()
 
     frozen = [p for p in handle.model.parameters() if p.requires_grad]
-    hook = handle.blocks[0].register_forward_hook(scaled)
+    hook = handle.blocks[first_block].register_forward_hook(scaled)
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        batched = inputs(handle, rows, Prefix(0))
+        packer = Packer(handle, rows, first_block)
+        step()  # what is done but once
         return _timed(handle, step)[0] / sequences
     finally:
         hook.remove()
