@@ -317,6 +317,15 @@ def test_a_part_of_a_split_file_is_named(tmp_path: Path) -> None:
         open_gguf(tmp_path / "m-00001-of-00003.gguf")
 
 
+def test_a_lying_number_of_blocks_is_no_reason_to_fill_the_memory(tmp_path: Path, whole: bytes) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(whole)
+    place = open_gguf(model).places["llama.block_count"]
+    model.write_bytes(whole[:place] + (2**32 - 1).to_bytes(4, "little") + whole[place + 4 :])
+    with pytest.raises(ModelError, match="4,294,967,295 blocks, but holds"):
+        apply_gguf(recipe_of(names()), str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.lists(st.tuples(st.integers(0, 2600), st.binary(min_size=1, max_size=9)), max_size=4),
