@@ -14,7 +14,7 @@ demo: install
 	$(BIN)/abliterate demo --out demo-out --overwrite
 
 test: install-dev lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,21 @@ import pytest
 import torch
 
 
+LONGEST = (
+    "test_second_model",
+    "test_second_guard",
+    "test_heal_demo",
+    "test_demo_model",
+    "test_induce",
+    "test_notebook",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take minutes first, so that two processes (`make test`) come to their end together."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder with a tiny tied Llama in float32, its tokenizer and its generation config; read only."""

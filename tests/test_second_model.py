@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 
 from guards import TEST_PROMPTS, Contest, check_bars, contest, guarded_gemma
-from long import LONG
 
-pytestmark = [
-    pytest.mark.slow,
-    LONG,
-    pytest.mark.timeout(10800),
-]  # the guard is trained first where it isn't in the cache
+# the guard is trained first where it isn't in the cache
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(10800)]
 
 
 @pytest.fixture(scope="module")
