@@ -14,15 +14,9 @@ import socket
 import pytest
 import torch
 
-
 LONGEST = (
-    "test_second_model",
-    "test_second_guard",
-    "test_heal_demo",
-    "test_demo_model",
-    "test_induce",
-    "test_notebook",
-)
+    "test_second_model", "test_second_guard", "test_heal_demo", "test_demo_model", "test_induce", "test_notebook",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
