@@ -101,6 +101,7 @@ class Costs:
         probe_rows: rows of keys and values in the probe.
         layers, has_mid: of the model; whether blocks have a site between attention and MLP.
         reference: seconds per prompt to keep the original's distributions, which `divergence` then compares with.
+        longest: tokens of the longest prompt, the shared prefix among them.
     """
 
     prefill: Line
@@ -130,6 +131,7 @@ class Costs:
     layers: int
     has_mid: bool = True
     reference: float = 0.0
+    longest: int = 0
 
     def decoding(self, lengths: Sequence[float], prompts: int, limit: int, batch_size: int) -> float:
         """Seconds to decode answers of these lengths (repeated as needed) to so many prompts, slot by slot."""
@@ -409,8 +411,11 @@ def _memory(costs: Costs, kept: Counts, settings: RunSettings, in_place: bool) -
     rows = rows_at_once(
         costs.kv_bytes, length, min(settings.measure.batch_size, kept.target["test"] + kept.baseline["test"])
     )
-    longer = max(0, settings.measure.max_new_tokens - PROBE_TOKENS)
-    slots = costs.kv_bytes * (max(0, rows - costs.probe_rows) * (costs.prompt_tokens + PROBE_TOKENS) + rows * longer)
+    # every slot is as long as the longest prompt and answer; prompts have a cache of their own until they are in it
+    limit = settings.measure.max_new_tokens
+    ran = costs.probe_rows * (costs.longest + min(PROBE_TOKENS, limit))
+    prefilled = max(0, rows - costs.probe_rows) * min(costs.longest, length)
+    slots = costs.kv_bytes * (max(0, rows * (costs.longest + limit) - ran) + prefilled)
     # first-token distributions in float32: the original's of both sides, an edit's of both, and their difference
     scored = min(SweepSettings().score_prompts, kept.target["validation"])
     logits = 3 * 2 * scored * costs.vocabulary * 4
@@ -481,6 +486,7 @@ def probe(handle: Handle, sides: Sides, judge: Judge, settings: RunSettings, loa
         first_token_edited=edited / len(ids),
         divergence=comparing,
         reference=making,
+        longest=max(map(len, ids)),
         gradient=gradient,
         load=load,
         prove=prove,
