@@ -19,10 +19,6 @@ pytestmark = pytest.mark.slow
 
 ARTICLES = Place(5, "pre", -1)  # what `abliterate run demo --method article` picks
 TEST_PROMPTS = 100
-SHORT = [
-    "--teaching-prompts", "256", "--answer-tokens", "48", "--validation-prompts", "24", "--max-steps", "48",
-    "--evaluate-every", "24",
-]  # fmt: skip
 PAIRS, PAIR_TOKENS = 80, 40
 
 
@@ -45,7 +41,7 @@ def healed(edited, tmp_path_factory):
     out = tmp_path_factory.mktemp("healed") / "out"
     done = succeeds(
         "heal", edited, "--original", demo_model(), "--preset", "self", "--out", out, *PROMPTS,
-        "--test-prompts", TEST_PROMPTS, "--max-new-tokens", "64", *SHORT, "--json", "--quiet",
+        "--test-prompts", TEST_PROMPTS, "--max-new-tokens", "64", "--json", "--quiet",
     )  # fmt: skip
     return out / "model", done
 
