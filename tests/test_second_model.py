@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from guards import TEST_PROMPTS, Contest, check_bars, contest, guarded_gemma
+from long import LONG
 
 # the guard is trained first where it isn't in the cache
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(10800)]
+pytestmark = [pytest.mark.slow, LONG, pytest.mark.timeout(10800)]
 
 
 @pytest.fixture(scope="module")
