@@ -121,7 +121,7 @@ def heal(
     answer_tokens: Annotated[
         int | None, _option("Tokens of each of the original's answers. [default: 48]", SELF_PANEL)
     ] = None,
-    hold: Annotated[float | None, _option("Weight of keeping refusals away. [default: 0.1]", SELF_PANEL)] = None,
+    hold: Annotated[float | None, _option("Weight of keeping refusals away. [default: 0.2]", SELF_PANEL)] = None,
     hold_batch: Annotated[int | None, _option("Refused prompts in a step. [default: 8]", SELF_PANEL)] = None,
     evaluate_every: Annotated[
         int | None, _option("Steps between looks at validation prompts. [default: 20]", SELF_PANEL)

@@ -38,7 +38,7 @@ class SelfSettings(Stage):
 
     teaching_prompts: int = Field(512, ge=8)
     answer_tokens: int = Field(48, ge=1)
-    hold: float = Field(0.1, ge=0.0)
+    hold: float = Field(0.2, ge=0.0)
     hold_batch: int = Field(8, ge=1)
     evaluate_every: int = Field(20, ge=1)
     patience: int = Field(3, ge=1)
