@@ -62,14 +62,13 @@ class Evaluator:
 
     def original(self) -> dict[str, Any]:
         """The original's own evaluation."""
-        from abliterate.measure.divergence import make_reference
+        from abliterate.measure import reference_of
 
         handle = self._load(self.model)
         own = self._measured(handle)
-        answered = [i for i, refused in enumerate(own.refused_baseline) if not refused and own.baseline_answers[i].ids]
-        ids = handle.prompt_ids([self.baseline[i] for i in answered])
         handle.model.float()
-        self._reference = make_reference(handle, ids, [own.baseline_answers[i] for i in answered])
+        self._reference = reference_of(handle, self.baseline, own.baseline_answers, own.refused_baseline)
+        assert self._reference is not None
         self._own = replace(own, reference=None)  # nothing to compare with in bfloat16
         return _document(handle, own, None, self._reference.loss)
 

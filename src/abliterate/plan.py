@@ -407,12 +407,12 @@ def _filtered(costs: Costs, prompts: Counts, filtering: bool) -> Counts:
 
 def _memory(costs: Costs, kept: Counts, settings: RunSettings, in_place: bool) -> int:
     """Peak bytes: the probe's, and what a run has more of."""
-    length = costs.prompt_tokens + settings.measure.max_new_tokens
+    limit = settings.measure.max_new_tokens
+    length = costs.prompt_tokens + limit
     rows = rows_at_once(
         costs.kv_bytes, length, min(settings.measure.batch_size, kept.target["test"] + kept.baseline["test"])
     )
     # every slot is as long as the longest prompt and answer; prompts have a cache of their own until they are in it
-    limit = settings.measure.max_new_tokens
     ran = costs.probe_rows * (costs.longest + min(PROBE_TOKENS, limit))
     prefilled = max(0, rows - costs.probe_rows) * min(costs.longest, length)
     slots = costs.kv_bytes * (max(0, rows * (costs.longest + limit) - ran) + prefilled)

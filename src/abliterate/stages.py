@@ -120,9 +120,8 @@ def measured(
         sides.baseline.test.texts,
         original=original,
         judge=judge,
-        max_new_tokens=settings.measure.max_new_tokens,
-        batch_size=settings.measure.batch_size,
         progress=progress,
+        **decoding(settings),
     )
 
 

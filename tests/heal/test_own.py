@@ -66,7 +66,7 @@ def taught(folders):
     handle = load(folders[0], dtype="float32")
     teacher = own.make_teacher(handle, sides, LexicalJudge(), answer_tokens=8)
     ids = handle.prompt_ids(sides.target.train.texts[:2])
-    teacher.refused, teacher.refusals = ids, [own.whole(a)[:4] for a in decode(handle, ids, max_new_tokens=4)]
+    teacher.refused, teacher.refusals = ids, [a.whole[:4] for a in decode(handle, ids, max_new_tokens=4)]
     return sides, teacher
 
 

@@ -146,7 +146,7 @@ def make_teacher(
     target = list(sides.target.train.texts)
     tick = reporter.progress("the original's refusals", len(target))
     answers, verdicts = judged(handle, target, judge, max_new_tokens=VERDICT_TOKENS, tick=tick)
-    refused = [(p, a) for p, a, r in zip(target, answers, verdicts, strict=True) if r and whole(a)] + over_refused
+    refused = [(p, a) for p, a, r in zip(target, answers, verdicts, strict=True) if r and a.whole] + over_refused
     reporter.say(
         f"the original answers {len(answered)} of {len(baseline)} training baseline prompts, which it teaches, and "
         f"refuses {sum(verdicts)} of {len(target)} training target prompts, which it must not"
@@ -156,15 +156,10 @@ def make_teacher(
         _reference(handle, answered, answer_tokens, tick),
         _reference(handle, validation, VALIDATION_TOKENS, tick),
         handle.prompt_ids([p for p, _ in refused]) if refused else [],
-        [whole(a)[:OPENING_TOKENS] for _, a in refused],
+        [a.whole[:OPENING_TOKENS] for _, a in refused],
         len(baseline),
         handle.prompt_ids(baseline[:1])[0],
     )
-
-
-def whole(answer: Answer) -> list[int]:
-    """An answer's tokens with its end token."""
-    return [*answer.ids, *([answer.end] if answer.end is not None else [])]
 
 
 Said = list[tuple[str, Answer]]
@@ -176,7 +171,7 @@ def _asked(
     """(prompt, answer) where it answers, and where it refuses."""
     tick = reporter.progress(stage, len(prompts))
     answers, refused = judged(handle, prompts, judge, max_new_tokens=tokens, stop_on=(True,), tick=tick)
-    said = [(p, a, r) for p, a, r in zip(prompts, answers, refused, strict=True) if whole(a)]
+    said = [(p, a, r) for p, a, r in zip(prompts, answers, refused, strict=True) if a.whole]
     return [(p, a) for p, a, r in said if not r], [(p, a) for p, a, r in said if r]
 
 
@@ -662,7 +657,7 @@ class _Lesson:
         answers, refused = judged(
             self.handle, prompts, self.judge, max_new_tokens=VERDICT_TOKENS, stop_on=(False, True)
         )
-        left = [(p, a) for p, a, r in zip(prompts, answers, refused, strict=True) if r and whole(a)]
+        left = [(p, a) for p, a, r in zip(prompts, answers, refused, strict=True) if r and a.whole]
         return Rate(sum(refused), len(refused)), left
 
     def _look_for_other_refusals(self) -> None:
@@ -672,7 +667,7 @@ class _Lesson:
         prefix = self.packer.prefix
         prompts, openings = [], []
         for ids, (_, answer) in zip(self.handle.prompt_ids([p for p, _ in left]), left, strict=True):
-            opening = whole(answer)[:OPENING_TOKENS]
+            opening = answer.whole[:OPENING_TOKENS]
             if (tuple(ids), tuple(opening)) not in known and ids[: len(prefix)] == prefix:
                 prompts.append(ids)
                 openings.append(opening)

@@ -110,7 +110,7 @@ def measure(
     )
     target_answers, refused_target = answers[:count], refused[:count]
     baseline_answers, refused_baseline = (answers, refused) if one else (answers[count:], refused[count:])
-    reference = original.reference if original else _reference(handle, baseline, baseline_answers, refused_baseline)
+    reference = original.reference if original else reference_of(handle, baseline, baseline_answers, refused_baseline)
     divergence = None
     loss = reference.loss if reference else 0.0
     if original is not None and reference is not None:
@@ -176,7 +176,7 @@ def judged(
     return answers, judge.judge(prompts, [a.text for a in answers])
 
 
-def _reference(
+def reference_of(
     handle: Handle, baseline: Sequence[str], answers: Sequence[Answer], refused: Sequence[bool]
 ) -> Reference | None:
     """The original's distributions on the baseline prompts it answers: undoing an over-refusal is not damage."""

@@ -41,6 +41,11 @@ class Answer:
     stopped: bool
     end: int | None = None
 
+    @property
+    def whole(self) -> list[int]:
+        """Its token ids with the end token it ended with."""
+        return [*self.ids, *([self.end] if self.end is not None else [])]
+
 
 @torch.inference_mode()
 def decode(

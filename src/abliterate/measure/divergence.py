@@ -77,9 +77,7 @@ def make_reference(
     """
     rows, wanted = [], []
     for prompt, answer in zip(ids, answers, strict=True):
-        tokens = list(answer.ids[:answer_tokens])
-        if answer.end is not None and len(tokens) < answer_tokens:
-            tokens.append(answer.end)
+        tokens = answer.whole[:answer_tokens]
         rows.append([*prompt, *tokens[:-1]])
         wanted.append(tokens)
     kept: list[Tensor | None] = [None] * len(rows)

@@ -247,8 +247,8 @@ class _Job:
         self.group = [w.layer - self.blocks[0] for w in self.writers if w.layer is not None]
         self.refusing = Refusing(
             handle.prompt_ids([*train.target, *train.over_refused]),
-            [_whole(a) for a in (*train.refusals, *train.over_refusals)],
-            [_whole(a) for a in train.answers],
+            [a.whole for a in (*train.refusals, *train.over_refusals)],
+            [a.whole for a in train.answers],
         )
         self.known = len(self.refusing.rows)  # rows after these are refusals in other words
         count = settings.baseline_prompts
@@ -423,12 +423,12 @@ class _Job:
             answers, refused = judged(
                 self.handle, prompts, self.judge, max_new_tokens=REFUSAL_TOKENS, stop_on=(False, True)
             )
-        left = [(p, a) for p, a, r in zip(prompts, answers, refused, strict=True) if r and _whole(a)]
+        left = [(p, a) for p, a, r in zip(prompts, answers, refused, strict=True) if r and a.whole]
         self.state.looked = True
         if not left:
             return 0
         say(f"{len(left)} of {len(prompts)} training prompts are still refused; these refusals are lowered too")
-        ids, openings = self.handle.prompt_ids([p for p, _ in left]), [_whole(a) for _, a in left]
+        ids, openings = self.handle.prompt_ids([p for p, _ in left]), [a.whole for _, a in left]
         self._take_in(ids, openings)
         self.state.prompts, self.state.openings = ids, [o[:REFUSAL_TOKENS] for o in openings]
         if len(left) <= NEW_START * len(prompts):
@@ -499,12 +499,7 @@ def _draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:
     return picked
 
 
-def _whole(answer: Answer) -> list[int]:
-    """An answer's tokens with its end token."""
-    return [*answer.ids, *([answer.end] if answer.end is not None else [])]
-
-
 def _reference(handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], tokens: int) -> Reference:
-    kept = [i for i, a in enumerate(answers) if _whole(a)]
+    kept = [i for i, a in enumerate(answers) if a.whole]
     ids = handle.prompt_ids([prompts[i] for i in kept])
     return make_reference(handle, ids, [answers[i] for i in kept], answer_tokens=tokens)

@@ -247,14 +247,9 @@ def difference_along_answers(
     means = []
     for prompts, answers in ((examples.target, examples.refusals), (examples.baseline, examples.answers)):
         ids = handle.prompt_ids(prompts)
-        pairs = [(row, whole(answer)[:tokens]) for row, answer in zip(ids, answers, strict=True) if whole(answer)]
+        pairs = [(row, answer.whole[:tokens]) for row, answer in zip(ids, answers, strict=True) if answer.whole]
         means.append(_mean_along(handle, pairs, batch_size))
     return (means[0] - means[1]).float()
-
-
-def whole(answer: Answer) -> list[int]:
-    """An answer's tokens with its end token."""
-    return [*answer.ids, *([answer.end] if answer.end is not None else [])]
 
 
 def counted(handle: Handle, candidate: Induced, prompts: Sequence[str], judge: Judge, tokens: int) -> Induced:
@@ -288,14 +283,14 @@ class _Scorer:
         self.handle = handle
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.wanted: list[Tensor] = []
-        rows = self._rows(train.baseline[: settings.scored], [whole(a)[:REFUSAL_TOKENS] for a in train.refusals])
+        rows = self._rows(train.baseline[: settings.scored], [a.whole[:REFUSAL_TOKENS] for a in train.refusals])
         self.packer = Packer(handle, rows, first_block=min(layers))
         self.scored = list(range(len(rows)))
         self.turning: list[int] = []
 
     def take_in(self, prompts: Sequence[str], refusals: Sequence[Answer]) -> None:
         """Whole refusals behind these prompts, for the turning."""
-        self.turning = self.packer.add(self._rows(prompts, [whole(a)[:WHOLE_TOKENS] for a in refusals]))
+        self.turning = self.packer.add(self._rows(prompts, [a.whole[:WHOLE_TOKENS] for a in refusals]))
 
     def _rows(self, prompts: Sequence[str], refusals: Sequence[list[int]]) -> list[Row]:
         """Each prompt with a refusal drawn for it."""
