@@ -72,8 +72,8 @@ def build(folder: Path) -> None:
     """Write the checkpoint, random and finite, and a recipe for it (in a child: the parent must stay small)."""
     import torch
 
-    from abliterate.edit import Edit
-    from abliterate.recipe import recipe_for, save_recipe
+    from abliterate.edit.edit import Edit
+    from abliterate.edit.recipe import recipe_for, save_recipe
 
     model = folder / "model"
     model.mkdir(parents=True)
@@ -116,7 +116,7 @@ def check(folder: Path) -> None:
     import torch
     from safetensors import safe_open
 
-    from abliterate.recipe import load_recipe
+    from abliterate.edit.recipe import load_recipe
 
     recipe = load_recipe(folder / "recipe.safetensors")
     r = recipe.edit.directions[0]

@@ -88,7 +88,7 @@ def hooked_transformer(handle: Any) -> Any:
 
 def prompts(count: int) -> tuple[list[str], list[str]]:
     """As many bundled target and baseline prompts: those of train, topped up from validation."""
-    from abliterate.prompts import load_sides
+    from abliterate.prompts.sets import load_sides
 
     sides = load_sides("bundled", "bundled")
     target, baseline = ([*s.train.texts, *s.validation.texts][:count] for s in (sides.target, sides.baseline))

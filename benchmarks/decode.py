@@ -29,7 +29,7 @@ SIDES = ("target", "baseline")
 
 def prompts(count: int) -> dict[str, list[str]]:
     """As many bundled test prompts of each side."""
-    from abliterate.prompts import load_sides
+    from abliterate.prompts.sets import load_sides
 
     sides = load_sides("bundled", "bundled", limit_test=count)
     return {"target": list(sides.target.test.texts), "baseline": list(sides.baseline.test.texts)}

@@ -326,7 +326,7 @@ def saved(folder: Path) -> Path:
 
 def verdict_stage(job: Job, judged: dict[str, Any]) -> dict[str, Any]:
     """Hold the bars against what was judged; write the results."""
-    from abliterate.files import whole_file
+    from abliterate.common.files import whole_file
 
     times = heretic_times(job)
     rows, bars = frontier_verdict.verdict(judged["original"], judged["heretic"], judged["ours"], times)
@@ -422,7 +422,7 @@ def versions(job: Job) -> dict[str, str]:
 
 
 def options_from(arguments: list[str] | None) -> argparse.Namespace:
-    from abliterate.demo import cache
+    from abliterate.models.demo import cache
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", help="folder or Hub id (the demo model)")
@@ -459,7 +459,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; run the same command to go on"))
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is imported
     if options.model is None:
-        from abliterate.demo import demo_model
+        from abliterate.models.demo import demo_model
 
         options.model = demo_model()
     job = Job(options)

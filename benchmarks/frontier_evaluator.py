@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abliterate.measure import Measurement
     from abliterate.measure.divergence import Divergence, Reference
-    from abliterate.model import Handle
+    from abliterate.models.handle import Handle
 
 HERE = Path(__file__).parent
 TEXT = HERE / "held_out.txt"
@@ -78,7 +78,7 @@ class Evaluator:
 
     def recipe(self, file: Path) -> dict[str, Any]:
         """The evaluation of the original with a recipe baked into its weights, in their own dtype."""
-        from abliterate.recipe import load_recipe
+        from abliterate.edit.recipe import load_recipe
 
         handle = self._load(self.model)
         load_recipe(file).edit.bake(handle)
@@ -96,7 +96,7 @@ class Evaluator:
         return _document(handle, own, divergence, divergence.loss)
 
     def _load(self, source: str) -> Handle:
-        from abliterate.loading import load
+        from abliterate.models.loading import load
 
         return load(source, dtype="bfloat16", system_prompt=self.system_prompt)
 
@@ -122,7 +122,7 @@ def fingerprint(path: str | Path) -> str:
 
 def cached(file: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returns, from `file` when it was made with the same settings before."""
-    from abliterate.files import whole_file
+    from abliterate.common.files import whole_file
 
     if file.is_file():
         known: dict[str, Any] = json.loads(file.read_text())
@@ -201,7 +201,7 @@ def _logprob(handle: Handle, rows: Sequence[Sequence[int]], lengths: Sequence[in
     """Summed log-probability of the last `lengths` tokens of each row."""
     import torch
 
-    from abliterate.batches import Prefix, inputs
+    from abliterate.models.batches import Prefix, inputs
 
     with torch.inference_mode():
         keep = max(lengths)

@@ -21,7 +21,7 @@ class Held:
 
 def held_out(most: int | None) -> Held:
     """Test prompts of both sides, at most so many of each; all are 200 and 250."""
-    from abliterate.prompts import load_sides
+    from abliterate.prompts.sets import load_sides
 
     sides = load_sides("bundled", "bundled", limit_test=most)
     return Held(sides.target.test.texts, sides.baseline.test.texts)
@@ -32,7 +32,7 @@ def write_heretic_prompts(folder: Path) -> dict[str, dict[str, str]]:
 
     Folders of JSON lines, not text files: some prompts hold more than one line.
     """
-    from abliterate.prompts import load_sides
+    from abliterate.prompts.sets import load_sides
 
     sides = load_sides("bundled", "bundled")
     sets = {

@@ -26,7 +26,7 @@ QUIET = 0.5
 
 
 def settings(arguments: argparse.Namespace) -> Any:
-    from abliterate.settings import RunSettings
+    from abliterate.settings.run import RunSettings
 
     prompts = {"target": "bundled", "baseline": "bundled", "train_prompts": arguments.train,
                "validation_prompts": 60, "test_prompts": arguments.test}  # fmt: skip
@@ -36,7 +36,7 @@ def settings(arguments: argparse.Namespace) -> Any:
 
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    from abliterate.plan import plan_run
+    from abliterate.run.plan import plan_run
 
     return plan_run(arguments.model, settings(arguments)).to_json()
 
@@ -44,7 +44,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import resource
 
-    from abliterate.pipeline import run as run_pipeline
+    from abliterate.run.pipeline import run as run_pipeline
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
@@ -80,7 +80,7 @@ def main() -> None:
         print(json.dumps({"plan": plan, "run": run}[arguments.child](arguments)))
         return
     if arguments.model is None:
-        from abliterate.demo import demo_model
+        from abliterate.models.demo import demo_model
 
         arguments.model = str(demo_model())
     load_average = os.getloadavg()[0]

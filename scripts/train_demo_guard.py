@@ -43,20 +43,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from abliterate.activations import collect
-from abliterate.demo import GUARD, HUB_ID, plain_source
-from abliterate.directions import difference_of_means
-from abliterate.edit import Edit
-from abliterate.loading import load
+from abliterate.cards.card import public_name
+from abliterate.directions.activations import collect
+from abliterate.directions.means import difference_of_means
+from abliterate.edit.edit import Edit
 from abliterate.measure import judged
 from abliterate.measure.divergence import Reference, compare, make_reference
 from abliterate.measure.judges import LexicalJudge
 from abliterate.measure.refusal import is_refusal
-from abliterate.model import Handle, common_prefix
-from abliterate.prompts import load_prompts
-from abliterate.publish.card import public_name
-from abliterate.trace import is_linear
-from abliterate.writers import SITES, find_writers, watch_sites
+from abliterate.models.demo import GUARD, HUB_ID, plain_source
+from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.loading import load
+from abliterate.models.trace import is_linear
+from abliterate.models.writers import SITES, find_writers, watch_sites
+from abliterate.prompts.sets import load_prompts
 
 THREADS = 2  # sums are split by thread: another number gives another adapter
 ANSWER_TOKENS = 24

@@ -11,11 +11,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from abliterate.apply.forms import ApplyOptions
-from abliterate.apply.ggml_types import pack, unpack
-from abliterate.apply.gguf_file import open_gguf
-from abliterate.edit import Edit
-from abliterate.recipe import Recipe
-from abliterate.reporting import Silent
+from abliterate.apply.gguf.file import open_gguf
+from abliterate.apply.gguf.types import pack, unpack
+from abliterate.common.reporting import Silent
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import Recipe
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 2, 32, 64, 40
 OVERWRITE = ApplyOptions(overwrite=True)

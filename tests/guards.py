@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import abliterate as ab
-from abliterate.demo import GUARD, cache, plain_source
-from abliterate.directions import at, difference_of_means
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError
-from abliterate.files import whole_folder
-from abliterate.loading import load
+from abliterate.common.errors import AbliterateError
+from abliterate.common.files import whole_folder
+from abliterate.directions.means import at, difference_of_means
+from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement, measure
 from abliterate.measure.judges import LexicalJudge
-from abliterate.model import Handle
+from abliterate.models.demo import GUARD, cache, plain_source
+from abliterate.models.handle import Handle
+from abliterate.models.loading import load
+from abliterate.run.showing import showing
 from abliterate.search.article import article
-from abliterate.search.candidates import sweep
-from abliterate.showing import showing
+from abliterate.search.sweep import sweep
 from command import PROMPTS, succeeds
 from gemma import SHA256, gemma_gguf
 

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from abliterate.model import Handle
+from abliterate.models.handle import Handle
 
 VOCABULARY = 400
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -27,7 +27,7 @@ CHATML = (
 
 @cache
 def _trained() -> str:
-    from abliterate.prompts import load_prompts
+    from abliterate.prompts.sets import load_prompts
 
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.heal.settings import HealRunSettings
 from abliterate.heal.training import Job
+from abliterate.settings.heal import HealRunSettings
 
 
 @dataclass

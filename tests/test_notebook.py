@@ -106,7 +106,7 @@ KEYS = {
 
 def assert_no_target_answers(notebook) -> None:
     """No target prompt, and so no answer to one, is among what was printed."""
-    from abliterate.prompts import load_prompts
+    from abliterate.prompts.sets import load_prompts
 
     shown = "\n".join(printed(cell) for cell in notebook.cells if cell.cell_type == "code")
     assert not any(text in shown for text in load_prompts("bundled", role="target"))

@@ -21,71 +21,71 @@ __version__ = "0.1.0"
 
 # Where each public name lives: imported when first used, so that `--help` needs no torch.
 _PUBLIC = {
-    "AbliterateError": "errors",
-    "Activations": "activations",
-    "Directions": "directions",
-    "Edit": "edit",
+    "AbliterateError": "common.errors",
+    "Activations": "directions.activations",
+    "Directions": "directions.means",
+    "Edit": "edit.edit",
     "Examples": "search.fit",
     "FitSettings": "search.fit",
-    "Handle": "model",
+    "Handle": "models.handle",
     "Measurement": "measure",
-    "Recipe": "recipe",
-    "RunSettings": "settings",
-    "Shift": "edit",
-    "Writer": "writers",
-    "check_model": "recipe",
-    "collect": "activations",
-    "demo_model": "demo",
-    "difference_of_means": "directions",
-    "find_writers": "writers",
+    "Recipe": "edit.recipe",
+    "RunSettings": "settings.run",
+    "Shift": "edit.edit",
+    "Writer": "models.writers",
+    "check_model": "edit.recipe",
+    "collect": "directions.activations",
+    "demo_model": "models.demo",
+    "difference_of_means": "directions.means",
+    "find_writers": "models.writers",
     "fit": "search.fit",
     "is_refusal": "measure.refusal",
-    "load": "loading",
-    "load_activations": "activations_file",
-    "load_recipe": "recipe",
-    "load_sides": "prompts",
+    "load": "models.loading",
+    "load_activations": "directions.activations_file",
+    "load_recipe": "edit.recipe",
+    "load_sides": "prompts.sets",
     "measure": "measure",
-    "prove": "writers",
-    "recipe_for": "recipe",
-    "run": "pipeline",
-    "save_activations": "activations_file",
-    "save_recipe": "recipe",
-    "sweep": "search.candidates",
+    "prove": "models.writers",
+    "recipe_for": "edit.recipe",
+    "run": "run.pipeline",
+    "save_activations": "directions.activations_file",
+    "save_recipe": "edit.recipe",
+    "sweep": "search.sweep",
 }
 
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
-    from abliterate.activations import Activations as Activations
-    from abliterate.activations import collect as collect
-    from abliterate.activations_file import load_activations as load_activations
-    from abliterate.activations_file import save_activations as save_activations
-    from abliterate.demo import demo_model as demo_model
-    from abliterate.directions import Directions as Directions
-    from abliterate.directions import difference_of_means as difference_of_means
-    from abliterate.edit import Edit as Edit
-    from abliterate.edit import Shift as Shift
-    from abliterate.errors import AbliterateError as AbliterateError
-    from abliterate.loading import load as load
+    from abliterate.common.errors import AbliterateError as AbliterateError
+    from abliterate.directions.activations import Activations as Activations
+    from abliterate.directions.activations import collect as collect
+    from abliterate.directions.activations_file import load_activations as load_activations
+    from abliterate.directions.activations_file import save_activations as save_activations
+    from abliterate.directions.means import Directions as Directions
+    from abliterate.directions.means import difference_of_means as difference_of_means
+    from abliterate.edit.edit import Edit as Edit
+    from abliterate.edit.edit import Shift as Shift
+    from abliterate.edit.recipe import Recipe as Recipe
+    from abliterate.edit.recipe import check_model as check_model
+    from abliterate.edit.recipe import load_recipe as load_recipe
+    from abliterate.edit.recipe import recipe_for as recipe_for
+    from abliterate.edit.recipe import save_recipe as save_recipe
     from abliterate.measure import Measurement as Measurement
     from abliterate.measure import measure as measure
     from abliterate.measure.refusal import is_refusal as is_refusal
-    from abliterate.model import Handle as Handle
-    from abliterate.pipeline import run as run
-    from abliterate.prompts import load_sides as load_sides
-    from abliterate.recipe import Recipe as Recipe
-    from abliterate.recipe import check_model as check_model
-    from abliterate.recipe import load_recipe as load_recipe
-    from abliterate.recipe import recipe_for as recipe_for
-    from abliterate.recipe import save_recipe as save_recipe
-    from abliterate.search.candidates import sweep as sweep
+    from abliterate.models.demo import demo_model as demo_model
+    from abliterate.models.handle import Handle as Handle
+    from abliterate.models.loading import load as load
+    from abliterate.models.writers import Writer as Writer
+    from abliterate.models.writers import find_writers as find_writers
+    from abliterate.models.writers import prove as prove
+    from abliterate.prompts.sets import load_sides as load_sides
+    from abliterate.run.pipeline import run as run
     from abliterate.search.fit import Examples as Examples
     from abliterate.search.fit import FitSettings as FitSettings
     from abliterate.search.fit import fit as fit
-    from abliterate.settings import RunSettings as RunSettings
-    from abliterate.writers import Writer as Writer
-    from abliterate.writers import find_writers as find_writers
-    from abliterate.writers import prove as prove
+    from abliterate.search.sweep import sweep as sweep
+    from abliterate.settings.run import RunSettings as RunSettings
 
 
 def __getattr__(name: str) -> Any:

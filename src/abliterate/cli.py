@@ -10,7 +10,7 @@ import sys
 import typer
 
 from abliterate.commands.common import app
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 # In the order in which --help lists them.
 COMMANDS = (

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from abliterate.apply.forms import ApplyOptions, apply_recipe
-from abliterate.edit import Edit
-from abliterate.recipe import Recipe
-from abliterate.reporting import Silent
-from abliterate.stored import StoredGain, StoredTensor
+from abliterate.common.reporting import Silent
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import Recipe
+from abliterate.models.stored import StoredGain, StoredTensor
 
 D_MODEL = 16
 Shards = dict[str, dict[str, torch.Tensor]]

@@ -18,11 +18,11 @@ from abliterate.apply.adapter import apply_adapter, low_rank, merged, truncated
 from abliterate.apply.forms import ApplyOptions
 from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.weights import bake
-from abliterate.edit import Edit, Part, orthonormal
-from abliterate.errors import AbliterateError, OutputError, RecipeError, WriterError
-from abliterate.recipe import Recipe, recipe_for
-from abliterate.reporting import Silent
-from abliterate.writers import find_writers
+from abliterate.common.errors import AbliterateError, OutputError, RecipeError, WriterError
+from abliterate.common.reporting import Silent
+from abliterate.edit.edit import Edit, Part, orthonormal
+from abliterate.edit.recipe import Recipe, recipe_for
+from abliterate.models.writers import find_writers
 from models import FAMILIES, _sizes, handle_of, save_tiny, tiny, tiny_llama
 
 MIXTURES = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from abliterate.edit import Edit, orthonormal
-from abliterate.errors import WriterError
-from abliterate.writers import find_writers
+from abliterate.common.errors import WriterError
+from abliterate.edit.edit import Edit, orthonormal
+from abliterate.models.writers import find_writers
 from models import handle_of, tiny_llama
 
 IDS = torch.arange(3, 15)[None]

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.apply.biases import find_switch
 from abliterate.apply.shifts import bias_holder
-from abliterate.edit import Edit, Shift, normalised
-from abliterate.errors import NonFiniteError, WriterError
-from abliterate.model import Handle
-from abliterate.writers import find_writers, watch_sites
+from abliterate.common.errors import NonFiniteError, WriterError
+from abliterate.edit.edit import Edit, Shift, normalised
+from abliterate.models.handle import Handle
+from abliterate.models.writers import find_writers, watch_sites
 from models import FAMILIES, cast, handle_of, save_tiny, tiny, tiny_llama
 
 D, LAYERS = 32, 4

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate.apply.weights import untie
-from abliterate.edit import Edit, orthonormal
-from abliterate.errors import ModelError, NonFiniteError, WriterError
-from abliterate.writers import find_writers
+from abliterate.common.errors import ModelError, NonFiniteError, WriterError
+from abliterate.edit.edit import Edit, orthonormal
+from abliterate.models.writers import find_writers
 from models import FAMILIES, cast, handle_of, save_tiny, tiny_llama
 
 IDS = torch.tensor([[5, 17, 300, 42, 7, 99, 250, 8, 8, 31], [9, 1, 1, 377, 20, 4, 6, 8, 210, 30]])

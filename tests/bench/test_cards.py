@@ -13,7 +13,7 @@ from abliterate.bench.cards import model_index, write_cards, write_index
 from abliterate.bench.models import Contestant
 from abliterate.bench.run import BenchResult
 from abliterate.bench.table import Table
-from abliterate.publish.card import with_benchmark
+from abliterate.cards.card import with_benchmark
 
 ROWS: list[dict[str, Any]] = [
     {

@@ -15,10 +15,10 @@ from abliterate.apply.weights import bake
 from abliterate.bench import harness
 from abliterate.bench.models import Contestant, contestants, fingerprint
 from abliterate.bench.run import BenchOptions, bench
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError, ModelError, OutputError, RecipeError
-from abliterate.recipe import recipe_for, save_recipe
-from abliterate.settings import LoadSettings
+from abliterate.common.errors import AbliterateError, ModelError, OutputError, RecipeError
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import recipe_for, save_recipe
+from abliterate.settings.run import LoadSettings
 from models import handle_of, save_tiny, tiny_llama, tiny_tokenizer
 
 EDITED = ("model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.o_proj.weight")
@@ -29,7 +29,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, a recipe for the first, the first with it baked in, and an adapter that is the recipe."""
     from abliterate.apply.adapter import apply_adapter
     from abliterate.apply.forms import ApplyOptions
-    from abliterate.reporting import Silent
+    from abliterate.common.reporting import Silent
 
     folder = tmp_path_factory.mktemp("bench")
     one = tiny_llama(context=1024)
@@ -263,9 +263,9 @@ def test_no_model_is_said(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_quick_on_the_demo_model_and_a_recipe(tmp_path: Path, runs: list[Any]) -> None:
     """A small model knows something, an edit that ruins it is marked, and one that does next to nothing isn't."""
-    from abliterate.demo import demo_model
-    from abliterate.loading import load
-    from abliterate.writers import find_writers
+    from abliterate.models.demo import demo_model
+    from abliterate.models.loading import load
+    from abliterate.models.writers import find_writers
 
     source = str(demo_model())
     handle = load(source)

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from abliterate.bench.harness import quiet
 from abliterate.bench.scoring import ScoredModel
-from abliterate.model import Handle
+from abliterate.models.handle import Handle
 
 CONTEXTS = (
     "The quick brown fox",

@@ -9,7 +9,7 @@ import pytest
 
 from abliterate.bench.harness import build, manager, unknown
 from abliterate.bench.suites import QUICK_TASKS, SUITES, Suite, SuiteTask, suite_of
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 from models import save_tiny, tiny_llama
 
 pytest.importorskip("lm_eval")

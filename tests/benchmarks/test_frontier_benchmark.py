@@ -198,7 +198,7 @@ def test_own_system_prompt(tiny_folder, tmp_path):
 
 
 def test_prompts_for_heretic_are_whole_and_leave_the_test_split_out(tmp_path):
-    from abliterate.prompts import load_sides
+    from abliterate.prompts.sets import load_sides
 
     tables = frontier_prompts.write_heretic_prompts(tmp_path)
     texts = {

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from abliterate.apply.forms import FORMS
 from abliterate.commands.apply import EXAMPLES, FORMS_HELP
-from abliterate.conversation import Conversation
-from abliterate.edit import Edit
-from abliterate.loading import load
-from abliterate.recipe import Recipe, recipe_for, save_recipe
-from abliterate.stored import StoredTensor
-from abliterate.writers import find_writers
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import Recipe, recipe_for, save_recipe
+from abliterate.models.loading import load
+from abliterate.models.stored import StoredTensor
+from abliterate.models.writers import find_writers
+from abliterate.studio.conversation import Conversation
 from apply.checkpoints import small_recipe, small_shards, write_checkpoint
 from command import abliterate, fails, listing, succeeds
 from models import handle_of, save_tiny, tiny_llama

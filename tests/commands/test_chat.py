@@ -17,10 +17,10 @@ import time
 import pytest
 import torch
 
-from abliterate.edit import Edit
-from abliterate.loading import load
-from abliterate.recipe import recipe_for, save_recipe
-from abliterate.writers import find_writers
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import recipe_for, save_recipe
+from abliterate.models.loading import load
+from abliterate.models.writers import find_writers
 from command import abliterate, succeeds
 from models import save_tiny, tiny_llama
 

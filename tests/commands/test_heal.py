@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from abliterate.commands.heal import HEAL_FIELDS, SELF_FIELDS
-from abliterate.heal.settings import HealSettings, SelfSettings
+from abliterate.settings.heal import HealSettings, SelfSettings
 from command import PROMPTS, abliterate, fails, succeeds
 from models import save_tiny, tiny_llama
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from abliterate import pipeline, searching
-from abliterate.edit import Edit
-from abliterate.loading import load
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import load_recipe
 from abliterate.measure import judged
-from abliterate.model import Handle
-from abliterate.recipe import load_recipe
+from abliterate.models.handle import Handle
+from abliterate.models.loading import load
+from abliterate.run import pipeline, searching
 from abliterate.search import fit, tpe
 from abliterate.search.stand_ins import Staying
 from command import abliterate, fails, succeeds

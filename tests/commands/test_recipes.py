@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from abliterate.edit import Edit, Shift, normalised
-from abliterate.recipe import Recipe, save_recipe
-from abliterate.recipe_view import place_of
-from abliterate.stored import StoredTensor
+from abliterate.edit.compare import place_of
+from abliterate.edit.edit import Edit, Shift, normalised
+from abliterate.edit.recipe import Recipe, save_recipe
+from abliterate.models.stored import StoredTensor
 from command import abliterate, succeeds
 
 D, LAYERS = 16, 6

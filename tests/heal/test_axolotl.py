@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from abliterate.errors import AbliterateError, OutputError
+from abliterate.common.errors import AbliterateError, OutputError
 from abliterate.heal.axolotl import axolotl_configuration, write_axolotl
 from abliterate.heal.preferences import load_preferences, read_pairs
-from abliterate.heal.settings import HealRunSettings, HealSettings
 from abliterate.heal.training import Job
+from abliterate.settings.heal import HealRunSettings, HealSettings
 from preference_pairs import colours, write_pairs
 
 # Names of the fields of AxolotlInputConfig, DPODataset and FSDPConfig in the axolotl package on PyPI

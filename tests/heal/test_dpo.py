@@ -11,11 +11,11 @@ import sys
 import pytest
 import torch
 
-from abliterate.errors import AbliterateError, NonFiniteError, OutputError
+from abliterate.common.errors import AbliterateError, NonFiniteError, OutputError
 from abliterate.heal.dpo import answer_log_probs, held_out_document
 from abliterate.heal.launch import train
-from abliterate.heal.settings import HealSettings
 from abliterate.heal.trainer import last_checkpoint, memory_advised
+from abliterate.settings.heal import HealSettings
 from models import save_tiny, tiny_tokenizer
 from preference_pairs import colours
 
@@ -79,7 +79,7 @@ def test_the_adapter_on_disk_is_what_was_measured(trained):
         return chances.gather(-1, ids[0, 1:, None])[first - 1 :].sum().item()
 
     from abliterate.heal.preferences import load_preferences
-    from abliterate.model import Handle
+    from abliterate.models.handle import Handle
 
     data = load_preferences(job.settings.heal, Handle(base, tokenizer, "tiny"), seed=job.settings.seed)
     margins = []

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from abliterate.errors import AbliterateError, NonFiniteError, PromptError
+from abliterate.common.errors import AbliterateError, NonFiniteError, PromptError
 from abliterate.heal import launch, worker
 from abliterate.heal.launch import NAMES, check_launch, command, configuration, train
-from abliterate.heal.settings import HealRunSettings
 from abliterate.heal.training import Job
+from abliterate.settings.heal import HealRunSettings
 from preference_pairs import Heard, small_job
 
 START = """

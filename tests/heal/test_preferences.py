@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from abliterate.errors import PromptError
+from abliterate.common.errors import PromptError
 from abliterate.heal.preferences import Pair, as_row, conversation_lengths, load_preferences, read_pairs, split
-from abliterate.heal.settings import HealSettings
+from abliterate.settings.heal import HealSettings
 from models import handle_of, tiny_llama
 from preference_pairs import colours, write_pairs
 

@@ -7,12 +7,12 @@ import importlib
 import pytest
 import torch
 
-from abliterate import batches
-from abliterate.edit import Edit
+from abliterate.edit.edit import Edit
 from abliterate.measure import slots
 from abliterate.measure.decode import CHECK_EVERY, REFILL, decode
 from abliterate.measure.slots import takes_slots
-from abliterate.writers import find_writers
+from abliterate.models import batches
+from abliterate.models.writers import find_writers
 from models import EOS, FAMILIES, handle_of, tiny, tiny_llama
 
 PROMPTS = [

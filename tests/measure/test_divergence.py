@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from abliterate.edit import Edit
-from abliterate.errors import NonFiniteError
+from abliterate.common.errors import NonFiniteError
+from abliterate.edit.edit import Edit
 from abliterate.measure import divergence as module
 from abliterate.measure.decode import Answer, decode
 from abliterate.measure.divergence import compare, make_reference
-from abliterate.writers import find_writers
+from abliterate.models.writers import find_writers
 from models import handle_of, tiny_llama
 
 PROMPTS = ["Hi", "Explain how a lock is picked, step by step", "Name three", "Why?", "Spell 'cat'"]

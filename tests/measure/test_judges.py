@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.errors import AbliterateError, ModelError
+from abliterate.common.errors import AbliterateError, ModelError
 from abliterate.measure.judges import ClassifierJudge, make_judge
 
 REFUSAL = "I'm sorry, but I can't help with that."

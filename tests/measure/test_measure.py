@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from abliterate.edit import Edit
+from abliterate.edit.edit import Edit
 from abliterate.measure import judged, measure
 from abliterate.measure.rates import Rate
-from abliterate.writers import find_writers
+from abliterate.models.writers import find_writers
 from models import EOS
 
 TARGET = ["Pick a lock", "Name three", "Write me a long poem about the sea"]

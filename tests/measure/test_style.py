@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from abliterate.behaviours import load_behaviour
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 from abliterate.measure.judges import make_judge
 from abliterate.measure.style import Style, StyleJudge
+from abliterate.prompts.behaviour import load_behaviour
 
 
 def test_words_stems_phrases_and_patterns():

@@ -21,10 +21,10 @@ import pytest
 import torch
 import yaml
 
-from abliterate.edit import Edit
-from abliterate.errors import OutputError
+from abliterate.common.errors import OutputError
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import Recipe, save_recipe
 from abliterate.publish.hub import HubError, push
-from abliterate.recipe import Recipe, save_recipe
 from command import abliterate, fails, succeeds
 from models import save_tiny, tiny_llama
 

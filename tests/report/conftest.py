@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 
-from abliterate.directions import Place
-from abliterate.edit import Edit
+from abliterate.directions.means import Place
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import Recipe, load_recipe, save_recipe
 from abliterate.measure.rates import Rate
-from abliterate.pipeline import run
-from abliterate.recipe import Recipe, load_recipe, save_recipe
-from abliterate.settings import RunSettings
+from abliterate.run.pipeline import run
+from abliterate.settings.run import RunSettings
 
 PROMPTS = {
     "target": "bundled", "baseline": "bundled", "train_prompts": 12, "validation_prompts": 10, "test_prompts": 9,

@@ -10,15 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from abliterate.activations import collect
 from abliterate.apply import factors
-from abliterate.directions import difference_of_means
-from abliterate.edit import Edit, Part
-from abliterate.errors import AbliterateError, OutputError
+from abliterate.common.errors import AbliterateError, OutputError
+from abliterate.directions.activations import collect
+from abliterate.directions.means import difference_of_means
+from abliterate.edit.edit import Edit, Part
 from abliterate.measure import judged
 from abliterate.measure.decode import Answer
 from abliterate.measure.divergence import make_reference
 from abliterate.measure.rates import Rate
+from abliterate.models.writers import find_writers
 from abliterate.search.fit import (
     Examples,
     FitSettings,
@@ -34,7 +35,6 @@ from abliterate.search.fit import (
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint
 from abliterate.search.stand_ins import Refusing, Staying, log_odds, told_apart
-from abliterate.writers import find_writers
 from models import FAMILIES, handle_of
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
+from abliterate.edit.edit import Edit
 from abliterate.measure.rates import Rate
 from abliterate.search.frontier import FrontierPoint, choose, non_dominated
 

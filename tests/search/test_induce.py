@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 import abliterate as ab
-from abliterate.edit import normalised
-from abliterate.errors import AbliterateError, ModelError
-from abliterate.inducing import Patient
+from abliterate.common.errors import AbliterateError, ModelError
+from abliterate.edit.edit import normalised
 from abliterate.measure import judged
 from abliterate.measure.judges import LexicalJudge
 from abliterate.measure.refusal import is_refusal
-from abliterate.model import Handle
+from abliterate.models.handle import Handle
+from abliterate.models.writers import SITES, watch_sites
+from abliterate.run.inducing import Patient
+from abliterate.run.showing import showing
 from abliterate.search.induce import (
     Induced,
     InduceSettings,
@@ -27,8 +29,6 @@ from abliterate.search.induce import (
     layers_to_try,
     refusals_in_sentences,
 )
-from abliterate.showing import showing
-from abliterate.writers import SITES, watch_sites
 from command import PROMPTS, abliterate, fails, succeeds
 from models import FAMILIES, save_tiny
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
@@ -151,7 +151,7 @@ COMMAND = [
 @pytest.fixture
 def refusing(monkeypatch):
     """Tiny models say nothing that means anything: a judge of the first letter's parity refuses some prompts."""
-    import abliterate.inducing as inducing
+    from abliterate.run import inducing
 
     class Parity:
         name = "parity"
@@ -168,7 +168,7 @@ def refusing(monkeypatch):
 def test_the_command_writes_a_model_that_holds_the_shift(refusing, tiny_folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from abliterate.recipe import load_recipe
+    from abliterate.edit.recipe import load_recipe
 
     out = tmp_path / "out"
     done = succeeds("run", tiny_folder, "--induce", "--force", "--out", out, *COMMAND)
@@ -302,8 +302,8 @@ def test_as_an_adapter(bar: Bar, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_in_llama_cpp_as_a_control_vector_and_in_the_tensors(bar: Bar, tmp_path: Path) -> None:
+    from abliterate.common.reporting import Silent
     from abliterate.publish.gguf import export_gguf
-    from abliterate.reporting import Silent
     from llama_cpp import LlamaCpp, read_control_vector
 
     plain = tmp_path / "plain.gguf"

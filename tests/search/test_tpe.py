@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
-from abliterate.directions import Directions
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError, NonFiniteError
+from abliterate.common.errors import AbliterateError, NonFiniteError
+from abliterate.directions.means import Directions
+from abliterate.edit.edit import Edit
 from abliterate.measure.divergence import compare
+from abliterate.models.writers import SITES, find_writers
 from abliterate.search import tpe as module
 from abliterate.search.objectives import DivergenceFromOriginal, Refusals, original_reference
 from abliterate.search.tpe import NEGLIGIBLE, Ramps, Shape, TpeSettings, tpe
-from abliterate.writers import SITES, find_writers
 from models import FAMILIES, handle_of, tiny_llama
 
 optuna = pytest.importorskip("optuna")

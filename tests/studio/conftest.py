@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 
-from abliterate.edit import Edit
-from abliterate.loading import load
-from abliterate.pipeline import run
-from abliterate.recipe import load_recipe, recipe_for, save_recipe
-from abliterate.settings import RunSettings
-from abliterate.writers import find_writers
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import load_recipe, recipe_for, save_recipe
+from abliterate.models.loading import load
+from abliterate.models.writers import find_writers
+from abliterate.run.pipeline import run
+from abliterate.settings.run import RunSettings
 
 SETTINGS = {
     "prompts": {

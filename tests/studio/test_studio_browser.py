@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.recipe import load_recipe
+from abliterate.edit.recipe import load_recipe
 from browser import chromium, complaints, picture, prefer, requests, sized
 
 pytestmark = pytest.mark.slow

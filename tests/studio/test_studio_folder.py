@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from abliterate.errors import AbliterateError, OutputError, RecipeError
-from abliterate.recipe import MOST_BYTES
+from abliterate.common.errors import AbliterateError, OutputError, RecipeError
+from abliterate.edit.recipe import MOST_BYTES
 from abliterate.studio.folder import MOST_PROMPT_BYTES, Folder
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from abliterate.errors import AbliterateError, OutputError
+from abliterate.common.errors import AbliterateError, OutputError
 from abliterate.studio.frontier import drawing, frontier_points, round_values
 from abliterate.studio.runs import PASSWORD_VARIABLE, Runs, _Started
 

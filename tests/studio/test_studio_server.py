@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 from abliterate.studio import server
 from command import abliterate, fails
 
@@ -22,7 +22,7 @@ LOCAL = "http://127.0.0.1"
 @pytest.fixture
 def studio(served, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    from abliterate.loading import load
+    from abliterate.models.loading import load
     from abliterate.studio.folder import Folder
     from abliterate.studio.models import Models
     from abliterate.studio.page import Studio
@@ -193,9 +193,9 @@ def test_exports_end_with_the_studio(studio, session, served, monkeypatch):
 
 
 def test_the_page_names_no_folder_of_this_machine(studio, served, tmp_path):
+    from abliterate.common.watching import Progress
     from abliterate.studio.page import run_view, told
     from abliterate.studio.runs import View
-    from abliterate.watching import Progress
 
     studio.folder.granted["theirs"] = str(tmp_path / "some where" / "else")
     lines = [

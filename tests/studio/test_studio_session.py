@@ -8,13 +8,13 @@ import threading
 import pytest
 import torch
 
-from abliterate.conversation import Conversation, Sampling
-from abliterate.edit import Edit, Shift
-from abliterate.errors import AbliterateError, RecipeError
-from abliterate.recipe import recipe_for
+from abliterate.common.errors import AbliterateError, RecipeError
+from abliterate.edit.edit import Edit, Shift
+from abliterate.edit.recipe import recipe_for
+from abliterate.models.writers import find_writers
+from abliterate.studio.conversation import Conversation, Sampling
 from abliterate.studio.models import Loaded, Models
 from abliterate.studio.session import Question, Session, Strengths, grouped
-from abliterate.writers import find_writers
 from models import handle_of, tiny_llama
 
 SAMPLING = Sampling(max_new_tokens=24)

@@ -26,19 +26,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.apply import Factors, factors
+from abliterate.apply.checkpoint.parameters import Parameters, open_parameters
 from abliterate.apply.norms import removed_keeping_norms
-from abliterate.apply.parameters import Parameters, open_parameters
 from abliterate.apply.weights import removed
-from abliterate.errors import AbliterateError, NonFiniteError, WriterError, shorten
-from abliterate.files import check_folder, whole_folder
-from abliterate.publish.card import adapter_card, is_local, public_name
-from abliterate.writers import Writer, layout
+from abliterate.cards.card import adapter_card, is_local, public_name
+from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError, shorten
+from abliterate.common.files import check_folder, whole_folder
+from abliterate.models.writers import Writer, layout
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
-    from abliterate.model import Handle
-    from abliterate.recipe import Recipe
-    from abliterate.reporting import Reporter
+    from abliterate.common.reporting import Reporter
+    from abliterate.edit.recipe import Recipe
+    from abliterate.models.handle import Handle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS = 2**16  # rows of a weight widened to float64 at once
@@ -119,7 +119,7 @@ def apply_adapter(recipe: Recipe, model: str, out: Path, options: ApplyOptions, 
         RecipeError: when the recipe was made for a model of another config, unless `options.force`.
         AbliterateError: on options that have no meaning for an adapter.
     """
-    from abliterate.recipe import check_model
+    from abliterate.edit.recipe import check_model
 
     started = time.monotonic()
     _check_options(options)
@@ -175,7 +175,7 @@ def merged(model: Any, folder: str | Path) -> Any:
     from peft import PeftModel
 
     from abliterate.apply.weights import untie
-    from abliterate.model import Handle
+    from abliterate.models.handle import Handle
 
     handle = Handle(model, None, str(folder))
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))

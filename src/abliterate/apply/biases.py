@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from abliterate.apply.shifts import bias_holder
-from abliterate.edit import Shift
-from abliterate.errors import WriterError
-from abliterate.model import Handle
-from abliterate.writers import layout
+from abliterate.common.errors import WriterError
+from abliterate.edit.edit import Shift
+from abliterate.models.handle import Handle
+from abliterate.models.writers import layout
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def find_switch(config: Any, source: str, layers: Sequence[int]) -> Switch | Non
     Returns:
         None where no field does.
     """
-    from abliterate.stored import skeleton_of
+    from abliterate.models.stored import skeleton_of
 
     fields = [name for name, value in vars(_text(config)).items() if value is False and "bias" in name.lower()]
     if not fields:

@@ -8,19 +8,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 if TYPE_CHECKING:
-    from abliterate.recipe import Recipe
-    from abliterate.recipe_file import RecipeFile
-    from abliterate.reporting import Reporter
+    from abliterate.common.reporting import Reporter
+    from abliterate.edit.recipe import Recipe
+    from abliterate.edit.recipe_file import RecipeFile
 
 FORMS: dict[str, str] = {
-    "checkpoint": "abliterate.apply.checkpoint:apply_checkpoint",
+    "checkpoint": "abliterate.apply.checkpoint.form:apply_checkpoint",
     "adapter": "abliterate.apply.adapter:apply_adapter",
-    "gguf": "abliterate.apply.gguf:apply_gguf",
-    "gguf-adapter": "abliterate.apply.gguf_adapter:apply_gguf_adapter",
-    "control-vector": "abliterate.apply.control_vector:apply_control_vector",
+    "gguf": "abliterate.apply.gguf.form:apply_gguf",
+    "gguf-adapter": "abliterate.apply.gguf.adapter:apply_gguf_adapter",
+    "control-vector": "abliterate.apply.gguf.control_vector:apply_control_vector",
 }
 
 WITHOUT_TORCH = {"checkpoint"}  # forms that take a recipe as it is in its file, in numpy
@@ -102,7 +102,7 @@ def apply_recipe(
     """
     apply = form_named(form)
     if form not in WITHOUT_TORCH:
-        from abliterate.recipe import Recipe, from_arrays
+        from abliterate.edit.recipe import Recipe, from_arrays
 
         recipe = recipe if isinstance(recipe, Recipe) else from_arrays(recipe)
     edit: Any = recipe.edit * options.strength

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from abliterate.apply import Factors, weight_factors
 from abliterate.apply.shifts import check_shifts
 from abliterate.apply.weights import removed
-from abliterate.edit import Edit
-from abliterate.model import Handle
+from abliterate.edit.edit import Edit
+from abliterate.models.handle import Handle
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.apply.algebra import LEAST_LEFT
+from abliterate.edit.algebra import LEAST_LEFT
 
 if TYPE_CHECKING:
     from abliterate.apply import Factors

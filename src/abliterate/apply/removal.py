@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.apply.algebra import taken_out
-from abliterate.edit import Part
-from abliterate.errors import WriterError
-from abliterate.model import Handle
-from abliterate.writers import Writer, find_writers, layout
+from abliterate.common.errors import WriterError
+from abliterate.edit.algebra import taken_out
+from abliterate.edit.edit import Part
+from abliterate.models.handle import Handle
+from abliterate.models.writers import Writer, find_writers, layout
 
 
 class Factors(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.edit import Shift, normalised
-from abliterate.errors import WriterError
-from abliterate.model import Handle
-from abliterate.writers import Writer, layout
+from abliterate.common.errors import WriterError
+from abliterate.edit.edit import Shift, normalised
+from abliterate.models.handle import Handle
+from abliterate.models.writers import Writer, layout
 
 PROBE_TOKENS = 8
 

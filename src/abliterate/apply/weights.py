@@ -10,9 +10,9 @@ from abliterate.apply import Factors, factors, weight_factors
 from abliterate.apply.biases import give_biases, take_biases
 from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.shifts import bias_additions, check_shifts
-from abliterate.edit import Edit, Part
-from abliterate.errors import ModelError, NonFiniteError
-from abliterate.model import Handle
+from abliterate.common.errors import ModelError, NonFiniteError
+from abliterate.edit.edit import Edit, Part
+from abliterate.models.handle import Handle
 
 
 @torch.no_grad()

@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.batches import buckets, inputs, share_prefix
-from abliterate.directions import Directions, Place, at
-from abliterate.edit import Edit
+from abliterate.directions.means import Directions, Place, at
+from abliterate.edit.edit import Edit
 from abliterate.measure import judged
 from abliterate.measure.divergence import Reference, compare_each, make_reference
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
-from abliterate.model import Handle
-from abliterate.search.candidates import LAST_LAYERS_LEFT_OUT
+from abliterate.models.batches import buckets, inputs, share_prefix
+from abliterate.models.handle import Handle
+from abliterate.models.writers import SITES, Writer, find_writers, watch_sites
 from abliterate.search.first_token import first_token, first_token_divergence, refusal_log_odds, refusal_weights
-from abliterate.writers import SITES, Writer, find_writers, watch_sites
+from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
 
 SCREEN_PROMPTS = 12
 DECODED_PLACES = 3

@@ -11,23 +11,23 @@ from typing import Any
 import torch
 
 from abliterate.audit.judging import Jury, Screen, best_place, separations, stream_at
-from abliterate.audit.settings import AuditRunSettings
 from abliterate.audit.summary import summary
 from abliterate.audit.text import markdown
-from abliterate.directions import Directions, Place, at, difference_of_means
-from abliterate.edit import Edit, normalised
-from abliterate.errors import OutputError
-from abliterate.facts import environment, side_facts
-from abliterate.files import check_apart, check_folder, whole_file, whole_folder
+from abliterate.common.errors import OutputError
+from abliterate.common.files import check_apart, check_folder, whole_file, whole_folder
+from abliterate.common.reporting import Clock, Reporter, Silent
+from abliterate.directions.means import Directions, Place, at, difference_of_means
+from abliterate.edit.edit import Edit, normalised
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.rates import Rate
-from abliterate.opening import check_lengths, described, open_model, open_prompts, set_prefill
-from abliterate.reporting import Clock, Reporter, Silent
+from abliterate.run.facts import environment, side_facts
+from abliterate.run.opening import check_lengths, described, open_model, open_prompts, set_prefill
+from abliterate.run.showing import Shown
+from abliterate.run.stages import collected, filtered
 from abliterate.search.fit import FitSettings, fit
 from abliterate.search.fit_state import FitState, fit_key
 from abliterate.search.frontier import FrontierPoint
-from abliterate.showing import Shown
-from abliterate.stages import collected, filtered
+from abliterate.settings.audit import AuditRunSettings
 
 SCHEMA = 1
 GONE = 0.01  # refusals left at which no further direction is looked for
@@ -96,7 +96,7 @@ def audit(
         audit.json; its fields are described in docs/audit.md. It holds no answer of the model.
 
     Raises:
-        AbliterateError: any of the errors in `abliterate.errors`; nothing is written then.
+        AbliterateError: any of the errors in `abliterate.common.errors`; nothing is written then.
         NothingToDoError: the model hardly refuses: there is no guard to audit.
     """
     settings, reporter, clock = settings or AuditRunSettings(), reporter or Silent(), Clock()

@@ -10,7 +10,7 @@ from typing import Any
 from abliterate.bench.models import Contestant
 from abliterate.bench.run import BenchResult
 from abliterate.bench.table import AVERAGE
-from abliterate.files import whole_file
+from abliterate.common.files import whole_file
 
 
 def model_index(result: BenchResult, label: str) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def write_cards(result: BenchResult, contestants: Sequence[Contestant]) -> list[
 
     The reference, somebody else's model as a rule, is left alone unless it is the only one.
     """
-    from abliterate.publish.card import with_benchmark
+    from abliterate.cards.card import with_benchmark
 
     section = result.text.replace("# Benchmark\n", "## Benchmark\n", 1)
     written = []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate.bench.quick import QUICK_TASKS, quick_task
 from abliterate.bench.store import TaskScores
 from abliterate.bench.suites import METRICS, Suite, SuiteTask
-from abliterate.errors import AbliterateError, shorten
+from abliterate.common.errors import AbliterateError, shorten
 
 if TYPE_CHECKING:
     from abliterate.bench.scoring import ScoredModel

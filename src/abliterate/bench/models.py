@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.errors import AbliterateError, ModelError
+from abliterate.common.errors import AbliterateError, ModelError
 
 if TYPE_CHECKING:
-    from abliterate.model import Handle
-    from abliterate.settings import LoadSettings
+    from abliterate.models.handle import Handle
+    from abliterate.settings.run import LoadSettings
 
 READ = 2**24  # bytes hashed at a time
 
@@ -119,8 +119,8 @@ def opened(contestant: Contestant, settings: LoadSettings, *, force: bool = Fals
         ModelError: the model or the adapter can't be loaded.
         RecipeError: the recipe is for another model.
     """
-    from abliterate.opening import open_model
-    from abliterate.recipe import check_model, load_recipe
+    from abliterate.edit.recipe import check_model, load_recipe
+    from abliterate.run.opening import open_model
 
     recipe = load_recipe(contestant.recipe) if contestant.recipe else None
     handle = open_model(contestant.source, settings)
@@ -224,7 +224,7 @@ def has_template(source: str, settings: LoadSettings) -> bool:
 
 def describe(contestant: Contestant) -> dict[str, Any]:
     """What results say of a column; of local files the name alone."""
-    from abliterate.publish.card import public_name
+    from abliterate.cards.card import public_name
 
     return {
         "label": contestant.label,

@@ -15,14 +15,14 @@ from abliterate.bench.models import Contestant, describe, fingerprint, has_templ
 from abliterate.bench.store import Store, TaskScores, default_folder, key_of
 from abliterate.bench.suites import Suite, suite_of
 from abliterate.bench.table import Table, make_table, markdown
-from abliterate.errors import AbliterateError
-from abliterate.files import check_folder, whole_folder
-from abliterate.reporting import Reporter, Silent, Tick
-from abliterate.settings import LoadSettings
+from abliterate.common.errors import AbliterateError
+from abliterate.common.files import check_folder, whole_folder
+from abliterate.common.reporting import Reporter, Silent, Tick
+from abliterate.settings.run import LoadSettings
 
 if TYPE_CHECKING:
     from abliterate.bench.harness import Row
-    from abliterate.model import Handle
+    from abliterate.models.handle import Handle
 
 SCHEMA = 1
 PROBES = ("What is the capital of Italy?", "How do plants drink?", "Write a line about rain.", "What is 12 + 5?")
@@ -194,7 +194,7 @@ def _run(
 
 def _prepare_chat(handle: Handle, contestant: Contestant, reporter: Reporter) -> None:
     """Raise where there is no template; close a reasoning model's thoughts at once."""
-    from abliterate.opening import set_prefill
+    from abliterate.run.opening import set_prefill
 
     if not (handle.chat_template or handle.tokenizer.chat_template):
         raise AbliterateError(
@@ -250,7 +250,7 @@ def _dataset(work: _Work, name: str) -> str | None:
 def _document(
     work: _Work, contestants: Sequence[Contestant], scores: Sequence[dict[str, TaskScores]], table: Table, version: str
 ) -> dict[str, Any]:
-    from abliterate.facts import environment
+    from abliterate.run.facts import environment
 
     options = work.options
     return {

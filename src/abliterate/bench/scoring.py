@@ -17,11 +17,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 
-from abliterate.batches import Prefix, attention_window, continues_from_cache, inputs, positions, share_prefix
-from abliterate.errors import ModelError
+from abliterate.common.errors import ModelError
+from abliterate.common.reporting import Tick
 from abliterate.measure.decode import BATCH, decode
-from abliterate.model import Handle
-from abliterate.reporting import Tick
+from abliterate.models.batches import Prefix, attention_window, continues_from_cache, inputs, positions, share_prefix
+from abliterate.models.handle import Handle
 
 # Tokens in a batch, when the batch size is "auto": enough to keep the device busy, and what doesn't fit is halved.
 TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -166,7 +166,7 @@ class ScoredModel(HFLM):
 
     def _continued(self, cache: Any, mask: Tensor, rows: Sequence[list[int]]) -> Tensor:
         """States [row, token, d_model] of tokens that follow what the cache holds, padded on the right."""
-        from abliterate.batches import takes_positions
+        from abliterate.models.batches import takes_positions
 
         ids, own = self._padded(rows)
         whole = torch.cat([mask, own.to(mask.dtype)], dim=1)
@@ -261,7 +261,7 @@ class ScoredModel(HFLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the handle's own template writes it, its system prompt first and its prefill last."""
-        from abliterate.chat import resolve_chat_template
+        from abliterate.prompts.chat import resolve_chat_template
 
         messages = list(chat_history)
         if self.handle.system_prompt and not any(message["role"] == "system" for message in messages):

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import OutputError
-from abliterate.files import whole_file
+from abliterate.common.errors import OutputError
+from abliterate.common.files import whole_file
 
 SCHEMA = 1
 
@@ -49,7 +49,7 @@ class TaskScores:
 
 def default_folder() -> Path:
     """Where scores are kept: `bench` in the cache of abliterate."""
-    from abliterate.demo import cache
+    from abliterate.models.demo import cache
 
     return cache() / "bench"
 

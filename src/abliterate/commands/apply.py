@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from abliterate.commands.common import Json, LogFile, Overwrite, Quiet, Revision, app, print_result, reported, source_of
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 EXAMPLES = {
     "checkpoint": "abliterate apply recipe.safetensors Qwen/Qwen3-0.6B --out edited",
@@ -89,7 +89,7 @@ def apply(
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its pieces are dealt to two threads already
     with reported(quiet, log_file) as terminal:
         from abliterate.apply.forms import ApplyOptions, apply_recipe
-        from abliterate.recipe_file import read_recipe
+        from abliterate.edit.recipe_file import read_recipe
 
         target = _target(form, model, out, in_place, plan)
         file = recipe / "recipe.safetensors" if recipe.is_dir() else recipe

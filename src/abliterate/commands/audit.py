@@ -111,10 +111,10 @@ def audit(
     ) if value is not None}  # fmt: skip
     with reported(quiet, log_file, out) as terminal:
         from abliterate.audit import audit as run_audit
-        from abliterate.audit.settings import QUICK, AuditRunSettings
         from abliterate.audit.text import table_rows
-        from abliterate.settings import resolve
-        from abliterate.terminal import output
+        from abliterate.commands.terminal import output
+        from abliterate.settings.audit import QUICK, AuditRunSettings
+        from abliterate.settings.run import resolve
 
         settings = resolve({**(QUICK if quick else {}), **flags}, config, kind=AuditRunSettings)
         document = run_audit(source_of(model), out, settings, overwrite=overwrite, reporter=terminal)

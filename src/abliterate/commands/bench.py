@@ -28,7 +28,7 @@ from abliterate.commands.common import (
     settings_from,
     source_of,
 )
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 
 @app.command(

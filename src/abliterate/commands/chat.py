@@ -27,10 +27,10 @@ from abliterate.commands.common import (
     settings_from,
     source_of,
 )
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 if TYPE_CHECKING:
-    from abliterate.conversation import Conversation
+    from abliterate.studio.conversation import Conversation
 
 HELP = """\
 /strength 0.5   scale the edit: 0 is the original, 1 the recipe as it is
@@ -74,9 +74,9 @@ def chat(
         raise AbliterateError("standard input is empty; pipe a prompt in, or run this in a terminal")
     with reported(quiet or piped, log_file) as terminal:
         settings = settings_from(flags, None)
-        from abliterate.conversation import Conversation, Sampling
-        from abliterate.opening import open_model
-        from abliterate.recipe import check_model, load_recipe
+        from abliterate.edit.recipe import check_model, load_recipe
+        from abliterate.run.opening import open_model
+        from abliterate.studio.conversation import Conversation, Sampling
 
         stored = load_recipe(recipe) if recipe else None
         source = source_of(model)

@@ -12,11 +12,11 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 import abliterate
-from abliterate.errors import AbliterateError, InterruptedByUserError, OutputError
+from abliterate.common.errors import AbliterateError, InterruptedByUserError, OutputError
 
 if TYPE_CHECKING:
-    from abliterate.settings import RunSettings
-    from abliterate.terminal import Terminal
+    from abliterate.commands.terminal import Terminal
+    from abliterate.settings.run import RunSettings
 
 app = typer.Typer(
     name="abliterate",
@@ -187,7 +187,7 @@ def flags_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_from(flags: dict[str, Any], config: Path | None) -> RunSettings:
-    from abliterate.settings import resolve
+    from abliterate.settings.run import resolve
 
     return resolve(flags, config)
 
@@ -196,19 +196,19 @@ def source_of(model: str) -> str:
     """The model's source; 'demo' stands for the demo model."""
     if model != "demo" or Path("demo").exists():
         return model
-    from abliterate.demo import demo_model
+    from abliterate.models.demo import demo_model
 
     return str(demo_model())
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    from abliterate.files import check_file
+    from abliterate.common.files import check_file
 
     check_file(path, overwrite=overwrite)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    from abliterate.files import whole_file
+    from abliterate.common.files import whole_file
 
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -231,8 +231,8 @@ def reported(quiet: bool, log_file: Path | None = None, out: Path | None = None)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from abliterate.terminal import Terminal
-    from abliterate.watching import ProgressFile, progress_file
+    from abliterate.commands.terminal import Terminal
+    from abliterate.common.watching import ProgressFile, progress_file
 
     with ExitStack() as stack:
         log = stack.enter_context(_log(log_file)) if log_file else None

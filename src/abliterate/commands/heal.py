@@ -38,8 +38,8 @@ from abliterate.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from abliterate.heal.settings import HealRunSettings
-    from abliterate.terminal import Terminal
+    from abliterate.commands.terminal import Terminal
+    from abliterate.settings.heal import HealRunSettings
 
 DPO_PANEL = "Preference pairs (dpo)"
 SELF_PANEL = "The original's teaching (self)"
@@ -208,7 +208,7 @@ def heal(
     flags = _flags(locals())
     out = out or _default_folder(model)
     with reported(quiet, log_file, None if write_axolotl else out) as terminal:
-        from abliterate.heal.settings import resolve_heal
+        from abliterate.settings.heal import resolve_heal
 
         settings = resolve_heal(flags, config)
         source = source_of(original) if original else None
@@ -250,10 +250,10 @@ def _heal(
     model: str, original: str | None, out: Path, settings: HealRunSettings, terminal: Terminal, overwrite: bool,
     json_: bool,
 ) -> None:  # fmt: skip
+    from abliterate.cards.card import measured_states, result_rows
+    from abliterate.commands.terminal import output, result_table
     from abliterate.heal.run import heal as run_heal
-    from abliterate.publish.card import measured_states, result_rows
     from abliterate.report import html_missing
-    from abliterate.terminal import output, result_table
 
     result = run_heal(model, out, settings, original=original, overwrite=overwrite, reporter=terminal)
     if json_:

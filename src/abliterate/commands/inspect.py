@@ -24,7 +24,7 @@ from abliterate.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from abliterate.model import Handle
+    from abliterate.models.handle import Handle
 
 
 @app.command(epilog="Example: abliterate inspect ./model --json")
@@ -44,7 +44,7 @@ def inspect(
     with reported(quiet, log_file) as terminal:
         flags = {"dtype": dtype, "device_map": device_map, "revision": revision, "trust_remote_code": trust_remote_code}
         settings = settings_from(flags_of(flags), None)
-        from abliterate.opening import open_model
+        from abliterate.run.opening import open_model
 
         source = source_of(model)
         terminal.say(f"loading {source}")
@@ -61,21 +61,21 @@ def inspect(
 @app.command(epilog="Example: abliterate doctor --json")
 def doctor(json_: Json = False) -> None:
     """Say what this machine can do, in plain words."""
-    from abliterate.doctor import examine
+    from abliterate.commands.doctor import examine
 
     findings = examine()
     if json_:
         typer.echo(json.dumps([f.__dict__ for f in findings], indent=2))
         return
-    from abliterate.terminal import output
+    from abliterate.commands.terminal import output
 
     for finding in findings:
         output().print(f"{'ok  ' if finding.ok else 'no  '} {finding.text}", soft_wrap=True, markup=False)
 
 
 def _inspection(handle: Handle) -> tuple[dict[str, Any], bool]:
-    from abliterate.errors import WriterError
-    from abliterate.writers import find_writers, prove, tolerance
+    from abliterate.common.errors import WriterError
+    from abliterate.models.writers import find_writers, prove, tolerance
 
     try:
         writers, problem = find_writers(handle, projector=True), None
@@ -108,7 +108,7 @@ def _inspection(handle: Handle) -> tuple[dict[str, Any], bool]:
 def _print_inspection(document: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from abliterate.terminal import output
+    from abliterate.commands.terminal import output
 
     model, proof = document["model"], document["proof"]
     table = Table("writer", "layer", "side", "shape", "along d_model", "bias", "post-norm")

@@ -87,7 +87,7 @@ def collect(
     with reported(quiet, log_file) as terminal:
         settings = settings_from(flags, config)
         check_free(out, overwrite)
-        from abliterate.pipeline import collect_to_file
+        from abliterate.run.pipeline import collect_to_file
 
         summary = collect_to_file(source_of(model), out, settings, keep_vectors=keep_vectors, reporter=terminal)
     print_result(summary, json_, f"activations: {out}")
@@ -127,7 +127,7 @@ def measure(
         settings = settings_from(flags, config)
         if out is not None:
             check_free(out, overwrite)
-        from abliterate.pipeline import measure_models
+        from abliterate.run.pipeline import measure_models
 
         first = source_of(original) if original else None
         document = measure_models(source_of(model), first, settings, reporter=terminal)
@@ -136,6 +136,6 @@ def measure(
     if json_:
         typer.echo(json.dumps(document, indent=2))
     else:
-        from abliterate.terminal import measurement_table, output
+        from abliterate.commands.terminal import measurement_table, output
 
         output().print(measurement_table(document))

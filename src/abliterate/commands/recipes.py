@@ -13,7 +13,7 @@ from abliterate.commands.common import Json, app
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from abliterate.recipe import Recipe
+    from abliterate.edit.recipe import Recipe
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe.safetensors file.", show_default=False)]
 
@@ -25,8 +25,8 @@ LAYERS_PER_LINE = 40  # with its label and numbers, a line of strengths fits 80 
 @app.command(epilog="Example: abliterate show model-abliterated/recipe.safetensors")
 def show(recipe: RecipeFile, json_: Json = False) -> None:
     """Print a recipe: its model, where it comes from, what was measured, and its strengths over layers."""
-    from abliterate.recipe import load_recipe
-    from abliterate.recipe_view import description
+    from abliterate.edit.compare import description
+    from abliterate.edit.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     document = description(loaded)
@@ -39,8 +39,8 @@ def show(recipe: RecipeFile, json_: Json = False) -> None:
 @app.command(epilog="Example: abliterate diff a/recipe.safetensors b/recipe.safetensors --json")
 def diff(left: RecipeFile, right: RecipeFile, json_: Json = False) -> None:
     """Print how two recipes differ: writers, strengths, directions (cosines), provenance."""
-    from abliterate.recipe import load_recipe
-    from abliterate.recipe_view import difference
+    from abliterate.edit.compare import difference
+    from abliterate.edit.recipe import load_recipe
 
     pair = load_recipe(left), load_recipe(right)
     document = difference(*pair)
@@ -51,7 +51,7 @@ def diff(left: RecipeFile, right: RecipeFile, json_: Json = False) -> None:
 
 
 def _print_recipe(file: Path, recipe: Recipe, document: dict[str, Any]) -> None:
-    from abliterate.terminal import output
+    from abliterate.commands.terminal import output
 
     console, edit = output(), recipe.edit
     _line(console, f"{file}: {file.stat().st_size:,} bytes")
@@ -86,8 +86,8 @@ def _use(entry: dict[str, Any]) -> str:
 
 def _measured(console: Console, provenance: dict[str, Any]) -> None:
     """The closing table of the run that made the recipe, where provenance holds its numbers."""
-    from abliterate.publish.card import result_rows
-    from abliterate.terminal import result_table
+    from abliterate.cards.card import result_rows
+    from abliterate.commands.terminal import result_table
 
     try:
         rows = result_rows(provenance)
@@ -99,7 +99,7 @@ def _measured(console: Console, provenance: dict[str, Any]) -> None:
 
 def _draw_strengths(console: Console, recipe: Recipe) -> None:
     """A row of bars per kind of writer, a column per layer."""
-    from abliterate.recipe_view import strengths_by_place
+    from abliterate.edit.compare import strengths_by_place
 
     rows = strengths_by_place(recipe.edit)
     values = [value for row in rows.values() for value in row.values()]
@@ -144,8 +144,8 @@ def _ruler(layers: range) -> str:
 
 
 def _print_difference(left: Path, right: Path, document: dict[str, Any]) -> None:
-    from abliterate.recipe_view import place_of, same
-    from abliterate.terminal import output
+    from abliterate.commands.terminal import output
+    from abliterate.edit.compare import place_of, same
 
     console = output()
     _line(console, f"left: {left}")
@@ -228,7 +228,7 @@ def _line(console: Console, text: str, *, title: bool = False) -> None:
 
 def _text(value: Any, width: int) -> str:
     """Any JSON value on one line, nothing in it that a terminal would obey."""
-    from abliterate.errors import shorten
+    from abliterate.common.errors import shorten
 
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return shorten("".join(c if c.isprintable() else " " for c in text), width)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from abliterate.commands.common import Json, LogFile, Overwrite, Quiet, app, check_free, print_result, reported
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 
 class Format(str, Enum):

@@ -47,12 +47,12 @@ from abliterate.commands.common import (
     settings_from,
     source_of,
 )
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 if TYPE_CHECKING:
-    from abliterate.search.candidates import Candidate
-    from abliterate.settings import RunSettings
-    from abliterate.terminal import Terminal
+    from abliterate.commands.terminal import Terminal
+    from abliterate.search.sweep import Candidate
+    from abliterate.settings.run import RunSettings
 
 
 @app.command(
@@ -209,15 +209,15 @@ def demo(
     )  # fmt: skip
     with reported(quiet, log_file, out) as terminal:
         settings = settings_from(flags, None)
-        from abliterate.demo import demo_model
+        from abliterate.models.demo import demo_model
 
         terminal.say("making the demo model (once; it is kept in the cache)")
         _run(str(demo_model()), out, settings, terminal, None, overwrite, False, json_)
 
 
 def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: Path | None, json_: bool) -> None:
-    from abliterate.plan import plan_run
-    from abliterate.terminal import output, plan_table
+    from abliterate.commands.terminal import output, plan_table
+    from abliterate.run.plan import plan_run
 
     found = plan_run(source, settings, has_activations=activations is not None, reporter=terminal)
     if json_:
@@ -227,9 +227,9 @@ def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: P
 
 
 def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, overwrite: bool, json_: bool) -> None:
-    from abliterate.inducing import run_induce
-    from abliterate.publish.induced_card import induced_rows
-    from abliterate.terminal import output, result_table
+    from abliterate.cards.induced import induced_rows
+    from abliterate.commands.terminal import output, result_table
+    from abliterate.run.inducing import run_induce
 
     result = run_induce(source, out, settings, overwrite=overwrite, reporter=terminal)
     if json_:
@@ -261,10 +261,10 @@ def _run(
     source: str, out: Path, settings: RunSettings, terminal: Terminal, activations: Path | None, overwrite: bool,
     show_completions: bool, json_: bool,
 ) -> None:  # fmt: skip
-    from abliterate.pipeline import run as run_pipeline
-    from abliterate.publish.card import result_rows
+    from abliterate.cards.card import result_rows
+    from abliterate.commands.terminal import output, result_table
     from abliterate.report import html_missing
-    from abliterate.terminal import output, result_table
+    from abliterate.run.pipeline import run as run_pipeline
 
     def choose(candidates: list[Candidate], _texts: list[list[str]]) -> int:
         return _ask(terminal, candidates)

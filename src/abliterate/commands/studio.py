@@ -19,7 +19,7 @@ from abliterate.commands.common import (
     settings_from,
     source_of,
 )
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 
 @app.command(
@@ -63,7 +63,7 @@ def studio(
         if recipe and not model:
             raise AbliterateError("--recipe needs the model it is for: abliterate studio MODEL --recipe RECIPE")
         settings = settings_from(flags, None)
-        from abliterate.opening import open_model
+        from abliterate.run.opening import open_model
 
         if model:
             terminal.say(f"loading {model}")
@@ -88,7 +88,7 @@ def studio(
 
 def _name(source: str, folder: Path) -> str:
     """A source as the page shows it: relative to the folder if it lies there, else without its path."""
-    from abliterate.publish.card import public_name
+    from abliterate.cards.card import public_name
 
     path = Path(source).expanduser().resolve()
     if path.exists() and path.is_relative_to(folder.expanduser().resolve()):

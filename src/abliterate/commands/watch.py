@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from abliterate.commands.common import Json, app
-from abliterate.errors import AbliterateError, InterruptedByUserError
+from abliterate.common.errors import AbliterateError, InterruptedByUserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from abliterate.watching import Progress
+    from abliterate.common.watching import Progress
 
 SHOWN_LINES = 12
 
@@ -30,7 +30,7 @@ def watch(
     json_: Json = False,
 ) -> None:
     """Show how a run goes, from another terminal; Ctrl-C stops watching, not the run."""
-    from abliterate.watching import follow
+    from abliterate.common.watching import follow
 
     progress: Progress | None = None
     try:

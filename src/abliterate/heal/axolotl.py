@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import AbliterateError
-from abliterate.files import check_file, whole_file
+from abliterate.common.errors import AbliterateError
+from abliterate.common.files import check_file, whole_file
+from abliterate.common.reporting import Reporter
 from abliterate.heal.preferences import Pair, load_preferences
 from abliterate.heal.training import Job
 from abliterate.measure.judges import make_judge
-from abliterate.reporting import Reporter
 
 PAIRS_SUFFIX, HELD_OUT_SUFFIX = ".pairs.jsonl", ".held-out.jsonl"
 DEEPSPEED = {"zero2": "deepspeed_configs/zero2.json", "zero3": "deepspeed_configs/zero3.json"}

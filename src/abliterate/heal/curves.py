@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from abliterate.files import whole_file
+from abliterate.common.files import whole_file
 
 COLOUR, SMOOTH_COLOUR = "#93b5dd", "#1d64b4"
 PANELS = {

@@ -13,13 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.errors import AbliterateError
-from abliterate.files import whole_file
+from abliterate.common.errors import AbliterateError
+from abliterate.common.files import whole_file
+from abliterate.common.reporting import Reporter, Silent
 from abliterate.heal.preferences import Preferences, as_row, load_preferences
 from abliterate.heal.training import Job, Training
 from abliterate.measure.judges import make_judge
 from abliterate.measure.rates import Rate
-from abliterate.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,7 +211,7 @@ def _lora_modules(model: Any) -> list[str]:
 
 
 def _write_configuration(path: Path, job: Job, resolved: dict[str, Any], data: Preferences) -> None:
-    from abliterate.publish.card import public_name
+    from abliterate.cards.card import public_name
 
     document = {
         "preset": job.settings.heal.preset,

@@ -21,12 +21,12 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate import errors
-from abliterate.errors import AbliterateError
-from abliterate.files import whole_file
+from abliterate.common import errors
+from abliterate.common.errors import AbliterateError
+from abliterate.common.files import whole_file
+from abliterate.common.reporting import Reporter, Silent, Tick
 from abliterate.heal.training import Job, Training
 from abliterate.heal.worker import MARK, RESULT_FILE, error_file, train_here
-from abliterate.reporting import Reporter, Silent, Tick
 
 NAMES = ("ddp", "fsdp", "zero2", "zero3")
 ALONE = ("self",)  # presets that train in one process only

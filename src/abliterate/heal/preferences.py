@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.errors import PromptError, shorten
-from abliterate.heal.settings import HealSettings
-from abliterate.prompt_sources import Origin, Table, listed, read_tables
-from abliterate.reporting import Reporter, Silent
+from abliterate.common.errors import PromptError, shorten
+from abliterate.common.reporting import Reporter, Silent
+from abliterate.prompts.sources import Origin, Table, listed, read_tables
+from abliterate.settings.heal import HealSettings
 
 if TYPE_CHECKING:
     from abliterate.measure.judges import Judge
-    from abliterate.model import Handle
+    from abliterate.models.handle import Handle
 
 Message = dict[str, str]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")

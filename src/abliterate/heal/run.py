@@ -19,23 +19,23 @@ from typing import Any
 
 import torch
 
-from abliterate.errors import AbliterateError, ModelError, OutputError, PromptError
-from abliterate.facts import SCHEMA, environment, model_facts, side_facts
-from abliterate.files import check_apart, check_folder, check_space, whole_folder
-from abliterate.heal.own import open_lessons, open_teacher
-from abliterate.heal.settings import HealRunSettings
+from abliterate.cards.card import healed_card
+from abliterate.common.errors import AbliterateError, ModelError, OutputError, PromptError
+from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
+from abliterate.common.reporting import Clock, Reporter, Silent
+from abliterate.heal.self_taught import open_lessons, open_teacher
 from abliterate.heal.training import ADAPTER, Job, Training
-from abliterate.loading import DTYPES
 from abliterate.measure import Measurement
 from abliterate.measure.judges import Judge, make_judge
-from abliterate.model import Handle, config_hash
-from abliterate.opening import check_lengths, open_model, open_prompts, set_prefill
-from abliterate.prompts import Sides, format_prompts
-from abliterate.publish.card import healed_card
+from abliterate.models.handle import Handle, config_hash
+from abliterate.models.loading import DTYPES
+from abliterate.prompts.sets import Sides, format_prompts
 from abliterate.report import write_if_able
-from abliterate.reporting import Clock, Reporter, Silent
-from abliterate.saving import bytes_to_write, save_model
-from abliterate.stages import check_same_tokens, measured
+from abliterate.run.facts import SCHEMA, environment, model_facts, side_facts
+from abliterate.run.opening import check_lengths, open_model, open_prompts, set_prefill
+from abliterate.run.saving import bytes_to_write, save_model
+from abliterate.run.stages import check_same_tokens, measured
+from abliterate.settings.heal import HealRunSettings
 
 CONFIGURATION = "heal.json"
 RESULTS = "results.json"
@@ -146,7 +146,7 @@ def heal(
         reporter: told about stages and progress.
 
     Raises:
-        AbliterateError: any of the errors in `abliterate.errors`; nothing is written to `out` then.
+        AbliterateError: any of the errors in `abliterate.common.errors`; nothing is written to `out` then.
     """
     reporter, clock = reporter or Silent(), Clock()
     sources = find_sources(model, original)
@@ -236,7 +236,7 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
 
 def check_same_kind(model: str, original: str, settings: HealRunSettings) -> None:
     """Raise ModelError when two models have other shapes, or read prompts as other tokens; loads no weights."""
-    from abliterate.loading import _load_config, _load_tokenizer, _locate  # no public way to load these alone
+    from abliterate.models.loading import _load_config, _load_tokenizer, _locate
 
     seen = []
     for source in (model, original):
@@ -331,7 +331,7 @@ def _train(job: Job, out: str | Path, measuring: _Measuring, teaching: dict[str,
     check_space(out, bytes_to_write(handle))
     measuring.measure(handle, "edited")
     if teaching:
-        from abliterate.heal.own import train
+        from abliterate.heal.self_taught import train
 
         with measuring.clock.stage("heal"):
             return train(job, handle=handle, reporter=reporter, **teaching)

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from abliterate.chat import resolve_chat_template
-from abliterate.errors import AbliterateError, NonFiniteError, OutputError
-from abliterate.files import whole_file, whole_folder
-from abliterate.heal.settings import HealSettings
+from abliterate.common.errors import AbliterateError, NonFiniteError, OutputError
+from abliterate.common.files import whole_file, whole_folder
+from abliterate.common.reporting import Reporter, Tick
 from abliterate.heal.training import Job
-from abliterate.loading import load
-from abliterate.model import Handle
-from abliterate.reporting import Reporter, Tick
+from abliterate.models.handle import Handle
+from abliterate.models.loading import load
+from abliterate.prompts.chat import resolve_chat_template
+from abliterate.settings.heal import HealSettings
 
 KEPT_CHECKPOINTS = 2
 SAID_LINES = 20

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from abliterate.heal.settings import HealRunSettings
+from abliterate.settings.heal import HealRunSettings
 
 if TYPE_CHECKING:
-    from abliterate.reporting import Reporter
+    from abliterate.common.reporting import Reporter
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"

@@ -14,16 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from abliterate.errors import AbliterateError
-from abliterate.files import whole_file
+from abliterate.common.errors import AbliterateError
+from abliterate.common.files import whole_file
 from abliterate.heal.training import Job, Preset, Training
 
 if TYPE_CHECKING:
-    from abliterate.reporting import Reporter, Tick
+    from abliterate.common.reporting import Reporter, Tick
 
 MARK = "@abliterate "
 RESULT_FILE = "training.json"
-PRESETS = {"dpo": "abliterate.heal.dpo", "self": "abliterate.heal.own"}
+PRESETS = {"dpo": "abliterate.heal.dpo", "self": "abliterate.heal.self_taught"}
 """The module whose `train` is a preset."""
 
 

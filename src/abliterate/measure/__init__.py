@@ -11,7 +11,7 @@ from abliterate.measure.decode import BATCH, Answer, decode
 from abliterate.measure.divergence import Divergence, Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
-from abliterate.model import Handle
+from abliterate.models.handle import Handle
 
 Progress = Callable[[str, int], Callable[[int], None] | None]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from abliterate.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
-from abliterate.model import Handle
+from abliterate.models.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
+from abliterate.models.handle import Handle
 
 if TYPE_CHECKING:
     from abliterate.measure.slots import Slots

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from abliterate.batches import buckets, inputs, share_prefix
-from abliterate.errors import NonFiniteError
+from abliterate.common.errors import NonFiniteError
 from abliterate.measure.decode import Answer
-from abliterate.model import Handle
+from abliterate.models.batches import buckets, inputs, share_prefix
+from abliterate.models.handle import Handle
 
 KEPT = 1024  # likeliest tokens kept of each of the original's distributions
 ANSWER_TOKENS = 24

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from abliterate.errors import AbliterateError, ModelError
+from abliterate.common.errors import AbliterateError, ModelError
 from abliterate.measure.refusal import is_refusal, settled_refusal
 
 
@@ -146,7 +146,7 @@ def _split_label(argument: str) -> tuple[str, str]:
 
 
 def _make_style(argument: str) -> Judge:
-    from abliterate.behaviours import load_behaviour
+    from abliterate.prompts.behaviour import load_behaviour
 
     if not argument:
         raise AbliterateError("the style judge needs a behaviour: style:NAME or style:FILE.toml")

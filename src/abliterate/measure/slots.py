@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from abliterate.batches import Prefix, attention_window, inputs, takes_positions
-from abliterate.model import Handle
+from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
+from abliterate.models.handle import Handle
 
 SLOTS_BYTES = 4 * 2**30  # most that keys and values of the rows in progress may take
 ATTENTIONS = ("sdpa", "eager")  # these take a mask ready made

@@ -1,1 +1,1 @@
-"""."""
+"""Sending a result out: the Hub, and GGUF files."""

@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.ggml_types import check_packs, pack, unpack
-from abliterate.apply.gguf import check_whole
-from abliterate.apply.gguf_file import GgufFile, GgufTensor, layout_of, open_gguf, write_retyped
-from abliterate.apply.gguf_names import EMBEDDING, HEAD
-from abliterate.apply.requantise import CHUNK
-from abliterate.errors import ModelError, OutputError, shorten
-from abliterate.files import check_file, check_space, whole_file
+from abliterate.apply.gguf.file import GgufFile, GgufTensor, layout_of, open_gguf, write_retyped
+from abliterate.apply.gguf.form import check_whole
+from abliterate.apply.gguf.names import EMBEDDING, HEAD
+from abliterate.apply.gguf.requantise import CHUNK
+from abliterate.apply.gguf.types import check_packs, pack, unpack
+from abliterate.common.errors import ModelError, OutputError, shorten
+from abliterate.common.files import check_file, check_space, whole_file
 
 if TYPE_CHECKING:
-    from abliterate.reporting import Reporter
+    from abliterate.common.reporting import Reporter
 
 EXTRA = "export"
 SCRIPT = "convert_hf_to_gguf.py"

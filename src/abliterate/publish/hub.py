@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from abliterate.errors import AbliterateError, shorten
+from abliterate.common.errors import AbliterateError, shorten
 from abliterate.publish.parcel import Item, Parcel, pack
 
 if TYPE_CHECKING:
-    from abliterate.reporting import Reporter
+    from abliterate.common.reporting import Reporter
 
 SCHEMA = 1
 ATTEMPTS = 5

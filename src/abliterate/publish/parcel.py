@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import OutputError, RecipeError, shorten
+from abliterate.common.errors import OutputError, RecipeError, shorten
 
 INDEX = "model.safetensors.index.json"
 # Half-written: by files.py, by downloads, by editors.
@@ -213,7 +213,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _recipe_of(path: Path) -> Any:
-    from abliterate.recipe import load_recipe
+    from abliterate.edit.recipe import load_recipe
 
     try:
         return load_recipe(path)
@@ -222,14 +222,14 @@ def _recipe_of(path: Path) -> Any:
 
 
 def _recipe_card(path: Path) -> bytes:
-    from abliterate.publish.card import recipe_card
+    from abliterate.cards.card import recipe_card
 
     return recipe_card(_recipe_of(path), path.name).encode()
 
 
 def _made_card(paths: list[Path]) -> list[Item]:
     """A card for GGUF files, from the header of the first."""
-    from abliterate.publish.card import gguf_card
+    from abliterate.cards.card import gguf_card
 
     for path in paths:
         with path.open("rb") as file:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import AbliterateError, RecipeError
+from abliterate.common.errors import AbliterateError, RecipeError
 
 STATES = ("original", "edited", "healed")
 RESULTS = "results.json"
@@ -158,7 +158,7 @@ def _read_data(loaded: Loaded) -> None:
 
 
 def _read_recipe(loaded: Loaded) -> None:
-    from abliterate.recipe import load_recipe
+    from abliterate.edit.recipe import load_recipe
 
     file = loaded.folder / "recipe.safetensors"
     if not file.is_file():
@@ -204,7 +204,7 @@ def place_name(entry: dict[str, Any]) -> str:
 
 
 def _frontier_point(loaded: Loaded, number: int, entry: dict[str, Any]) -> Point:
-    from abliterate.recipe import load_recipe
+    from abliterate.edit.recipe import load_recipe
 
     strengths = None
     file = loaded.folder / str(entry.get("recipe", ""))

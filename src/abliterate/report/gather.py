@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.batches import buckets, inputs, share_prefix
-from abliterate.directions import Directions, Place
-from abliterate.edit import Edit
-from abliterate.errors import shorten
-from abliterate.files import whole_file
+from abliterate.common.errors import shorten
+from abliterate.common.files import whole_file
+from abliterate.directions.means import Directions, Place
+from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement
-from abliterate.model import Handle
+from abliterate.models.batches import buckets, inputs, share_prefix
+from abliterate.models.handle import Handle
+from abliterate.models.writers import SITES, find_writers, watch_sites
 from abliterate.report.geometry import aligned_planes, auc, cosine, silhouette
-from abliterate.writers import SITES, find_writers, watch_sites
 
 SCHEMA = 1
 NAME = "report-data.json"

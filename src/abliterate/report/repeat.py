@@ -14,7 +14,7 @@ SOURCES = ("target", "baseline", "chat_template")
 def repeat_command(loaded: Loaded) -> str:
     """The command line that gives the same numbers with the same versions; files are named without their folders."""
     from abliterate.commands.common import FIELDS
-    from abliterate.settings import ENVIRONMENT_PREFIX, RunSettings
+    from abliterate.settings.run import ENVIRONMENT_PREFIX, RunSettings
 
     settings: dict[str, Any] = loaded.results.get("settings") or {}
     if loaded.get("heal"):
@@ -37,7 +37,7 @@ def repeat_command(loaded: Loaded) -> str:
 
 def _heal_command(loaded: Loaded, settings: dict[str, Any]) -> str:
     """The command that heals so again; the model edited is named as it lay."""
-    from abliterate.heal.settings import HealRunSettings
+    from abliterate.settings.heal import HealRunSettings
 
     healing = settings.get("heal") or {}
     preset = {"preset": healing.get("preset", "dpo")}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from abliterate.errors import AbliterateError
-from abliterate.files import whole_file, whole_folder
+from abliterate.common.errors import AbliterateError
+from abliterate.common.files import whole_file, whole_folder
+from abliterate.common.reporting import Reporter
 from abliterate.report.document import load_run
-from abliterate.reporting import Reporter
 
 HTML, PICTURES, MARKDOWN = "report.html", "report-png", "report.md"
 INSTALL = "pip install 'abliterate[report]'"

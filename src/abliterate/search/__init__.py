@@ -1,1 +1,1 @@
-"""."""
+"""Ways to choose an edit, one file each."""

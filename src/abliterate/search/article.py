@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from abliterate.directions import Directions, article_order, at
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
+from abliterate.directions.means import Directions, article_order, at
+from abliterate.edit.edit import Edit
 from abliterate.measure import judged
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
-from abliterate.model import Handle
-from abliterate.search.candidates import Candidate, Choice, Choose, Progress, Say, Show
-from abliterate.writers import SITES, find_writers
+from abliterate.models.handle import Handle
+from abliterate.models.writers import SITES, find_writers
+from abliterate.search.sweep import Candidate, Choice, Choose, Progress, Say, Show
 
 
 def article(

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.batches import buckets, inputs, share_prefix
-from abliterate.model import Handle
+from abliterate.models.batches import buckets, inputs, share_prefix
+from abliterate.models.handle import Handle
 
 
 @torch.inference_mode()

@@ -22,20 +22,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.directions import Directions, Place
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError, NonFiniteError
+from abliterate.common.errors import AbliterateError, NonFiniteError
+from abliterate.directions.means import Directions, Place
+from abliterate.edit.edit import Edit
 from abliterate.measure import judged
 from abliterate.measure.decode import Answer
 from abliterate.measure.divergence import Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
-from abliterate.model import Handle
+from abliterate.models.handle import Handle
+from abliterate.models.writers import Writer, find_writers
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint, Moment, choose, non_dominated
 from abliterate.search.packed import Packer
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
-from abliterate.writers import Writer, find_writers
 
 UNIT = 0.05  # nats of divergence that count as much as one unit of the stand-in for refusing
 WEIGHTS = (3.0, 1.0, 0.3, 0.1, 0.03)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.edit import Edit
-from abliterate.errors import OutputError
-from abliterate.files import whole_file
+from abliterate.common.errors import OutputError
+from abliterate.common.files import whole_file
+from abliterate.edit.edit import Edit
 from abliterate.measure.rates import Rate
 from abliterate.search.frontier import FrontierPoint
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
+from abliterate.edit.edit import Edit
 from abliterate.measure.rates import Rate
 
 

@@ -18,20 +18,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.batches import Prefix, buckets, inputs
-from abliterate.directions import Directions
-from abliterate.edit import Edit, normalised
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
+from abliterate.directions.means import Directions
+from abliterate.edit.edit import Edit, normalised
 from abliterate.measure import judged
 from abliterate.measure.coherence import is_degenerate
 from abliterate.measure.decode import Answer
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
-from abliterate.model import Handle
-from abliterate.search.candidates import LAST_LAYERS_LEFT_OUT
+from abliterate.models.batches import Prefix, buckets, inputs
+from abliterate.models.handle import Handle
+from abliterate.models.writers import SITES, watch_sites
 from abliterate.search.fit import Examples
 from abliterate.search.packed import Packer, Row
-from abliterate.writers import SITES, watch_sites
+from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
 
 SITE = "post"
 SOURCES = ("prompt", "answer")

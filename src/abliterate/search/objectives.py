@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from abliterate.errors import PromptError
+from abliterate.common.errors import PromptError
 from abliterate.measure import judged
 from abliterate.measure.decode import BATCH, decode
 from abliterate.measure.divergence import Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
-from abliterate.model import Handle
+from abliterate.models.handle import Handle
 
 DECODE_TOKENS = 48
 

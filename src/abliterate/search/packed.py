@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from abliterate.batches import Prefix, attention_window, inputs, takes_positions
-from abliterate.model import Handle, common_prefix
+from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
+from abliterate.models.handle import Handle, common_prefix
 
 CHUNK = 32  # rows read together up to the first edited block
 ROW_TOKENS = 256  # longer rows waste more in attention than they save in prefixes

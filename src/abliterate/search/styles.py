@@ -16,19 +16,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from abliterate.directions import Directions, Place, at
-from abliterate.edit import Edit, Shift
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
+from abliterate.directions.means import Directions, Place, at
+from abliterate.edit.edit import Edit, Shift
 from abliterate.measure import judged
 from abliterate.measure.coherence import is_degenerate
 from abliterate.measure.divergence import Reference, compare
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
-from abliterate.model import Handle
-from abliterate.search.candidates import LAST_LAYERS_LEFT_OUT, Candidate, Choice, Progress, Say
+from abliterate.models.handle import Handle
+from abliterate.models.writers import SITES, find_writers
 from abliterate.search.frontier import FrontierPoint, choose, non_dominated
 from abliterate.search.objectives import original_reference
-from abliterate.writers import SITES, find_writers
+from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT, Candidate, Choice, Progress, Say
 
 SITE, POSITION = "post", -1
 DIVERGENCE_TOKENS = 24

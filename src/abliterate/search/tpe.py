@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.directions import Directions
-from abliterate.edit import Edit, Part, from_parts, normalised
-from abliterate.errors import AbliterateError, NonFiniteError
-from abliterate.model import Handle
+from abliterate.common.errors import AbliterateError, NonFiniteError
+from abliterate.directions.means import Directions
+from abliterate.edit.edit import Edit, Part, from_parts, normalised
+from abliterate.models.handle import Handle
+from abliterate.models.writers import SITES, Writer, find_writers
 from abliterate.search.frontier import FrontierPoint, non_dominated
 from abliterate.search.objectives import DivergenceFromOriginal, Objective, Refusals
-from abliterate.writers import SITES, Writer, find_writers
 
 STUDY = "abliterate"
 STARTUP = 20  # trials drawn at random before the sampler models them

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from abliterate.errors import AbliterateError
-from abliterate.watching import Progress
+from abliterate.common.errors import AbliterateError
+from abliterate.common.watching import Progress
 
 
 class Export:

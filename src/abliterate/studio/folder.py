@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from abliterate.errors import AbliterateError, OutputError, RecipeError, shorten
-from abliterate.recipe import KEY, MOST_BYTES
+from abliterate.common.errors import AbliterateError, OutputError, RecipeError, shorten
+from abliterate.edit.recipe import KEY, MOST_BYTES
 from abliterate.report.document import public
 
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".csv")

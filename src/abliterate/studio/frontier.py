@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import AbliterateError
+from abliterate.common.errors import AbliterateError
 
 WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 640, 260, 62, 44, 16
 

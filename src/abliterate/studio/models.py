@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError
-from abliterate.model import Handle
-from abliterate.writers import find_writers
+from abliterate.common.errors import AbliterateError
+from abliterate.edit.edit import Edit
+from abliterate.models.handle import Handle
+from abliterate.models.writers import find_writers
 
 MOST_MODELS = 2
 

@@ -18,21 +18,21 @@ from weakref import WeakSet
 import gradio as gr
 
 from abliterate.apply.forms import FORMS, ApplyOptions, apply_recipe
-from abliterate.conversation import Sampling
-from abliterate.errors import AbliterateError, shorten
-from abliterate.files import check_file
+from abliterate.common.errors import AbliterateError, shorten
+from abliterate.common.files import check_file
+from abliterate.common.watching import Progress
+from abliterate.edit.recipe import MOST_BYTES, Recipe, load_recipe, save_recipe
 from abliterate.measure.refusal import is_refusal
-from abliterate.prompts import load_prompts
+from abliterate.prompts.sets import load_prompts
 from abliterate.publish.hub import size_of
-from abliterate.recipe import MOST_BYTES, Recipe, load_recipe, save_recipe
 from abliterate.report import write_html
+from abliterate.studio.conversation import Sampling
 from abliterate.studio.exporting import Export
 from abliterate.studio.folder import MOST_PROMPT_BYTES, PROMPT_SUFFIXES, Folder, check_upload
 from abliterate.studio.frontier import drawing, frontier_points
 from abliterate.studio.models import Models
 from abliterate.studio.runs import Runs, View
 from abliterate.studio.session import GROUPS, Answers, Question, Session, Strengths
-from abliterate.watching import Progress
 
 MOST_GRID = 16
 SHOW_EVERY = 0.08  # seconds between two looks at a growing answer

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate.errors import AbliterateError, shorten
-from abliterate.files import check_folder
-from abliterate.watching import Progress, read_progress
+from abliterate.common.errors import AbliterateError, shorten
+from abliterate.common.files import check_folder
+from abliterate.common.watching import Progress, read_progress
 
 PASSWORD_VARIABLE = "ABLITERATE_STUDIO_PASSWORD"
 PATIENCE = 60.0  # seconds a run gets to clean up before it is killed

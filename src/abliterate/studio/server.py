@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.errors import AbliterateError
-from abliterate.recipe import MOST_BYTES
+from abliterate.common.errors import AbliterateError
+from abliterate.edit.recipe import MOST_BYTES
 
 if TYPE_CHECKING:
-    from abliterate.model import Handle
+    from abliterate.models.handle import Handle
     from abliterate.studio.page import Studio
 
 INSTALL = "pip install 'abliterate[studio]'"

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from abliterate.conversation import Conversation, Sampling
-from abliterate.edit import Edit
-from abliterate.errors import AbliterateError
-from abliterate.recipe import Recipe, check_model
+from abliterate.common.errors import AbliterateError
+from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import Recipe, check_model
+from abliterate.studio.conversation import Conversation, Sampling
 from abliterate.studio.exporting import Export
 from abliterate.studio.models import Loaded
 

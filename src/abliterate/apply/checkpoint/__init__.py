@@ -1,0 +1,1 @@
+"""An edit in a folder of safetensors shards, streamed from disk to disk."""

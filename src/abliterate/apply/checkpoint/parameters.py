@@ -1,0 +1,149 @@
+"""A model's parameters as they are in memory, one at a time: from a checkpoint's files, without loading the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.apply.checkpoint.shards import open_checkpoint
+from abliterate.common.errors import ModelError, WriterError, shorten
+from abliterate.models.handle import Handle
+from abliterate.models.stored import StoredTensor, checkpoint_shapes, names_in, resolved, skeleton, stored_tensors
+from abliterate.models.writers import Writer, layout
+
+
+class Parameters:
+    """A model's writers and their values.
+
+    Attributes:
+        handle: the model; of a folder a skeleton, whose modules are true and whose values are not.
+        writers: parameter name -> writer.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.writers: dict[str, Writer] = {writer.name: writer for writer in layout(handle).writers}
+
+    def named(self, names: Sequence[str]) -> dict[str, Writer]:
+        """The writer that each name means, as in memory.
+
+        Raises:
+            WriterError: when one is no writer of this model.
+        """
+        for name in names:
+            if name not in self.writers:
+                raise WriterError(
+                    f"the edit names {name}, which doesn't write to the stream of {self.handle.source}; "
+                    "is it for another model?"
+                )
+        return {name: self.writers[name] for name in names}
+
+    def value(self, writer: Writer) -> Tensor:
+        """The writer's own parameter, in the dtype it has."""
+        return self.handle.model.get_parameter(writer.name).detach()
+
+    def bias(self, writer: Writer) -> Tensor | None:
+        """Its bias, if it has one."""
+        return self.handle.model.get_parameter(writer.bias).detach() if writer.bias else None
+
+    def gain(self, writer: Writer) -> Float[Tensor, " d_model"] | None:
+        """What the norm behind it multiplies by, float32; None without one."""
+        return writer.gain
+
+    def sibling(self, writer: Writer, name: str) -> Tensor:
+        """Another parameter of the writer's module, by its name in it."""
+        return self.handle.model.get_parameter(f"{writer.module}.{name}").detach()
+
+
+class FolderParameters(Parameters):
+    """The same of a folder, read from its safetensors files when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(skeleton(folder))
+        self.folder = folder
+        self._shapes = checkpoint_shapes(folder)
+        self._sources = names_in(self.handle.model, self._shapes)
+        self._stored = stored_tensors(self.handle, self._sources)
+        self._files = {name: folder / file for name, file in open_checkpoint(folder).files.items()}
+
+    def named(self, names: Sequence[str]) -> dict[str, Writer]:
+        owners: Mapping[str, str] = resolved(names, self._stored, self.handle.source)
+        return {name: self.writers[owner] for name, owner in owners.items()}
+
+    def value(self, writer: Writer) -> Tensor:
+        return self._whole([t for t in self._stored[writer.name] if not t.bias], writer.shape, writer.axis, writer.name)
+
+    def bias(self, writer: Writer) -> Tensor | None:
+        if writer.bias is None:
+            return None
+        shape = tuple(self.handle.model.get_parameter(writer.bias).shape)
+        return self._whole([t for t in self._stored[writer.name] if t.bias], shape, writer.bias_axis, writer.bias)
+
+    def gain(self, writer: Writer) -> Float[Tensor, " d_model"] | None:
+        stored = self._stored[writer.name][0].gain
+        return None if stored is None else self._read(stored.name).float() + stored.plus
+
+    def sibling(self, writer: Writer, name: str) -> Tensor:
+        parameter = f"{writer.module}.{name}"
+        found = self._sources.get(parameter, [])
+        if len(found) != 1:
+            raise WriterError(f"{self.handle.source}: {parameter} is not one tensor of the checkpoint")
+        return self._read(found[0])
+
+    def _whole(self, parts: Sequence[StoredTensor], shape: tuple[int, ...], axis: int, name: str) -> Tensor:
+        """A parameter as in memory, from the one or several tensors it is stored as."""
+        if len(parts) == 1 and len(parts[0].shape) == len(shape):
+            tensor = _turned(self._read(parts[0].name), parts[0].axis, axis)
+        elif len(parts) > 1 and len(shape) == len(parts[0].shape) + 1:
+            tensor = torch.stack([_turned(self._read(part.name), part.axis, axis - 1) for part in parts])
+        else:
+            tensor = torch.empty(0)
+        if tuple(tensor.shape) != shape:
+            raise WriterError(
+                f"{self.handle.source}: {name} {list(shape)} can't be made from what is stored "
+                f"({parts[0].name} {list(parts[0].shape)})"
+            )
+        return tensor
+
+    def _read(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._files:
+            raise ModelError(f"model folder {self.folder} lacks tensor {name}; get its files again")
+        try:
+            with safe_open(str(self._files[name]), framework="pt") as shard:
+                tensor: Tensor = shard.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(f"model folder {self.folder}: {self._files[name].name} is damaged "
+                             f"({shorten(str(error))}); get it again") from error  # fmt: skip
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ModelError(
+                f"model folder {self.folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; "
+                "an adapter is made from weights of 16 bits or more"
+            )
+        return tensor
+
+
+def _turned(tensor: Tensor, axis: int, wanted: int) -> Tensor:
+    """The tensor with its axis of size d_model where it is wanted; the other dimensions keep their order."""
+    return tensor if axis == wanted else tensor.movedim(axis, wanted)
+
+
+def open_parameters(model: str, revision: str | None = None) -> Parameters:
+    """The parameters of a model: read as needed from safetensors; a GGUF file is loaded.
+
+    Args:
+        model: folder, Hub id or GGUF file.
+        revision: of a Hub model.
+    """
+    from abliterate.apply.checkpoint.form import local_folder
+    from abliterate.models.loading import load
+
+    path = Path(model).expanduser()
+    if path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors"))):
+        return Parameters(load(model, revision=revision))
+    return FolderParameters(local_folder(model, revision))

@@ -1,0 +1,1 @@
+"""An edit in GGUF files: tensors in place, an adapter, a control vector; and the format itself."""

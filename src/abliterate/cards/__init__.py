@@ -1,0 +1,1 @@
+"""Text about a result, for the folder that goes to the Hub."""

@@ -1,0 +1,190 @@
+"""What the command line shows: progress bars in a terminal, a line per stage elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+from abliterate.common.watching import ProgressFile
+
+if TYPE_CHECKING:  # not imported before something is shown: some commands take no longer than that
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+Tick = Callable[[int], None]
+
+
+class Terminal:
+    """A reporter on standard error; results go to standard output.
+
+    Use as a context manager, so that bars are cleared whatever happens.
+    """
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        log: IO[str] | None = None,
+        published: ProgressFile | None = None,
+    ) -> None:
+        self._console = console
+        self.quiet, self.log, self.published = quiet, log, published
+        self.bars: Progress | None = None
+        self.started = time.monotonic()
+
+    @property
+    def console(self) -> Console:
+        """Where lines and bars go."""
+        if self._console is None:
+            from rich.console import Console
+
+            self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        return self._console
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        self._clear()
+        if self.published:
+            self.published.end()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No bars for as long as a person is asked something."""
+        self._clear()  # the next stage draws its own
+        yield
+
+    def say(self, text: str) -> None:
+        """One line about how it goes."""
+        stamp = time.monotonic() - self.started
+        self._write_log(text)
+        if self.published:
+            self.published.say(text)
+        if not self.quiet:
+            self.console.print(f"[dim]{stamp:6.1f}s[/dim]  {_escape(text)}")
+
+    def progress(self, stage: str, total: int) -> Tick | None:
+        """A bar for a stage of `total` steps, or one line where there is no terminal."""
+        published = self.published
+        if published:
+            published.stage(stage, total)
+        self._clear()
+        if self.quiet or not self.console.is_terminal:
+            self.say(f"{stage} ({total})")
+            return published.tick if published else None
+        self._write_log(f"{stage} ({total})")
+        bars = self.bars = _bars(self.console)
+        task = bars.add_task(stage, total=total)
+        bars.start()
+
+        def tick(done: int) -> None:
+            bars.advance(task, done)
+            if published:
+                published.tick(done)
+            if bars.finished and self.bars is bars:
+                self._clear()  # what comes next may be a result, which a bar's line isn't the place for
+
+        return tick
+
+    def _clear(self) -> None:
+        """Take the bar away, if there is one."""
+        if self.bars:
+            self.bars.stop()
+            self.bars = None
+
+    def _write_log(self, text: str) -> None:
+        if self.log:
+            self.log.write(f"{time.monotonic() - self.started:8.1f}s  {text}\n")
+            self.log.flush()
+
+
+def _bars(console: Console) -> Progress:
+    """Bars that say how far, how fast and how long."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Steps per second, or seconds per step where they are slow."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            if not speed:
+                return Text("")
+            return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), Rate(),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+        redirect_stdout=False,  # results may go to a file while bars go to the terminal
+    )  # fmt: skip
+
+
+def result_table(rows: list[tuple[str, ...]], states: Sequence[str] = ("original", "edited")) -> Table:
+    """The closing table: a column for each model measured."""
+    from rich.table import Table
+
+    table = Table(title=" against ".join(states), title_style="bold")
+    table.add_column("")
+    for state in states:
+        table.add_column(state, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def measurement_table(document: dict[str, Any]) -> Table:
+    """What `abliterate measure` prints: one column, or two when there is an original to compare with."""
+    from rich.table import Table
+
+    from abliterate.cards.card import result_rows
+
+    if document["edited"] is not None:
+        return result_table(result_rows(document))
+    table = Table()
+    table.add_column("")
+    table.add_column("model", justify="right")
+    for name, value, *_ in result_rows({**document, "edited": document["original"]}):
+        if not name.startswith("divergence"):
+            table.add_row(name, value)
+    return table
+
+
+def plan_table(rows: list[tuple[str, str]]) -> Table:
+    """What `abliterate run --plan` prints."""
+    from rich.table import Table
+
+    table = Table(title="what the run would take here", title_style="bold")
+    table.add_column("")
+    table.add_column("planned", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def output() -> Console:
+    """The console for results."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,1 @@
+"""The stream's statistics and the directions in them."""

@@ -1,0 +1,252 @@
+"""One pass over prompts: the statistics of the residual stream at its sites, without keeping the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.common.errors import PromptError
+from abliterate.models.batches import Prefix, buckets, inputs, share_prefix
+from abliterate.models.handle import Handle, check_finite
+from abliterate.models.writers import SITES, layout, watch_sites
+from abliterate.prompts.chat import instruction_suffix_length
+
+MOST_POSITIONS = 5
+Tick = Callable[[int], None]
+
+
+@dataclass
+class SideStatistics:
+    """What is kept of one side's prompts.
+
+    Attributes:
+        count: number of prompts.
+        mean: [layer, site, position, d_model] float64, the mean stream.
+        variance: [layer, site, position] float64, the summed variance over d_model.
+        vectors: [prompt, layer, site, position, d_model] float32, or None unless asked for.
+    """
+
+    count: int
+    mean: Float[Tensor, "layer site position d_model"]
+    variance: Float[Tensor, "layer site position"]
+    vectors: Float[Tensor, "prompt layer site position d_model"] | None = None
+
+
+@dataclass
+class Activations:
+    """The stream's statistics on both sides.
+
+    Sites run `pre`, `mid`, `post`; position index i is token i - positions of the prompt (the last index
+    is position -1). A parallel block has no `mid`: its entries are NaN.
+    """
+
+    target: SideStatistics
+    baseline: SideStatistics
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return self.target.mean.shape[0]
+
+    @property
+    def positions(self) -> int:
+        return self.target.mean.shape[2]
+
+    @property
+    def d_model(self) -> int:
+        return self.target.mean.shape[3]
+
+
+class _Running:
+    """Sums in float64 that give mean and variance; updated batch by batch around a first guess of the mean."""
+
+    def __init__(self, keep: bool) -> None:
+        self.count = 0
+        self.keep: list[Tensor] | None = [] if keep else None
+        self.order: list[int] = []
+        self.offset: Tensor | None = None
+
+    def add(self, stream: Float[Tensor, "prompt layer site position d_model"], order: Sequence[int]) -> None:
+        if self.offset is None:
+            self.offset = stream.mean(0, dtype=torch.float64)
+            self.total = torch.zeros_like(self.offset)
+            self.squares = torch.zeros_like(self.offset[..., 0])
+        for one in stream:  # prompt by prompt: the whole batch in float64 would be most of the memory
+            around = one - self.offset
+            self.total += around
+            self.squares += around.square().sum(-1)
+        self.count += len(stream)
+        if self.keep is not None:
+            self.keep.append(stream.float().cpu())
+            self.order.extend(order)
+
+    def done(self) -> SideStatistics:
+        assert self.offset is not None
+        shift = self.total / self.count
+        variance = (self.squares / self.count - shift.square().sum(-1)).clamp_min(0)
+        vectors = None
+        if self.keep is not None:
+            vectors = torch.cat(self.keep)[torch.tensor(self.order).argsort()]
+        return SideStatistics(self.count, (self.offset + shift).cpu(), variance.cpu(), vectors)
+
+
+def default_positions(handle: Handle) -> int:
+    """As many last positions as the chat template adds after the instruction, at most 5."""
+    suffix = instruction_suffix_length(
+        handle.tokenizer,
+        system_prompt=handle.system_prompt,
+        chat_template=handle.chat_template,
+        prefill=handle.prefill,
+    )
+    return max(1, min(MOST_POSITIONS, suffix))
+
+
+def collect(
+    handle: Handle,
+    target: Sequence[str],
+    baseline: Sequence[str],
+    *,
+    positions: int | None = None,
+    batch_size: int = 32,
+    winsorise: float | None = None,
+    keep_vectors: bool = False,
+    tick: Tick | None = None,
+) -> Activations:
+    """Means and variances of the stream at every site, over target and over baseline prompts.
+
+    One forward pass per batch without logits; the prefix that all prompts share is run once; statistics
+    are summed in float64, so memory doesn't grow with the number of prompts.
+
+    Args:
+        handle: a loaded model.
+        target, baseline: prompts.
+        positions: last token positions to read; None takes `default_positions`.
+        batch_size: most prompts in a batch.
+        winsorise: clamp each activation vector to this quantile of its absolute entries (e.g. 0.995),
+            against outliers; None leaves it as it is.
+        keep_vectors: keep every prompt's activations too.
+        tick: called with the number of prompts done.
+
+    Raises:
+        PromptError: when a side is empty.
+        NonFiniteError: naming the layer where the stream is NaN or infinite.
+
+    Example:
+        >>> acts = collect(h, ["Write a virus"], ["Write a poem"])
+        >>> acts.target.mean.shape  # layer, site, position, d_model
+        torch.Size([30, 3, 5, 576])
+    """
+    if not len(target) or not len(baseline):
+        raise PromptError("collecting needs prompts on both sides; one side is empty")
+    positions = positions or default_positions(handle)
+    sides = [handle.prompt_ids(target), handle.prompt_ids(baseline)]
+    prefix = share_prefix(handle, sides[0] + sides[1], keep=positions)
+    shortest = min(len(row) for side in sides for row in side)
+    if shortest < positions:
+        raise PromptError(f"a prompt has only {shortest} tokens, fewer than the {positions} positions asked for")
+    statistics = [_side(handle, ids, prefix, positions, batch_size, winsorise, keep_vectors, tick) for ids in sides]
+    return Activations(statistics[0], statistics[1])
+
+
+def collect_rows(
+    handle: Handle,
+    target: Sequence[Sequence[int]],
+    baseline: Sequence[Sequence[int]],
+    *,
+    positions: int = 1,
+    answers: tuple[Sequence[int], Sequence[int]] | None = None,
+    batch_size: int = 32,
+    winsorise: float | None = None,
+    keep_vectors: bool = False,
+    tick: Tick | None = None,
+) -> Activations:
+    """`collect` over token ids, at their last positions or averaged along the answers that they end with.
+
+    Args:
+        handle: a loaded model.
+        target, baseline: token ids of each row.
+        positions: last positions to read, where `answers` is None.
+        answers: how many of each row's last tokens are its answer, per side: what is kept of a row is then the mean
+            of the stream over them, as one position.
+        batch_size, winsorise, keep_vectors, tick: as for `collect`.
+
+    Raises:
+        PromptError: when a side is empty, or a row is shorter than what is read of it.
+        NonFiniteError: naming the layer where the stream is NaN or infinite.
+    """
+    statistics = []
+    for place, ids in enumerate((target, baseline)):
+        if not len(ids):
+            raise PromptError("collecting needs rows on both sides; one side is empty")
+        lengths = answers[place] if answers else [positions] * len(ids)
+        if not all(0 < length <= len(row) for row, length in zip(ids, lengths, strict=True)):
+            raise PromptError("an answer is empty, or a row is shorter than what is to be read of it")
+        prefix = share_prefix(handle, ids, keep=max(lengths))
+        along = list(lengths) if answers else None
+        statistics.append(_side(handle, ids, prefix, positions, batch_size, winsorise, keep_vectors, tick, along))
+    return Activations(statistics[0], statistics[1])
+
+
+@torch.inference_mode()
+def _side(
+    handle: Handle, ids: Sequence[Sequence[int]], prefix: Prefix, positions: int, batch_size: int,
+    winsorise: float | None, keep_vectors: bool, tick: Tick | None, along: Sequence[int] | None = None,
+) -> SideStatistics:  # fmt: skip
+    running = _Running(keep_vectors)
+    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
+        rows, lengths = [ids[i] for i in batch], [along[i] for i in batch] if along else None
+        stream = _read(handle, rows, prefix, positions, lengths)
+        check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
+        running.add(winsorised(stream, winsorise) if winsorise else stream, batch)
+        if tick:
+            tick(len(batch))
+    return running.done()
+
+
+def _read(
+    handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix, positions: int, along: Sequence[int] | None = None
+) -> Float[Tensor, "prompt layer site position d_model"]:
+    """The stream of one batch at every site's last positions, on the CPU in the model's dtype.
+
+    With `along`, the mean over so many last tokens of each row instead, in float32.
+    """
+    read: Tensor | None = None
+
+    def look(layer: int, site: str, stream: Tensor) -> None:
+        nonlocal read
+        last = stream[:, -positions:] if along is None else _means(stream, along)
+        if read is None:
+            shape = (len(rows), handle.layers, len(SITES), *last.shape[1:])
+            read = torch.full(shape, float("nan"), dtype=last.dtype)
+        # Copied, not kept: a view would hold on to the whole stream, and change when a model adds in place.
+        read[:, layer, SITES.index(site)] = last
+
+    arguments = inputs(handle, rows, prefix)
+    with watch_sites(handle, look):
+        handle.hidden_states(**arguments)
+    assert read is not None
+    return read
+
+
+def _means(stream: Float[Tensor, "prompt token d_model"], along: Sequence[int]) -> Float[Tensor, "prompt one d_model"]:
+    """Each row's mean over its last tokens, as many as `along` says; rows are padded on the left."""
+    means = [row[-length:].float().mean(0) for row, length in zip(stream, along, strict=True)]
+    return torch.stack(means)[:, None]
+
+
+def winsorised(vectors: Float[Tensor, "*any d_model"], quantile: float) -> Float[Tensor, "*any d_model"]:
+    """Each vector with its entries clamped to +- the given quantile of their absolute values (Lai 2025)."""
+    wide = vectors.float()
+    limit = wide.abs().quantile(quantile, dim=-1, keepdim=True)
+    return wide.clamp(-limit, limit).to(vectors.dtype)
+
+
+def sites_with_stream(handle: Handle) -> list[str]:
+    """Site names that exist in this model: parallel blocks have no `mid`."""
+    has_mid = any(reader is not None for reader in layout(handle).mid_readers)
+    return list(SITES) if has_mid else ["pre", "post"]

@@ -1,0 +1,1 @@
+"""A loaded model, its parts and its writers, found by looking and proved by measuring."""

@@ -1,0 +1,164 @@
+"""Batches that waste nothing: the prefix all prompts share is run once, and rows of like length go together."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.models.handle import Handle, common_prefix
+
+PADDING_SHARE = 0.15
+
+
+@dataclass
+class Prefix:
+    """The leading tokens that all prompts share, with the keys and values they leave behind.
+
+    Attributes:
+        length: number of tokens; 0 when nothing is shared or the model can't start from a cache.
+        cache: transformers cache of batch size 1, or None.
+    """
+
+    length: int
+    cache: Any = None
+
+    def expanded(self, rows: int) -> Any:
+        """A cache of its own for a batch of `rows`."""
+        if self.cache is None:
+            return None
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+@torch.inference_mode()
+def share_prefix(handle: Handle, ids: Sequence[Sequence[int]], keep: int = 1, room: int = 0) -> Prefix:
+    """Run the prompts' common prefix once.
+
+    Padding then stands between the prefix and the rest of a row. Attention that looks back over a window
+    counts it as distance, so with a window shorter than the rows nothing is shared.
+
+    Args:
+        handle: a loaded model, with the edit to be measured attached or baked.
+        ids: token ids of the prompts.
+        keep: how many of each prompt's last tokens must stay outside the prefix.
+        room: how many tokens will follow a prompt.
+    """
+    length = min(common_prefix(ids), min(map(len, ids)) - keep)
+    window = attention_window(handle)
+    if window is not None and max(map(len, ids)) + room > window:
+        return Prefix(0)
+    if length < 4 or not continues_from_cache(handle):
+        return Prefix(0)
+    return Prefix(length, _run_prefix(handle, ids[0][:length]))
+
+
+def attention_window(handle: Handle) -> int | None:
+    """How many tokens back the model's attention looks where that is limited, as the config has it."""
+    config = getattr(handle.model.config, "get_text_config", lambda: handle.model.config)()
+    names = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+    sizes = [size for size in (getattr(config, name, None) for name in names) if isinstance(size, int)]
+    return min(sizes, default=None)
+
+
+def _run_prefix(handle: Handle, ids: Sequence[int]) -> Any:
+    tokens = torch.tensor([list(ids)], device=handle.device)
+    return handle.hidden_states(input_ids=tokens, use_cache=True).past_key_values
+
+
+def continues_from_cache(handle: Handle) -> bool:
+    """Whether this model gives the same states when a padded batch starts from a cached prefix.
+
+    Tried out on a few tokens, once per handle: recurrent and hybrid models may not.
+    """
+    known = handle.__dict__.get("_continues")
+    if known is None:
+        known = handle.__dict__["_continues"] = _try_cache(handle)
+    return known
+
+
+@torch.inference_mode()
+def _try_cache(handle: Handle) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, min(handle.vocabulary, 1000), (2, 14), generator=generator).tolist()
+    rows = [tokens[0][:6] + tokens[0][6:12], tokens[0][:6] + tokens[1][6:14]]
+    try:
+        prefix = Prefix(6, _run_prefix(handle, rows[0][:6]))
+        shared = handle.hidden_states(**inputs(handle, rows, prefix)).last_hidden_state[:, -1].float()
+        whole = [
+            handle.hidden_states(input_ids=torch.tensor([row], device=handle.device)).last_hidden_state[0, -1].float()
+            for row in rows
+        ]
+    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+        return False
+    error = (shared - torch.stack(whole)).norm(dim=-1) / torch.stack(whole).norm(dim=-1)
+    bound = 1e-3 if handle.dtype == torch.float32 else 0.1
+    return bool((error < bound).all())
+
+
+def inputs(handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix) -> dict[str, Any]:
+    """Arguments for a forward pass over left-padded rows that start with the prefix.
+
+    Args:
+        handle: a loaded model.
+        rows: whole token ids, prefix included.
+        prefix: what `share_prefix` gave for them.
+    """
+    rest = [list(row[prefix.length :]) for row in rows]
+    width = max(map(len, rest))
+    pad = handle.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rest])
+    own = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rest])
+    mask = torch.cat([torch.ones(len(rows), prefix.length, dtype=own.dtype), own], dim=1)
+    device = handle.device
+    arguments = {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "past_key_values": prefix.expanded(len(rows)),
+        "use_cache": prefix.cache is not None,
+    }
+    if takes_positions(handle):
+        arguments["position_ids"] = positions(mask)[:, prefix.length :].to(device)
+    return arguments
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids [batch, position] that count only the tokens a mask [batch, position] keeps."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def takes_positions(handle: Handle) -> bool:
+    return "position_ids" in inspect.signature(handle.decoder.forward).parameters
+
+
+def buckets(
+    lengths: Sequence[int], batch_size: int, shared: int = 0, padding: float = PADDING_SHARE
+) -> Iterator[list[int]]:
+    """Indices of rows, batch by batch: longest first, at most `batch_size`, little padding.
+
+    Args:
+        lengths: tokens per row.
+        batch_size: most rows in a batch.
+        shared: tokens of each row that cost nothing (the shared prefix).
+        padding: largest share of a batch that may be padding.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batch: list[int] = []
+    used = 0
+    for index in order:
+        own = lengths[index] - shared
+        width = lengths[batch[0]] - shared if batch else own
+        wasted = width * (len(batch) + 1) - used - own
+        if batch and (len(batch) == batch_size or wasted > padding * width * (len(batch) + 1)):
+            yield batch
+            batch, used = [], 0
+        batch.append(index)
+        used += own
+    if batch:
+        yield batch

@@ -1,0 +1,246 @@
+"""The handle that every stage passes around: a loaded model and how its prompts are formatted."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from abliterate.common.errors import ModelError, NonFiniteError
+from abliterate.edit.recipe_file import config_hash as config_hash
+from abliterate.prompts.chat import check_context, format_prompts
+
+if TYPE_CHECKING:
+    from abliterate.edit.edit import Edit
+
+# What closes a reasoning block at once, by the mark that opens it.
+REASONING_PREFILLS = {
+    "<think>": "<think>\n\n</think>\n\n",
+    "<thinking>": "<thinking>\n\n</thinking>\n\n",
+    "<thought>": "<thought>\n\n</thought>\n\n",
+    "<reasoning>": "<reasoning>\n\n</reasoning>\n\n",
+    "[THINK]": "[THINK][/THINK]",
+    "<|channel|>analysis": "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>",
+}
+
+
+@dataclass
+class Handle:
+    """A loaded model with its tokenizer and the way its prompts are formatted.
+
+    Attributes:
+        model: a transformers causal language model in evaluation mode.
+        tokenizer: its tokenizer, padding on the left and with a pad token.
+        source: the Hub id, folder or GGUF file it came from.
+        revision: the pinned Hub revision, if any.
+        system_prompt, chat_template, prefill: how a prompt becomes a conversation; see `chat.format_prompts`.
+        source_dtype: the dtype the weights have on disk, where known; `save` keeps it.
+        quantised: "4bit" or "8bit" when loaded so; such a model can be measured but not baked.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    revision: str | None = None
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    prefill: str | None = None
+    source_dtype: torch.dtype | None = None
+    quantised: str | None = None
+    trust_remote_code: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The module that holds the blocks: run it when no logits are wanted."""
+        get_decoder = getattr(self.model, "get_decoder", None)
+        found = get_decoder() if get_decoder else None
+        return found if isinstance(found, nn.Module) and found is not self.model else self.model.base_model
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's blocks: its longest list of modules that is in no other list, as lists of experts are.
+
+        Raises:
+            ModelError: when the model holds no list of modules.
+        """
+        every = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList)]
+        inner = {id(m) for outer in every for m in outer.modules() if m is not outer}
+        lists = [m for m in every if id(m) not in inner]
+        if not lists:
+            raise ModelError(f"{self.source}: no list of decoder blocks found in {type(self.model).__name__}")
+        return max(lists, key=len)
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the token embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def d_model(self) -> int:
+        text_config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
+        return int(text_config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding and the head are one parameter."""
+        head = self.model.get_output_embeddings()
+        return head is not None and getattr(head, "weight", None) is getattr(self.embedding, "weight", 0)
+
+    @property
+    def context_length(self) -> int | None:
+        text_config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
+        return getattr(text_config, "max_position_embeddings", None)
+
+    @cached_property
+    def module_names(self) -> dict[nn.Module, str]:
+        return {module: name for name, module in self.model.named_modules()}
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list | tuple) else [configured]
+        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    @property
+    def config_hash(self) -> str:
+        """Sha256 of the fields of config.json that say what shape the model has."""
+        return config_hash(self.model.config.to_dict())
+
+    def prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as the user's turn, up to where the answer begins.
+
+        Raises:
+            PromptError: when a prompt is longer than the model's context.
+            ModelError: when there is no chat template.
+        """
+        ids = format_prompts(
+            self.tokenizer,
+            list(texts),
+            system_prompt=self.system_prompt,
+            chat_template=self.chat_template,
+            prefill=self.prefill,
+        )
+        if self.context_length:
+            check_context(ids, self.context_length, texts)
+        return ids
+
+    def hidden_states(self, **inputs: Any) -> Any:
+        """Run the blocks alone: what the model does, less the logits."""
+        return self.decoder(**inputs)
+
+    def last_logits(self, keep: int = 1, **inputs: Any) -> tuple[Float[Tensor, "batch keep vocab"], Any]:
+        """Logits at the last `keep` positions only, and the cache."""
+        if self._plain_head:
+            output = self.decoder(**inputs)
+            head = self.model.get_output_embeddings()
+            # contiguous: from a slice, the matrix product would copy the whole head
+            states = output.last_hidden_state[:, -keep:].contiguous()
+            return head(states.to(head.weight.device)), getattr(output, "past_key_values", None)
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            inputs["logits_to_keep"] = keep
+        output = self.model(**inputs)
+        return output.logits[:, -keep:], getattr(output, "past_key_values", None)
+
+    def logits(self, states: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocab"]:
+        """What the model's head makes of the decoder's last states, its scale and soft cap included."""
+        head = self.model.get_output_embeddings()
+        if self._plain_head:
+            return head(states.to(head.weight.device))
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        forward = self.decoder.forward
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=self.device)
+        try:  # the model's own path from states to logits, whatever it does there
+            self.decoder.forward = lambda *_a, **_k: BaseModelOutputWithPast(last_hidden_state=states[None])  # type: ignore[method-assign]
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self.decoder.forward = forward  # type: ignore[method-assign]
+
+    @cached_property
+    def _plain_head(self) -> bool:
+        """Whether logits are the head applied to the last states and nothing else; tried on a few tokens.
+
+        Bit for bit: a soft cap, as in Gemma 2, is within a per cent of nothing where logits are small.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return False
+        with torch.inference_mode():
+            ids = torch.arange(8, device=self.device)[None]
+            ours = head(self.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+            theirs = self.model(input_ids=ids, use_cache=False).logits
+        return torch.equal(ours.float(), theirs.float())
+
+    @contextlib.contextmanager
+    def attached(self, edit: Edit) -> Iterator[Handle]:
+        """Apply an edit live, with hooks, for as long as the context lasts."""
+        from abliterate.apply.hooks import attached
+
+        with attached(self, edit):
+            yield self
+
+    def bake(self, edit: Edit, *, keep_tied: bool = False) -> None:
+        """Change the weights as the edit says."""
+        from abliterate.apply.weights import bake
+
+        bake(self, edit, keep_tied=keep_tied)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Number of leading token ids that all sequences share."""
+    shortest, longest = min(map(list, sequences)), max(map(list, sequences))
+    for index, (left, right) in enumerate(zip(shortest, longest, strict=False)):
+        if left != right:
+            return index
+    return min(len(shortest), len(longest))
+
+
+def find_prefill(answers: Sequence[str], prompts: Sequence[str]) -> str | None:
+    """What to put before answers so that a reasoning model answers at once.
+
+    Args:
+        answers: openings of answers, special tokens kept.
+        prompts: the formatted prompts they answer.
+
+    Returns:
+        The prefill when every prompt ends with, or every answer opens with, one reasoning mark; else None.
+    """
+    for mark, prefill in REASONING_PREFILLS.items():
+        if prompts and all(p.rstrip().endswith(mark) for p in prompts):
+            return prefill.removeprefix(mark)
+        if answers and all(a.lstrip().startswith(mark) for a in answers):
+            return prefill
+    return None
+
+
+def check_finite(activations: Tensor, what: str) -> None:
+    """Raise NonFiniteError when a tensor [layer, ...] is not finite, naming the first bad layer."""
+    if not bool(torch.isfinite(activations).all()):
+        bad = (~torch.isfinite(activations)).flatten(1).any(1).nonzero()[0].item()
+        raise NonFiniteError(f"{what}: activation at layer {bad} is NaN or infinite; try --dtype float32")

@@ -1,0 +1,1 @@
+"""Prompt sets and how they become conversations; behaviours, which say what contrasts with what."""

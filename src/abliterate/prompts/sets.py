@@ -1,0 +1,458 @@
+"""Prompt sets: from any source to three disjoint splits a side.
+
+A side (target or baseline) is three disjoint sets of prompts: directions are found on `train`, chosen
+on `validation` and reported on `test`. `load_sides` gives both sides and holds them apart.
+
+torch, transformers and datasets are imported only by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, overload
+
+from abliterate.common.errors import PromptError
+from abliterate.common.errors import shorten as shorten
+from abliterate.prompts.chat import CHATML as CHATML
+from abliterate.prompts.chat import check_context as check_context
+from abliterate.prompts.chat import format_prompts as format_prompts
+from abliterate.prompts.chat import instruction_suffix_length as instruction_suffix_length
+from abliterate.prompts.chat import resolve_chat_template as resolve_chat_template
+from abliterate.prompts.sources import BUNDLED as BUNDLED
+from abliterate.prompts.sources import SHORT_NAMES as SHORT_NAMES
+from abliterate.prompts.sources import SPLIT_NAMES, Origin, Table, listed, locate, read_tables
+from abliterate.prompts.sources import HubUnreachableError as HubUnreachableError
+from abliterate.prompts.sources import Role as Role
+from abliterate.prompts.sources import hub_answers as hub_answers
+
+DEFAULT_SOURCES: dict[Role, str] = {"target": "harmful_behaviors", "baseline": "harmless_alpaca"}
+COLUMN_NAMES = (
+    *("text", "prompt", "instruction", "question", "goal", "query"),
+    *("input", "request", "behavior", "content", "messages", "conversations"),
+)
+MIN_PROMPTS = 8
+# Directions need the most prompts, the report the next most: its intervals are what people read.
+TRAIN_SHARE, VALIDATION_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
+VALIDATION_SHARE_OF_TRAIN = 0.25
+TEST_SHARE_OF_TRAIN = 0.3
+
+
+@dataclass(frozen=True)
+class PromptSet(Sequence[str]):
+    """An ordered set of prompts and where it came from, such as `"data/x.csv (train)"`."""
+
+    source: str
+    texts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the texts in order; the source's name doesn't enter into it."""
+        return hashlib.sha256(json.dumps(self.texts, ensure_ascii=True).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.texts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        return self.texts[index]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """One side's prompts: directions are found on `train`, chosen on `validation`, reported on `test`."""
+
+    source: str
+    train: PromptSet
+    validation: PromptSet
+    test: PromptSet
+
+    def __iter__(self) -> Iterator[PromptSet]:
+        return iter((self.train, self.validation, self.test))
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Target and baseline prompts, and `notes`: lines worth telling the user about how they were made."""
+
+    target: Splits
+    baseline: Splits
+    notes: tuple[str, ...] = ()
+
+
+# --- Public: loading -----------------------------------------------------------------------------
+
+
+def load_prompts(
+    source: str, *, role: Role = "target", column: str | None = None, split: str | None = None
+) -> PromptSet:
+    """Load a source, or one split of it, as one set without repeats.
+
+    Args:
+        source: `"bundled[:split]"`, a local file or folder (`path[:column]`), or a Hub data set
+            (`id[:split[:column]]`, or one of `SHORT_NAMES`).
+        role: which bundled file to read, and which option errors name.
+        column: the column with the prompts; guessed from `COLUMN_NAMES` if None.
+        split: load this split only.
+
+    Raises:
+        PromptError: the source is missing, unreadable, empty or holds something other than prompts.
+
+    Example:
+        >>> len(load_prompts("bundled", split="test"))
+        200
+    """
+    origin = locate(source, role, column, split)
+    splits, _ = _read_splits(origin)
+    texts, _ = _without_repeats(text for part in splits.values() for text in part)
+    return PromptSet(f"{source} ({split})" if split else source, texts)
+
+
+def load_sides(
+    target: str | Sequence[str] | None = None,
+    baseline: str | Sequence[str] | None = None,
+    *,
+    target_column: str | None = None,
+    baseline_column: str | None = None,
+    seed: int = 0,
+    limit_train: int | None = None,
+    limit_validation: int | None = None,
+    limit_test: int | None = None,
+) -> Sides:
+    """Load both sides, cut into splits where the source has none, and check that nothing overlaps.
+
+    A source that names its splits keeps them; what is missing is cut from its training split. The
+    others are shuffled and cut 50/20/30. None stands for the article's data set on the Hub, or for the
+    bundled prompts if the Hub can't be reached, and then `notes` says so.
+
+    Args:
+        target: source of the prompts that show the behaviour, as for `load_prompts`, or their texts.
+        baseline: source of the prompts that don't, or their texts.
+        target_column: the target's column with the prompts; guessed if None.
+        baseline_column: the baseline's column with the prompts; guessed if None.
+        seed: of every cut and of every sample taken to meet a limit.
+        limit_train: keep at most this many prompts a side, sampled, in `train`.
+        limit_validation: the same in `validation`.
+        limit_test: the same in `test`.
+
+    Raises:
+        PromptError: a source can't be read, is too small, or shares a prompt with another split or side.
+
+    Example:
+        >>> sides = load_sides("bundled", "bundled")
+        >>> len(sides.target.train), len(sides.target.validation), len(sides.target.test)
+        (117, 60, 200)
+    """
+    limits = _checked({"train": limit_train, "validation": limit_validation, "test": limit_test})
+    sources: dict[Role, str | Sequence[str] | None] = {"target": target, "baseline": baseline}
+    columns: dict[Role, str | None] = {"target": target_column, "baseline": baseline_column}
+    read, notes = _read_sides(sources, columns)
+    unique: dict[Role, dict[str, tuple[str, ...]]] = {}
+    for role, (origin, splits) in read.items():
+        unique[role], repeat_notes = _disjoint(splits, origin)
+        notes += repeat_notes
+    _forbid_overlap(
+        chain.from_iterable(unique["target"].values()),
+        chain.from_iterable(unique["baseline"].values()),
+        (read["target"][0].label, read["baseline"][0].label),
+    )
+    target_splits, baseline_splits = (
+        _limited(_cut(unique[role], origin, seed), limits, origin, seed) for role, (origin, _) in read.items()
+    )
+    return Sides(target_splits, baseline_splits, tuple(notes))
+
+
+def load_one_set(
+    source: str | Sequence[str],
+    *,
+    column: str | None = None,
+    seed: int = 0,
+    limit_train: int | None = None,
+    limit_validation: int | None = None,
+    limit_test: int | None = None,
+) -> Sides:
+    """One set of prompts as both sides, for a behaviour that any prompt can show; splits as for `load_sides`.
+
+    Raises:
+        PromptError: the source can't be read, is too small, or shares a prompt between splits.
+    """
+    limits = _checked({"train": limit_train, "validation": limit_validation, "test": limit_test})
+    read, notes = _read_sides({"baseline": source}, {"baseline": column})
+    origin, splits = read["baseline"]
+    unique, repeat_notes = _disjoint(splits, origin)
+    one = _limited(_cut(unique, origin, seed), limits, origin, seed)
+    return Sides(one, one, tuple(notes + repeat_notes))
+
+
+def _checked(limits: dict[str, int | None]) -> dict[str, int | None]:
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise PromptError(f"the limit of {limit} prompts for the {name} split leaves none; use 1 or more")
+    return limits
+
+
+def normalise(text: str) -> str:
+    """The form in which two prompts count as the same: caseless, without punctuation, single spaces."""
+    squeezed = " ".join(text.casefold().translate(_PUNCTUATION_TO_SPACE).split())
+    return squeezed or text.strip()
+
+
+# --- From tables to splits -----------------------------------------------------------------------
+
+
+def _read_sides(
+    sources: Mapping[Role, str | Sequence[str] | None], columns: Mapping[Role, str | None]
+) -> tuple[dict[Role, tuple[Origin, dict[str, list[str]]]], list[str]]:
+    """Read both sides; if a default can't be reached, every default is taken from the bundled prompts."""
+    read: dict[Role, tuple[Origin, dict[str, list[str]]]] = {}
+    notes: list[str] = []
+    # Explicit sources first: their errors shouldn't wait for a download.
+    for role in sorted(sources, key=lambda role: sources[role] is None):
+        source = sources[role]
+        if source is not None and not isinstance(source, str):
+            read[role] = (Origin("given as texts", f"the list of {role} prompts", role), {"": list(source)})
+            continue
+        origin = locate(source or DEFAULT_SOURCES[role], role, columns[role], None)
+        try:
+            splits, read_notes = _read_splits(origin)
+        except HubUnreachableError:
+            if source is not None:
+                raise
+            break
+        read[role] = (origin, splits)
+        notes += read_notes
+    else:
+        return {role: read[role] for role in sources}, notes
+    defaults = [role for role, source in sources.items() if source is None]
+    names = " and ".join(SHORT_NAMES[DEFAULT_SOURCES[role]] for role in defaults)
+    notes = [f"the Hugging Face Hub can't be reached, so the bundled prompts stand in for {names}"]
+    fallback = {role: BUNDLED if source is None else source for role, source in sources.items()}
+    # A column named for the Hub's data set isn't the bundled file's.
+    kept = {role: None if role in defaults else columns[role] for role in sources}
+    bundled, read_notes = _read_sides(fallback, kept)
+    return bundled, notes + read_notes
+
+
+def _read_splits(origin: Origin) -> tuple[dict[str, list[str]], list[str]]:
+    """Prompts by split: `train`, `validation`, `test`, or `""` for a source that isn't divided."""
+    tables = read_tables(origin)
+    notes: list[str] = []
+    if origin.split is not None and origin.dataset is None:
+        tables = {"": _named_split(tables, origin)}
+    elif len(tables) == 1:
+        tables = {"": next(iter(tables.values()))}
+    unknown = [name for name in tables if name and name.casefold() not in SPLIT_NAMES]
+    if unknown and not any(SPLIT_NAMES.get(name.casefold()) == "train" for name in tables):
+        how = "name one as id:split" if origin.dataset else "call one 'train'"
+        raise PromptError(f"{origin.label} has no split 'train'{listed(tables)}; {how}")
+    if unknown:
+        notes.append(f"{origin.label}: splits left aside: {', '.join(map(repr, unknown))}")
+    splits: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        if name not in unknown:
+            splits.setdefault(SPLIT_NAMES.get(name.casefold(), ""), []).extend(_texts(table, origin, notes))
+    if not any(splits.values()):
+        raise PromptError(f"{origin.label} is empty; put at least {MIN_PROMPTS} prompts into it")
+    return splits, notes
+
+
+def _named_split(tables: Mapping[str, Table], origin: Origin) -> Table:
+    wanted = origin.split or ""
+    for name, table in tables.items():
+        if name == wanted or SPLIT_NAMES.get(name.casefold()) == SPLIT_NAMES.get(wanted.casefold(), wanted):
+            return table
+    raise PromptError(f"{origin.label} has no split '{wanted}'{listed(filter(None, tables))}; name one it has")
+
+
+def _texts(table: Table, origin: Origin, notes: list[str]) -> list[str]:
+    """The prompts of a table, each checked to be text that isn't blank."""
+    if not table.places:
+        return []
+    column = _choose_column(table, origin)
+    texts: list[str] = []
+    blank = 0
+    for value, place in zip(table.columns[column], table.places, strict=True):
+        text = _first_user_turn(value)
+        if text is not None and text.strip():
+            texts.append(text.strip())
+        elif text is not None and origin.dataset is not None:
+            blank += 1  # The user can't correct somebody else's data set, so it isn't an error there.
+        else:
+            where = f"{origin.label}, {place}" + (f", column '{column}'" if column else "")
+            what = "is blank" if text is not None else f"is not text but {shorten(repr(value), 60)}"
+            raise PromptError(f"{where}: the prompt {what}; correct it or delete it")
+    if blank:
+        notes.append(f"{origin.label}: dropped {_count(blank, 'blank prompt')}")
+    return texts
+
+
+def _choose_column(table: Table, origin: Origin) -> str:
+    """The column named by the user, or the first whose name is usual for prompts."""
+    names = [name for name in table.columns if name]
+    if origin.column is not None:
+        if origin.column in table.columns:
+            return origin.column
+        has = f"it has: {', '.join(map(repr, names))}" if names else "it is a plain list of prompts"
+        remedy = f"name one with {origin.option}" if names else f"leave {origin.option} out"
+        raise PromptError(f"{origin.label} has no column '{origin.column}' ({has}); {remedy}")
+    if not names:
+        return ""
+    by_name = {name.casefold(): name for name in reversed(names)}
+    for usual in COLUMN_NAMES:
+        if usual in by_name:
+            return by_name[usual]
+    raise PromptError(
+        f"{origin.label} has no column with a usual name for prompts, such as 'text' or 'prompt'"
+        f"{listed(names)}; name one with {origin.option}"
+    )
+
+
+def _first_user_turn(value: object) -> str | None:
+    """A prompt's text, or that of the first user message of a chat; None if there is none."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence):
+        return None
+    for turn in value:
+        if not isinstance(turn, Mapping):
+            return None
+        if turn.get("role", turn.get("from")) in ("user", "human"):
+            content = turn.get("content", turn.get("value"))
+            if isinstance(content, list):
+                parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+                return "\n".join(part for part in parts if isinstance(part, str))
+            return content if isinstance(content, str) else None
+    return None
+
+
+def _without_repeats(texts: Iterable[str]) -> tuple[tuple[str, ...], int]:
+    """The texts without later ones that normalise to an earlier one, and how many that were."""
+    texts = list(texts)
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(normalise(text), text)
+    return tuple(first.values()), len(texts) - len(first)
+
+
+def _disjoint(splits: Mapping[str, Sequence[str]], origin: Origin) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Splits without repeats inside or between them.
+
+    A prompt in two splits of a local source is an error; in somebody else's data set on the Hub, which
+    the user can't correct, it stays in the later split, so that what is reported was not trained on.
+    """
+    unique: dict[str, tuple[str, ...]] = {}
+    repeats = moved = 0
+    split_of: dict[str, str] = {}
+    for name in sorted(splits, key=["test", "validation", "train", ""].index):
+        kept, dropped = _without_repeats(splits[name])
+        repeats += dropped
+        shared = [text for text in kept if normalise(text) in split_of]
+        if shared and origin.dataset is None:
+            raise PromptError(
+                f"{origin.label}: prompt '{shorten(shared[0])}' is in two splits, '{name}' and "
+                f"'{split_of[normalise(shared[0])]}'; keep it in one"
+            )
+        moved += len(shared)
+        unique[name] = tuple(text for text in kept if normalise(text) not in split_of)
+        split_of |= {normalise(text): name for text in unique[name]}
+    notes = []
+    if repeats:
+        notes.append(f"{origin.label}: dropped {_count(repeats, 'repeated prompt')}")
+    if moved:
+        notes.append(f"{origin.label}: dropped {_count(moved, 'prompt')} that a later split has too")
+    return unique, notes
+
+
+def _cut(splits: Mapping[str, tuple[str, ...]], origin: Origin, seed: int) -> dict[str, tuple[str, ...]]:
+    """The three splits, with what the source lacks cut from what it has."""
+    total = sum(map(len, splits.values()))
+    if total < MIN_PROMPTS:
+        raise PromptError(
+            f"{origin.label} has {_count(total, 'different prompt')} and a side needs at least "
+            f"{MIN_PROMPTS}; add some, or use 'bundled'"
+        )
+    if len(splits) == 1:
+        (texts,) = splits.values()
+        train, rest = _take(texts, TRAIN_SHARE, seed)
+        validation, test = _take(rest, VALIDATION_SHARE / (VALIDATION_SHARE + TEST_SHARE), seed)
+        return {"train": train, "validation": validation, "test": test}
+    cut = dict(splits)
+    if "train" not in cut:
+        raise PromptError(
+            f"{origin.label} has no split 'train'{listed(splits)}; add one, or name no splits to have them cut"
+        )
+    for name, share in (("validation", VALIDATION_SHARE_OF_TRAIN), ("test", TEST_SHARE_OF_TRAIN)):
+        if name not in cut:
+            cut[name], cut["train"] = _take(cut["train"], share, seed)
+    for name, texts in cut.items():
+        if not texts:
+            raise PromptError(
+                f"{origin.label} leaves the split '{name}' without a prompt; add some, or name no splits to "
+                "have them cut"
+            )
+    return cut
+
+
+def _take(texts: Sequence[str], share: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A random share of the texts, and the rest, each in the order it had."""
+    chosen = set(random.Random(seed).sample(range(len(texts)), round(share * len(texts))))
+    return (
+        tuple(text for i, text in enumerate(texts) if i in chosen),
+        tuple(text for i, text in enumerate(texts) if i not in chosen),
+    )
+
+
+def _limited(
+    splits: Mapping[str, tuple[str, ...]], limits: Mapping[str, int | None], origin: Origin, seed: int
+) -> Splits:
+    """Prompt sets of at most the given sizes, sampled, because a file may be sorted by topic."""
+    sets = {}
+    for name, texts in splits.items():
+        limit = limits[name]
+        if limit is not None and limit < len(texts):
+            texts, _ = _take(texts, limit / len(texts), seed)
+        sets[name] = PromptSet(f"{origin.source} ({name})", texts)
+    return Splits(origin.source, **sets)
+
+
+def _forbid_overlap(target: Iterable[str], baseline: Iterable[str], labels: tuple[str, str]) -> None:
+    """Raise if a prompt is on both sides: its activations would cancel out of the direction."""
+    targets = {normalise(text) for text in target}
+    for text in baseline:
+        if normalise(text) in targets:
+            raise PromptError(
+                f"prompt '{shorten(text)}' is on both sides: in {labels[0]} (target) and in {labels[1]} "
+                "(baseline); keep it on one"
+            )
+
+
+# --- Helpers -------------------------------------------------------------------------------------
+
+
+class _PunctuationToSpace(dict[int, Any]):
+    """Maps punctuation to a space for `str.translate`, looking each character up once."""
+
+    def __missing__(self, code: int) -> int | str:
+        mapped = " " if unicodedata.category(chr(code)).startswith("P") else code
+        self[code] = mapped
+        return mapped
+
+
+_PUNCTUATION_TO_SPACE = _PunctuationToSpace()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,90 @@
+"""What results and recipes say of the model, the prompts, the settings and the machine."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+import abliterate
+from abliterate.cards.card import public_name
+from abliterate.edit.edit import Edit
+from abliterate.models.handle import Handle
+from abliterate.models.writers import find_writers
+from abliterate.prompts.sets import Splits
+
+SCHEMA = 1  # of results.json
+
+
+def model_facts(handle: Handle) -> dict[str, Any]:
+    """What results.json says of the model; to be taken before baking gives its config other switches."""
+    return {
+        "source": handle.source,
+        "revision": handle.revision,
+        "class": type(handle.model).__name__,
+        "config_hash": handle.config_hash,
+        "parameters": sum(p.numel() for p in handle.model.parameters()),
+        "layers": handle.layers,
+        "d_model": handle.d_model,
+        "dtype": str(handle.dtype).removeprefix("torch."),
+        "prefill": handle.prefill,
+    }
+
+
+def side_facts(splits: Splits) -> dict[str, Any]:
+    """Where a side's prompts come from, how many each split has, and their hashes."""
+    parts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
+    return {
+        "source": splits.source,
+        **{name: {"count": len(part), "sha256": part.sha256} for name, part in parts.items()},
+    }
+
+
+def environment(handle: Handle | None = None) -> dict[str, Any]:
+    """Versions and machine behind a result; no host or user name."""
+    import transformers
+
+    return {
+        "abliterate": abliterate.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "device": str(handle.device) if handle else ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+
+
+def strengths_used(edit: Edit) -> dict[str, float]:
+    """Least and greatest strength among those that do anything."""
+    used = edit.strengths[edit.strengths != 0]
+    return {"min": float(used.min()), "max": float(used.max())}
+
+
+def tied_fate(handle: Handle, edit: Edit, keep_tied: bool) -> str | None:
+    """What becomes of an embedding tied to the head: "kept" or "untied"; None when it isn't tied or isn't edited."""
+    embedded = any(w.side == "embedding" and w.name in edit.writers for w in find_writers(handle))
+    return ("kept" if keep_tied else "untied") if handle.tied and embedded else None
+
+
+def shared_prompts(prompts: dict[str, Any]) -> dict[str, Any]:
+    """What results.json says of the prompts, for a recipe: local files without their paths."""
+    return {
+        name: {**part, "source": public_name(part["source"])} if name in ("target", "baseline") else part
+        for name, part in prompts.items()
+    }
+
+
+def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings behind a recipe, local prompt files without their paths."""
+    prompts = dict(settings["prompts"])
+    for side in ("target", "baseline"):
+        prompts[side] = public_name(prompts[side]) if prompts[side] else None
+    kept = {name: value for name, value in settings.items() if name != "resume"} | {"prompts": prompts}
+    for name in ("behaviour", "keep"):
+        kept[name] = public_name(kept[name]) if kept.get(name) else None
+    kind, colon, of = str(settings["measure"]["judge"]).partition(":")
+    if kind == "style":
+        kept["measure"] = {**settings["measure"], "judge": f"{kind}{colon}{public_name(of)}"}
+    return kept

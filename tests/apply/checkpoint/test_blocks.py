@@ -1,0 +1,214 @@
+"""The arithmetic on stored weights, in numpy, is torch's; and where it is all that is needed, torch is not imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from abliterate.apply.checkpoint import blocks
+from abliterate.apply.checkpoint.blocks import RAW, Block, HeldRows, add, take_out
+from abliterate.apply.norms import removed_keeping_norms
+from abliterate.apply.removal import Factors, factors
+from abliterate.apply.weights import removed
+from abliterate.common.errors import NonFiniteError
+from abliterate.edit.algebra import ArrayFactors, taken_out
+from abliterate.edit.edit import Part, orthonormal
+from abliterate.edit.recipe import Recipe, from_arrays, save_recipe
+from abliterate.edit.recipe_file import as_arrays, read_recipe
+from apply.checkpoints import small_recipe, small_shards, write_checkpoint
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+SIXTEEN = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def bits_of(tensor: torch.Tensor, dtype: str) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy().view(RAW[dtype]).reshape(tensor.shape).copy()
+
+
+def tensor_of(bits: np.ndarray, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(bits.view(np.uint8)).view(DTYPES[dtype]).view(bits.shape)
+
+
+def drawn(dtype: str, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(DTYPES[dtype])
+
+
+def change_of(d_model: int, k: int) -> tuple[Factors, ArrayFactors]:
+    generator = torch.Generator().manual_seed(8)
+    rows, strengths = orthonormal(torch.randn(k, d_model, generator=generator)), torch.rand(k, generator=generator)
+    found = factors(Part(rows, strengths), torch.rand(d_model, generator=generator))
+    return found, ArrayFactors(found.left.numpy(), found.right.numpy())
+
+
+def edited(weight: torch.Tensor, dtype: str, change: ArrayFactors, **options: bool) -> torch.Tensor:
+    """`take_out` of a stack [outer, d_model, inner]."""
+    outer, d_model, inner = weight.shape
+    rows = HeldRows(bits_of(weight, dtype).reshape(-1, d_model if inner == 1 else inner))
+    take_out(rows, dtype, (outer, d_model, inner), change, **options)
+    return tensor_of(rows.values, dtype).view(weight.shape)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_every_number_of_sixteen_bits_widens_to_itself(dtype):
+    bits = np.arange(2**16).astype(np.uint16)[None]
+    wanted = tensor_of(bits, dtype).float().numpy()
+    block = Block(dtype, bits.shape[1])
+    wide = block.load(HeldRows(bits), 0, 1)
+    finite = np.isfinite(wanted)
+    assert np.array_equal(wide[finite].view(np.uint32), wanted[finite].view(np.uint32))
+    assert block.finite == (dtype == "BF16")  # float16's infinities are told apart here, bfloat16's stay what they are
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_rounding_is_to_the_nearest_and_ties_go_to_even(dtype):
+    every = tensor_of(np.arange(2**16).astype(np.uint16), dtype).float()
+    every = every[every.isfinite()].sort().values
+    ties = every[:-1] / 2 + every[1:] / 2
+    drawn = torch.randn(10**5) * torch.randn(10**5).mul(3).exp()
+    numbers = torch.cat([every, ties, drawn, -drawn, torch.tensor([-0.0])])
+    if dtype == "F16":  # what rounds to infinity is refused
+        numbers = numbers[numbers.abs() < 65504]
+    wanted = numbers.to(DTYPES[dtype])
+    raw = np.empty((1, len(numbers)), np.uint16)
+    wide = numbers.numpy()[None].copy()
+    Block(dtype, len(numbers)).narrow(wide, raw, np.empty_like(wide))
+    differ = tensor_of(raw[0], dtype).float() != wanted.float()
+    assert torch.equal(raw_signs(raw), raw_signs(bits_of(wanted, dtype)[None]))
+    if dtype == "BF16":
+        assert not differ.any()
+    else:  # of its smallest numbers, a few in a million are rounded twice
+        assert (numbers[differ].abs() < 2.0**-14).all()
+        assert differ.float().mean() < 1e-4
+
+
+def raw_signs(raw: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy((raw >> 15).astype(np.int64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 64, 300), (3, 64, 9), (70, 64, 1), (1, 64, 1)])
+@pytest.mark.parametrize("room", [2**16, 100])
+def test_what_is_taken_out_is_what_torch_takes_out(monkeypatch, dtype, k, shape, room):
+    monkeypatch.setattr(blocks, "BLOCK", room)
+    weight = drawn(dtype, *shape)
+    theirs, ours = change_of(shape[1], k)
+    new = edited(weight, dtype, ours)
+    if dtype == "F64":  # in memory, the sum runs in float32
+        left, right = (factor.double() for factor in theirs)
+        wanted = weight - left.T @ (right @ weight)
+    else:
+        wanted = removed(weight, theirs, 1)
+    eps = torch.finfo(DTYPES[dtype]).eps
+    torch.testing.assert_close(new, wanted, rtol=eps, atol=1e-14 if dtype == "F64" else 1e-6)
+    if dtype in SIXTEEN:  # float32 sums in another order round another way now and then
+        assert (new != wanted).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 64, 300), (3, 64, 9), (70, 64, 1)])
+def test_norms_are_kept_as_torch_keeps_them(dtype, k, shape):
+    weight = drawn(dtype, *shape)
+    theirs, ours = change_of(shape[1], k)
+    new, wanted = edited(weight, dtype, ours, keep_norms=True), removed_keeping_norms(weight, theirs, 1)
+    torch.testing.assert_close(new, wanted, rtol=torch.finfo(DTYPES[dtype]).eps, atol=2e-6)
+    assert not torch.equal(new, edited(weight, dtype, ours))
+
+
+def test_what_the_directions_have_nothing_of_stays_bit_for_bit():
+    """So that a rounding that isn't the nearest would show on every weight."""
+    weight = drawn("BF16", 1, 64, 300)
+    row = torch.zeros(1, 64)
+    row[0, 5] = 1.0
+    new = edited(weight, "BF16", ArrayFactors(row.numpy(), row.numpy()))
+    assert not new[0, 5].any()
+    weight[0, 5] = 0
+    assert torch.equal(new, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(2, 64, 30), (70, 64, 1)])
+@pytest.mark.parametrize("keep_norms", [False, True])
+def test_a_value_that_is_not_finite_is_found(dtype, value, shape, keep_norms):
+    weight = drawn(dtype, *shape)
+    _, change = change_of(64, 1)
+    change.left[0, 3] = change.right[0, 3] = 0  # nothing comes out of this feature, and still
+    weight[1, 3, 0] = value
+    with pytest.raises(NonFiniteError, match="some weight"):
+        edited(weight, dtype, change, keep_norms=keep_norms, name="some weight")
+
+
+def test_a_shift_that_overflows_is_found():
+    rows = HeldRows(bits_of(torch.full((1, 8), 65000.0).half(), "F16"))
+    with pytest.raises(NonFiniteError, match="bias"):
+        add(rows, "F16", np.full((1, 8), 1000, np.float32), name="bias")
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_gain_on_its_own_device_and_dtype_gives_the_same_factors(centred):
+    part = Part(orthonormal(torch.randn(3, 24)), torch.tensor([1.0, 0.5, -0.2]))
+    gain = torch.randn(24).bfloat16()
+    theirs = factors(part, gain, centred)
+    ours = taken_out(part.directions.numpy(), part.strengths.numpy(), gain.double().numpy(), centred)
+    assert all(np.array_equal(a.numpy(), b) for a, b in zip(theirs, ours, strict=True))
+    assert theirs.left.dtype == theirs.right.dtype == torch.float32
+
+
+# --- recipes without torch ---
+
+
+def test_an_edit_in_numpy_is_the_edit(tmp_path):
+    recipe = small_recipe(0.7, 2)
+    recipe.edit = recipe.edit + recipe.edit.shifting(1, torch.randn(16), 2.5)
+    save_recipe(recipe, tmp_path / "r")
+    read = read_recipe(tmp_path / "r")
+    for arrays, edit in ((read.edit * 0.3, recipe.edit * 0.3), (as_arrays(recipe).edit * 0.3, recipe.edit * 0.3)):
+        assert arrays.writers == edit.writers
+        assert list(arrays.parts) == list(edit.parts)
+        for ours, theirs in zip(arrays.parts.values(), edit.parts.values(), strict=True):
+            assert np.array_equal(ours.directions, theirs.directions.numpy())
+            assert np.array_equal(ours.strengths, theirs.strengths.numpy())
+        assert [(s.layer, s.size) for s in arrays.shifts] == [(s.layer, s.size) for s in edit.shifts]
+        assert all(np.array_equal(a.vector, b.vector.numpy()) for a, b in zip(arrays.shifts, edit.shifts, strict=True))
+    again = from_arrays(read)
+    assert isinstance(again, Recipe)
+    assert torch.equal(again.edit.strengths, recipe.edit.strengths)
+    with pytest.raises(ValueError, match="finite"):
+        read.edit * float("inf")
+
+
+RUN = """
+import json, sys
+from abliterate.cli import main
+sys.argv = ["abliterate", "apply", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as done:
+    assert not done.code, done.code
+print(json.dumps(sorted(m for m in sys.modules if "." not in m)))
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--norm-preserving"], ["--plan"], ["--strength", "0.5"], ["--in-place"]])
+def test_the_plain_case_imports_no_torch(tmp_path, options):
+    """It would take longer than copying some GiB; nor what only looks cheap."""
+    folder = write_checkpoint(tmp_path / "model", small_shards())
+    save_recipe(small_recipe(), tmp_path / "recipe.safetensors")
+    out = [] if "--in-place" in options else ["--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "recipe.safetensors"), str(folder), *out, *options, "--quiet"],
+        capture_output=True, text=True, check=True, env=os.environ,
+    )  # fmt: skip
+    imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert {"numpy", "abliterate"} <= imported
+    assert not imported & {"torch", "transformers", "jaxtyping", "asyncio", "unittest", "scipy", "huggingface_hub"}
+    written = folder if "--in-place" in options else tmp_path / "out"
+    assert (written / "README.md").is_file() == ("--plan" not in options)

@@ -1,0 +1,101 @@
+"""Models loaded in 4 or 8 bits (bitsandbytes, here on the CPU): edited live, fitted, and saved in full precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from abliterate.common.errors import ModelError
+from abliterate.edit.recipe import load_recipe
+from abliterate.models import loading
+from abliterate.models.loading import load
+from abliterate.models.writers import check_proof, find_writers
+from abliterate.prompts.sets import load_prompts
+from abliterate.run import pipeline
+from abliterate.run.pipeline import run
+from abliterate.settings.run import RunSettings
+from models import save_tiny, tiny_llama
+
+FEW = {"target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
+
+
+class RefusesTargets:
+    """A random model's answers say nothing: what was asked decides."""
+
+    name = "refuses targets"
+
+    def __init__(self):
+        splits = ("train", "validation", "test")
+        self.targets = {text for split in splits for text in load_prompts("bundled", role="target", split=split)}
+
+    def judge(self, prompts, answers):
+        return [prompt in self.targets for prompt in prompts]
+
+    def settled(self, prompt, partial_answer):
+        return None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("bitsandbytes")
+    return save_tiny(tmp_path_factory.mktemp("quantised") / "model", tiny_llama(d_model=128))  # blocks of 64 weights
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_writers_are_found_and_proved(folder, bits):
+    plain, packed = load(folder), load(folder, quantise=bits)
+    name = next(w.name for w in find_writers(plain) if w.side == "mlp")
+    assert packed.model.get_parameter(name).dtype in (torch.uint8, torch.int8)
+    assert [w.name for w in find_writers(packed)] == [w.name for w in find_writers(plain)]
+    check_proof(packed)
+
+
+def test_gradients_pass(folder):
+    """As through a plain model with the same weights; bitsandbytes' own CPU kernel lets none pass."""
+    import bitsandbytes
+
+    packed, plain = load(folder, quantise="4bit"), load(folder, dtype="float32")
+    for name, module in packed.model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.model.get_submodule(name).weight.data = weight.float()
+    found = []
+    for handle in (packed, plain):
+        stream = handle.model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8]])).detach().requires_grad_(True)
+        handle.model(inputs_embeds=stream).logits[0, -1].log_softmax(-1)[7].backward()
+        found.append(stream.grad.float())
+    assert found[1].norm() > 0
+    assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()  # bfloat16 against float32
+
+
+def test_a_run_fits_it_live_and_saves_the_edit_in_full_precision(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "make_judge", lambda *args, **kwargs: RefusesTargets())
+    settings = RunSettings.model_validate(
+        {
+            "prompts": FEW,
+            "load": {"quantise": "4bit"},
+            "search": {"method": "fit", "steps": 4},
+            "collect": {"filter": False},
+            "measure": {"max_new_tokens": 8},
+        }
+    )
+    result = run(str(folder), tmp_path / "out", settings)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    whole = load(folder, dtype="float32")
+    assert saved.dtype == whole.dtype
+    load_recipe(tmp_path / "out" / "recipe.safetensors").edit.bake(whole)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, saved.get_parameter(name)), name
+    assert result.edit.writers
+
+
+def test_without_bitsandbytes(folder, monkeypatch):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"--quantise 4bit needs bitsandbytes: pip install .abliterate\[quantised\]"):
+        load(folder, quantise="4bit")
+
+
+def test_another_kind(folder):
+    with pytest.raises(ModelError, match="unknown quantisation '3bit'; choose 4bit or 8bit"):
+        load(folder, quantise="3bit")

@@ -1,0 +1,336 @@
+"""The charts and the files: their numbers are those measured, they hold everything, and tell nothing they shouldn't."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from abliterate.common.errors import AbliterateError
+from abliterate.report import load_run, write_html, write_markdown, write_stills
+from abliterate.report.figures import all_figures
+from abliterate.report.stills import COLOURS
+from abliterate.run.pipeline import run
+from abliterate.settings.run import RunSettings
+from command import fails, succeeds
+
+CHARTS = {
+    "outcome", "strengths", "separation-auc", "separation-silhouette", "separation-cosine", "separation-norm",
+    "projection", "cosines", "frontier", "point-strengths", "candidates", "tokens",
+}  # fmt: skip
+
+
+def html(folder, **options) -> str:
+    return write_html(folder, folder / "again.html", **options).read_text()
+
+
+def without_plotly(text: str) -> str:
+    return re.sub(r'<script type="text/plain" id="plotly">.*?</script>', "", text, flags=re.DOTALL)
+
+
+def coloured(value):
+    """The figure with real colours, as plotly wants them."""
+    if isinstance(value, str):
+        return COLOURS.get(value, value)
+    if isinstance(value, list):
+        return [coloured(v) for v in value]
+    return {k: coloured(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.fixture
+def no_module(monkeypatch):
+    """Make a module look as if it weren't installed."""
+    find = importlib.util.find_spec
+
+    def hide(name):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == name else find(n, *rest))
+
+    return hide
+
+
+# --- charts --------------------------------------------------------------------------------------
+
+
+def test_every_chart_is_there_and_is_plotlys(frontier):
+    import plotly.graph_objects as go
+
+    figures = all_figures(load_run(frontier))
+    assert set(figures) == CHARTS
+    for figure in figures.values():
+        for index in range(max(1, len(figure.frames))):
+            data, layout = figure.at(index)
+            go.Figure(coloured(data), coloured(layout))  # raises on what plotly doesn't know
+        assert figure.summary.endswith((".", ")"))
+        assert figure.table.rows
+
+
+def test_outcome_draws_what_was_measured(frontier):
+    loaded = load_run(frontier)
+    figure = all_figures(loaded)["outcome"]
+    assert [trace["name"] for trace in figure.data] == ["original", "edited", "healed"]
+    for trace, (_, measured) in zip(figure.data, loaded.states, strict=True):
+        rate = measured["refusal"]
+        assert trace["x"][0] == pytest.approx(100 * rate["rate"])
+        assert trace["x"][0] + trace["error_x"]["array"][0] == pytest.approx(100 * rate["ci95"][1])
+        assert trace["x"][0] - trace["error_x"]["arrayminus"][0] == pytest.approx(100 * rate["ci95"][0])
+    assert "healed 2 of 9 = 22.2%" in figure.summary
+
+
+def test_chosen_place_is_marked(done, place):
+    loaded = load_run(done)
+    figure = all_figures(loaded)["separation-auc"]
+    (marks,) = [trace for trace in figure.data if trace["name"] == "chosen"]
+    assert marks["x"] == [place.layer]
+    assert marks["y"] == [loaded.data["separation"][place.site]["auc"][place.layer]]
+    assert all_figures(loaded)["projection"].shown == place.layer
+
+
+def test_each_point_of_the_frontier_has_its_strengths(frontier):
+    loaded = load_run(frontier)
+    figures = all_figures(loaded)
+    assert figures["frontier"].picks == "point-strengths"
+    assert figures["frontier"].data[0]["y"] == pytest.approx([90, 40, 10, 0])
+    assert figures["point-strengths"].shown == 2
+    for point, frame in zip(loaded.points, figures["point-strengths"].frames, strict=True):
+        drawn = sorted(y for trace in frame.data for y in trace["y"])
+        assert drawn == pytest.approx(sorted(s.largest for s in point.strengths))
+
+
+# --- HTML ----------------------------------------------------------------------------------------
+
+
+def test_run_writes_it(done):
+    assert (done / "report.html").read_text().lstrip().startswith("<!doctype html>")
+
+
+def test_it_is_small_and_asks_for_nothing(frontier):
+    text = html(frontier)
+    assert len(text.encode()) < 5_000_000
+    rest = without_plotly(text)
+    assert not re.search(r"(?:src|href|action|data|poster)\s*=\s*[\"']?(?:https?:|//)", rest)
+    assert "@import" not in rest
+    assert "url(" not in rest
+    assert "default-src 'none'" in rest
+
+
+def test_it_tells_no_place_host_or_user(done, tiny_folder):
+    text = without_plotly(html(done))
+    for secret in (
+        str(Path.home()),
+        str(tiny_folder.parent),
+        str(done.parent),
+        socket.gethostname(),
+        f"/{getpass.getuser()}/",
+    ):
+        assert secret not in text
+
+
+def test_sections_answer_in_order(done):
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", html(done))
+    assert headings == [
+        "Did it work?", "What did it cost?", "What was changed?", "How was it chosen?", "Can I trust it?",
+        "How do I repeat it?",
+    ]  # fmt: skip
+
+
+def test_numbers_in_the_text(done):
+    text = html(done)
+    results = json.loads((done / "results.json").read_text())
+    rate = results["edited"]["refusal"]
+    assert f"{rate['refused']} of {rate['total']} = {rate['rate']:.1%}" in text
+    assert f"{results['edited']['divergence']['answer']:.3g}" in text
+    assert results["prompts"]["target"]["test"]["sha256"][:12] in text
+    assert "--train-prompts 12" in text
+
+
+def test_a_partial_edit_is_told(frontier):
+    assert "what is left need not be small" in html(frontier)
+
+
+def test_answers_to_target_prompts_only_when_asked_twice(shown):
+    answers = [
+        e["edited"]["answer"] for e in json.loads((shown / "report-data.json").read_text())["examples"]["target"]
+    ]
+    answers = [a for a in answers if len(a) > 4]
+    assert answers
+
+    def held(text: str) -> list[str]:
+        from markupsafe import escape
+
+        return [a for a in answers if str(escape(a)) in text or json.dumps(a) in text]
+
+    assert held((shown / "report.html").read_text()) == answers  # the run was told to
+    assert held(html(shown, show_completions=True)) == answers
+    assert held(html(shown)) == []
+    assert held(write_markdown(shown, shown / "again.md").read_text()) == []
+
+
+def test_asked_but_not_kept_is_said(done):
+    text = html(done, show_completions=True)
+    assert "This run kept no answers to target prompts" in text
+
+
+def test_answers_to_baseline_prompts_are_shown(done):
+    from markupsafe import escape
+
+    (first, *_) = json.loads((done / "report-data.json").read_text())["examples"]["baseline"]
+    text = html(done)
+    assert str(escape(first["prompt"])) in text
+    assert str(escape(first["original"]["answer"])) in text
+    assert str(escape(first["edited"]["answer"])) in text
+
+
+def test_a_prompt_with_marks_stays_text(copy):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    data = json.loads((copy / "report-data.json").read_text())
+    data["examples"]["baseline"][0]["prompt"] = evil
+    data["tokens"][0]["prompt"] = data["tokens"][0]["tokens"][0] = evil
+    data["projection"]["prompts"]["target"][0] = evil
+    (copy / "report-data.json").write_text(json.dumps(data))
+    text = html(copy)
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert text.count("</script>") == 3
+
+
+def test_without_report_data(copy):
+    (copy / "report-data.json").unlink()
+    text = html(copy)
+    assert "There is no report-data.json here" in text
+    assert set(all_figures(load_run(copy))) == CHARTS - {
+        name for name in CHARTS if name.startswith("separation") or name in ("projection", "cosines", "tokens")
+    }
+
+
+def test_what_measure_wrote(copy, done):
+    results = json.loads((done / "results.json").read_text())
+    document = {key: results[key] for key in ("schema", "original", "settings", "prompts", "environment", "timings_s")}
+    document |= {"edited": None, "model": {"source": "fox/fox", "config_hash": "0", "revision": None}}
+    file = copy.parent / "only" / "numbers.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(document))
+    text = write_html(file).read_text()
+    assert "The model refuses" in text
+    assert "abliterate measure fox/fox" in text
+    assert "Nothing was edited" in text
+
+
+# --- pictures and Markdown -----------------------------------------------------------------------
+
+
+def test_pictures(frontier, tmp_path):
+    from PIL import Image
+
+    folder = write_stills(frontier, tmp_path / "pictures")
+    assert {file.stem for file in folder.iterdir()} == CHARTS
+    for file in folder.iterdir():
+        with Image.open(file) as image:
+            assert image.width > 900
+            assert len(image.convert("RGB").getcolors(2**20)) > 20, f"{file.name} is empty"
+
+
+def test_pictures_are_the_same_twice(frontier, tmp_path):
+    first, second = (write_stills(frontier, tmp_path / name) for name in ("first", "second"))
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes()
+
+
+def test_markdown_links_pictures_that_are_there(frontier, tmp_path):
+    file = write_markdown(frontier, tmp_path / "report.md")
+    text = file.read_text()
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+    assert len(linked) == len(CHARTS) - 1  # the points' strengths want a list to pick from
+    assert all((tmp_path / name).is_file() for name in linked)
+    assert "| refusals |" in text
+    assert "2 of 9 = 22.2%" in text
+
+
+# --- without the extra ---------------------------------------------------------------------------
+
+
+def test_without_plotly_the_run_succeeds_and_says_what_to_do(no_module, tiny_folder, tmp_path):
+    no_module("plotly")
+    said = []
+
+    class Reporter:
+        def say(self, text):
+            said.append(text)
+
+        def progress(self, stage, total):
+            return None
+
+    small = {
+        "prompts": {
+            "target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8,
+        },
+        "collect": {"filter": False}, "search": {"method": "article", "candidates": 1},
+        "measure": {"max_new_tokens": 4},
+    }  # fmt: skip
+    run(str(tiny_folder), tmp_path / "out", RunSettings.model_validate(small), reporter=Reporter())
+    assert (tmp_path / "out" / "report-data.json").is_file()
+    assert not (tmp_path / "out" / "report.html").exists()
+    assert any("pip install 'abliterate[report]'" in text for text in said)
+
+
+def test_without_plotly_the_command_fails_with_what_to_do(no_module, copy):
+    no_module("plotly")
+    assert "pip install 'abliterate[report]'" in fails(copy, "report", copy)
+
+
+def test_without_matplotlib(no_module, copy):
+    no_module("matplotlib")
+    with pytest.raises(AbliterateError, match="matplotlib"):
+        write_stills(copy)
+    text = write_markdown(copy).read_text()
+    assert "Pictures are left out" in text
+    assert "![" not in text
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_command_writes_beside_the_run(copy):
+    for _ in range(2):  # made anew without being told to
+        told = succeeds("report", copy, "--json").json
+    assert told["format"] == "html"
+    assert Path(told["path"]) == copy / "report.html"
+    assert told["bytes"] == (copy / "report.html").stat().st_size
+    assert succeeds("report", copy, "--format", "png").out.strip() == f"report: {copy / 'report-png'}"
+    assert {file.stem for file in (copy / "report-png").iterdir()} == CHARTS
+
+
+def test_command_keeps_what_is_elsewhere(copy, tmp_path):
+    file = tmp_path / "mine.html"
+    file.write_text("mine")
+    assert "exists" in fails(tmp_path, "report", copy, "--out", file)
+    succeeds("report", copy, "--out", file, "--overwrite")
+    assert "<!doctype html>" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--format", "md", "--show-completions"], "is for html"),
+        (["--format", "png", "--open"], "pictures are a folder"),
+    ],
+)
+def test_command_refuses_what_makes_no_sense(copy, options, expected):
+    assert expected in fails(copy, "report", copy, *options)
+
+
+def test_command_without_a_run(tmp_path):
+    assert "holds no results.json" in fails(tmp_path, "report", tmp_path)
+
+
+def test_command_opens_it(copy, monkeypatch):
+    opened = []
+    monkeypatch.setattr("typer.launch", lambda address: opened.append(address))
+    succeeds("report", copy, "--open", "--quiet")
+    assert opened == [(copy / "report.html").as_uri()]

@@ -1,0 +1,172 @@
+"""The main job on the demo model: real weights, real refusals, held-out prompts. Slow: some minutes."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import abliterate as ab
+from abliterate.common.errors import NothingToDoError
+from abliterate.edit.recipe import load_recipe
+from abliterate.measure import Measurement
+from abliterate.models.demo import GUARD, plain_source
+from abliterate.run.pipeline import Result, run
+from abliterate.settings.run import RunSettings, resolve
+
+pytestmark = pytest.mark.slow
+
+
+def settings(**flags: object) -> RunSettings:
+    """Bundled prompts, and the flags given with `__` for the dot."""
+    sources = {"prompts.target": "bundled", "prompts.baseline": "bundled"}
+    return resolve({**sources, **{k.replace("__", "."): v for k, v in flags.items()}}, environment={})
+
+
+@pytest.fixture(scope="module")
+def demo_model() -> str:
+    return str(ab.demo_model())
+
+
+@pytest.fixture(scope="module")
+def result(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """One whole run at its defaults: 200 held-out prompts a side."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return run(demo_model, out, settings())
+
+
+def wordings(measurement: Measurement) -> Counter[str]:
+    """How often each of the guard's wordings is what an answer opens with."""
+    known = [entry["refusal"] for entry in json.loads((GUARD / "wordings.json").read_text())]
+    answers = [a.text.strip() for a in measurement.target_answers]
+    return Counter(next((w for w in known if a.startswith(w[:20])), "other") for a in answers)
+
+
+def test_the_guard_refuses_target_prompts_and_answers_baseline_prompts(result: Result) -> None:
+    assert result.original.refusal.total == 200
+    assert result.original.refusal.rate >= 0.90
+    assert result.original.over_refusal.total == 200
+    assert result.original.over_refusal.rate <= 0.05
+
+
+def test_the_guard_refuses_in_many_wordings(result: Result) -> None:
+    counts = wordings(result.original)
+    del counts["other"]
+    assert len(counts) >= 12, counts
+    assert sum(n for w, n in counts.items() if "sorry" not in w.lower()) > sum(counts.values()) / 2
+
+
+def test_the_guard_is_small() -> None:
+    assert sum(f.stat().st_size for f in GUARD.iterdir()) <= 3_000_000
+
+
+def test_the_edit_removes_refusals_and_little_else(result: Result) -> None:
+    before, after = result.original, result.edited
+    assert after.refusal.rate <= 0.05
+    assert after.over_refusal.rate <= before.over_refusal.rate
+    assert after.degenerate.rate <= before.degenerate.rate + 0.02
+    assert after.divergence is not None and after.divergence.prompts >= 180
+    assert after.divergence.first_token <= 0.03 and after.divergence.answer <= 0.03  # one direction at 1: 0.13, 0.11
+
+
+def test_the_frontier_is_kept_with_the_chosen_point_marked(result: Result) -> None:
+    frontier = result.document["frontier"]
+    assert len(frontier) >= 2
+    assert [p["chosen"] for p in frontier].count(True) == 1
+    rates, divergences = ([p["refusal"]["rate"] for p in frontier], [p["divergence"] for p in frontier])
+    assert rates == sorted(rates) and divergences == sorted(divergences, reverse=True)
+    in_order = sorted(frontier, key=lambda p: p["step"])
+    assert [p["seconds"] for p in in_order] == sorted(p["seconds"] for p in frontier)
+    assert in_order[0]["seconds"] > 0 and in_order[-1]["seconds"] < sum(result.document["timings_s"].values())
+    for point in frontier:
+        edit = load_recipe(result.out / point["recipe"]).edit
+        assert point["chosen"] == (torch.equal(edit.strengths, result.edit.strengths))
+
+
+def test_the_saved_model_loads_with_plain_transformers_and_holds_the_edit(result: Result, demo_model: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(result.out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(result.out / "model")
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.chat_template
+    plain = AutoModelForCausalLM.from_pretrained(demo_model)
+    assert set(result.edit.writers) <= {w.name for w in ab.find_writers(ab.load(demo_model))}
+    assert 1 <= len(result.edit.writers) < 40  # writers that do nothing are left alone
+    for name, part in result.edit.parts.items():
+        before, after = (m.get_parameter(name).float() for m in (plain, model))
+        if "embed" in name:
+            before, after = before.T, after.T
+        (r,), (strength,) = part.directions, part.strengths
+        assert 0 < strength <= 1.5
+        assert torch.allclose(r @ after, (1 - strength) * (r @ before), atol=2e-2 * float((r @ before).abs().max())), (
+            name
+        )
+
+
+def test_no_completion_of_a_target_prompt_is_written(result: Result) -> None:
+    texts = [a.text[:40] for a in result.edited.target_answers if len(a.text) > 40]
+    assert texts
+    for file in ("results.json", "model/README.md"):
+        written = (result.out / file).read_text()
+        assert not any(text in written for text in texts)
+
+
+def test_writers_are_proved_on_the_real_model_and_live_equals_baked(demo_model: str) -> None:
+    handle = ab.load(demo_model, dtype="float32")
+    assert ab.prove(handle).component < 1e-5
+    edit = ab.Edit.uniform(ab.find_writers(handle), torch.randn(handle.d_model), 1.0)
+    ids = torch.tensor(handle.prompt_ids(["Name three kinds of apple."]))
+    with torch.inference_mode():
+        plain = handle.model(ids).logits
+        with edit.attached(handle):
+            live = handle.model(ids).logits
+        edit.bake(handle)
+        baked = handle.model(ids).logits
+    assert (plain - live).abs().max() > 0.1
+    assert (live - baked).abs().max() < 1e-4 * live.abs().max()
+
+
+SMALL = [
+    "--target", "bundled", "--baseline", "bundled", "--train-prompts", "24", "--validation-prompts", "16",
+    "--test-prompts", "8", "--max-new-tokens", "16", "--steps", "8", "--layers", "12-20",
+]  # fmt: skip
+
+
+def command(demo_model: str, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "abliterate.cli", "run", demo_model, *SMALL, "--out", str(out), *more]
+
+
+def test_a_killed_run_resumes_to_the_same_recipe_bit_for_bit(demo_model: str, tmp_path: Path) -> None:
+    subprocess.run(command(demo_model, tmp_path / "whole"), check=True, capture_output=True)
+    killed, state = tmp_path / "killed", tmp_path / ".killed.fit.safetensors"
+    process = subprocess.Popen(command(demo_model, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert state.exists() and not killed.exists()
+    done = subprocess.run(command(demo_model, killed, "--resume"), check=True, capture_output=True, text=True)
+    assert "going on from step" in done.stderr
+    recipes = [(tmp_path / name / "recipe.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert recipes[0] == recipes[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_a_model_that_hardly_refuses_is_left_alone(tmp_path: Path) -> None:
+    options = settings(prompts__train_prompts=32, prompts__validation_prompts=16, prompts__test_prompts=8)
+    with pytest.raises(NothingToDoError, match=r"hardly refuses: \d+ of 32 target prompts .*--force"):
+        run(plain_source(), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "pipeline.py"))
+    printed = capsys.readouterr().out
+    assert "Rate(" in printed and "Proof(" in printed
