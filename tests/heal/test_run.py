@@ -27,6 +27,7 @@ from abliterate.report.markdown import markdown
 from abliterate.run.pipeline import measure_models, run
 from abliterate.settings.heal import HealRunSettings, resolve_heal
 from abliterate.settings.run import RunSettings
+from documents import check_document
 from models import save_tiny, tiny_llama, tiny_tokenizer
 
 PROMPTS = {"target": "bundled", "baseline": "bundled", "validation_prompts": 8, "test_prompts": 8}
@@ -112,6 +113,7 @@ def test_what_is_written(healed):
 
 
 def test_results_stand_side_by_side_in_the_shapes_of_a_run(healed, ran):
+    check_document(healed[1] / "results.json")
     document, old = healed[0].document, json.loads((ran / "results.json").read_text())
     for state in ("original", "edited", "healed"):
         assert document[state].keys() == old["edited"].keys()

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from abliterate.common.errors import NothingToDoError
 from abliterate.edit.recipe import Recipe, load_recipe
+from abliterate.measure.document import RunDocument
 from abliterate.models.loading import load
 from abliterate.models.stored import tensors_for
 from abliterate.run import pipeline
 from abliterate.run.pipeline import measure_models, run
 from abliterate.settings.run import RunSettings
+from documents import check_document
 from models import save_tiny, tiny_llama, tiny_tokenizer
 
 FEW = {"target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
@@ -55,6 +57,7 @@ def test_what_is_written(done):
 
 
 def test_results(done, tiny_folder):
+    check_document(done[1] / "results.json")
     document = numbers(done[1])
     assert document["schema"] == 1
     for name in ("model", "recipe", "settings", "environment"):
@@ -318,6 +321,7 @@ def test_missed_removal_writes_nothing(tiny_folder, tmp_path, monkeypatch):
 
 def test_edited_model_against_its_original(done, tiny_folder):
     document = measure_models(str(done[1] / "model"), str(tiny_folder), settings())
+    assert RunDocument.model_validate(document).to_json() == json.loads(json.dumps(document))
     for name in ("original", "edited"):
         for rate in ("refusal", "over_refusal", "degenerate"):
             assert document[name][rate] == done[0].document[name][rate]

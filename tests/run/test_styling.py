@@ -20,6 +20,7 @@ from abliterate.run.pipeline import collect_to_file, measure_models, run
 from abliterate.search import styles
 from abliterate.search.styles import StyleSettings, add_style, remove_style, shifted
 from abliterate.settings.run import RunSettings
+from documents import check_document
 from models import handle_of, save_tiny, tiny_llama
 
 FORMAL = Path(__file__).parents[1] / "data" / "formal.toml"
@@ -59,6 +60,7 @@ def short(monkeypatch):
 def test_the_documented_file_added_to_a_llama(loose, tmp_path):
     folder = save_tiny(tmp_path / "model", tiny_llama(tied=False))
     result = run(str(folder), tmp_path / "out", settings(str(loose), force=True))
+    check_document(tmp_path / "out" / "results.json")
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert document == json.loads(json.dumps(result.document))
     assert (document["behaviour"]["name"], document["behaviour"]["sign"]) == ("formal", "add")
@@ -85,6 +87,7 @@ def test_the_documented_file_added_to_a_llama(loose, tmp_path):
 
 def test_slop_removed_from_a_llama(tmp_path, tiny_folder):
     result = run(str(tiny_folder), tmp_path / "out", settings("slop", force=True))
+    check_document(tmp_path / "out" / "results.json")
     assert result.document["behaviour"]["pairs"] == 80
     assert result.document["frontier"] and sum(p["chosen"] for p in result.document["frontier"]) == 1
     assert result.document["edited"]["divergence"]["answer"] > 0

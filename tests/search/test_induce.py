@@ -30,6 +30,7 @@ from abliterate.search.induce import (
     refusals_in_sentences,
 )
 from command import PROMPTS, abliterate, fails, succeeds
+from documents import check_document
 from models import FAMILIES, save_tiny
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
 
@@ -174,6 +175,7 @@ def test_the_command_writes_a_model_that_holds_the_shift(refusing, tiny_folder, 
     done = succeeds("run", tiny_folder, "--induce", "--force", "--out", out, *COMMAND)
     assert "baseline prompts refused" in done.out and str(out / "model") in done.out
     assert sorted(p.name for p in out.iterdir()) == ["model", "recipe.safetensors", "results.json"]
+    check_document(out / "results.json")
     document = json.loads((out / "results.json").read_text())
     assert document["recipe"]["method"] == "induce" and document["recipe"]["switch"] == "mlp_bias"
     low, high = document["edited"]["coherent_over_refusal"]["ci95"]

@@ -1,0 +1,436 @@
+"""results.json as types: what a run, a healing or a measuring found, for whoever writes it or reads it.
+
+A document keeps fields that it doesn't know, so that an older or newer file comes through whole; `to_json` gives
+back what was put in and adds nothing. docs/results.schema.json is made of these types:
+
+    python -m abliterate.measure.document > docs/results.schema.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from abliterate.common.errors import AbliterateError
+
+SCHEMA = 1  # of results.json
+STATES = ("original", "edited", "healed")
+
+
+class Part(BaseModel):
+    """An object of results.json."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+
+class Share(Part):
+    """A count of a total with its 95% Wilson interval; what is counted has one of three names."""
+
+    refused: int | None = None
+    answered: int | None = None
+    count: int | None = None
+    total: int
+    rate: float
+    ci95: tuple[float, float]
+
+    @property
+    def counted(self) -> int:
+        """How many, whatever the name."""
+        return next((n for n in (self.refused, self.answered, self.count) if n is not None), 0)
+
+
+class DivergenceNumbers(Part):
+    """KL(original || model) in nats per token."""
+
+    first_token: float
+    answer: float
+    prompts: int | None = None
+
+
+class Loss(Part):
+    """Mean negative log-likelihood in nats per token."""
+
+    baseline_answers: float
+
+
+class BySide(Part):
+    """A number for target and for baseline prompts."""
+
+    target: float
+    baseline: float
+
+
+class Measured(Part):
+    """One model's numbers on the test split: the JSON part of `measure.Measurement`.
+
+    Attributes:
+        refusal, over_refusal: target and baseline prompts that show the behaviour (by default: refused).
+        divergence: from the original; None for the original itself.
+        degenerate, degenerate_on_target: of answers to baseline prompts, and to target prompts that don't show it.
+        loss: on the original's answers.
+        coherent, score: of a style: shown and not degenerate; the judge's mean score.
+        coherent_over_refusal: of induced refusals: baseline prompts refused in whole sentences.
+    """
+
+    refusal: Share
+    over_refusal: Share | None = None
+    divergence: DivergenceNumbers | None = None
+    degenerate: Share | None = None
+    degenerate_on_target: Share | None = None
+    loss: Loss | None = None
+    coherent: Share | None = None
+    score: BySide | None = None
+    coherent_over_refusal: Share | None = None
+
+
+class Span(Part):
+    """The least and the largest of some numbers."""
+
+    min: float
+    max: float
+
+
+class PlaceOf(Part):
+    """Where in the stream a direction was found."""
+
+    layer: int
+    site: str
+    position: int
+
+
+class Candidate(Part):
+    """A direction that a search looked at and what it found of it; `stage` says how far it came.
+
+    `source` and the fields after it are of shifts that induce refusals.
+    """
+
+    layer: int
+    site: str
+    position: int | None = None
+    second: PlaceOf | None = None
+    strength: float | None = None
+    separation: float | None = None
+    bypass: float | None = None
+    induce: float | None = None
+    divergence: float | None = None
+    refusal: Share | None = None
+    stage: str | None = None
+    note: str = ""
+    source: str | None = None
+    size: float | None = None
+    loss: float | None = None
+    cosine: float | None = None
+    coherent_refusal: Share | None = None
+    degenerate: Share | None = None
+
+    def is_at(self, other: Candidate) -> bool:
+        """Whether both are the same direction at the same strength."""
+        return all(
+            getattr(self, name) == getattr(other, name) for name in ("layer", "site", "position", "second", "strength")
+        )
+
+
+class FrontierPoint(Part):
+    """An edit on the frontier and what validation found.
+
+    Attributes:
+        refusal: of target prompts.
+        divergence: from the original at the first answer token, in nats.
+        divergence_along: the same along its answers.
+        weight: what the fit weighed refusals with to get there.
+        scaled: of a fitted edit's strengths, where the point is such an edit made lighter.
+        trial, parameters, objectives: of a search by trials.
+        score, degenerate: of a style.
+        seconds, cpu_seconds: after the run's start, and of the process, when it was there.
+        recipe: its file beside results.json.
+        strengths: writer to strength, where no recipe holds them.
+        chosen: whether the run took it; None where the file doesn't say.
+    """
+
+    refusal: Share
+    divergence: float
+    divergence_along: float | None = None
+    weight: float | None = None
+    scaled: float | None = None
+    trial: int | None = None
+    parameters: dict[str, Any] | None = None
+    objectives: dict[str, float] | None = None
+    score: float | None = None
+    degenerate: Share | None = None
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    recipe: str | None = None
+    strengths: dict[str, Any] | None = None
+    chosen: bool | None = None
+
+
+class Component(Part):
+    """The largest |r.h|/|h| in the stream, and where; `where` is empty where no place stands out."""
+
+    component: float
+    where: str = ""
+
+
+class Proofs(Part):
+    """What speaks for the edit being whole.
+
+    Attributes:
+        writers: left of a random direction that is taken out of every writer found.
+        edited: left, in the edited model, of that of the edit's directions of which most is left.
+    """
+
+    writers: Component
+    edited: Component | None = None
+
+
+class Removed(Part):
+    """One direction of an edit, and how much of it the edited model's stream holds.
+
+    A strength a leaves 1 - a of what a writer writes along the direction, so `left` is to be read against `expected`.
+
+    Attributes:
+        writers: how many it is taken out of.
+        layers: their blocks; without the embedding.
+        sides: what they are: embedding, attention, mlp.
+        strength: least and largest there.
+        before: largest component |r.h|/|h| in the original's stream.
+        left: the same in the edited model.
+        expected: the same in the original with the edit computed beside it, in the stream's own precision.
+        where: the place of `left`.
+    """
+
+    writers: int
+    layers: list[int]
+    sides: list[str]
+    strength: Span
+    before: float
+    left: float
+    expected: float
+    where: str = ""
+
+
+class Shift(Part):
+    """So much of a unit direction added at a block's output."""
+
+    layer: int
+    size: float
+
+
+class RecipeFacts(Part):
+    """The edit, and how it was found.
+
+    Attributes:
+        method: fit, tpe, sweep, article or induce.
+        direction: the candidate chosen; of a fit or a tpe search, where the two sides part best.
+        writers: how many writers something is taken out of.
+        strength: least and largest of those that aren't zero.
+        tied: "kept" or "untied" for an embedding tied to the head.
+        removed: each direction taken out.
+        shifts: what is added.
+        weights_hold_it, switch: whether the saved weights hold the edit, and the config's field that lets them.
+    """
+
+    method: str | None = None
+    file: str | None = None
+    direction: Candidate | None = None
+    writers: int | None = None
+    strength: Span | None = None
+    proof: Proofs | None = None
+    tied: str | None = None
+    removed: list[Removed] = Field(default_factory=list)
+    shifts: list[Shift] = Field(default_factory=list)
+    weights_hold_it: bool | None = None
+    switch: str | None = None
+
+
+class ModelFacts(Part):
+    """The model measured first: the original where there is one."""
+
+    source: str | None = None
+    revision: str | None = None
+    class_: str | None = Field(None, alias="class")
+    config_hash: str | None = None
+    parameters: int | None = None
+    layers: int | None = None
+    d_model: int | None = None
+    dtype: str | None = None
+    prefill: str | None = None
+
+
+class Words(Part):
+    """What a behaviour is called in texts."""
+
+    shows: str = "refused"
+    rate: str = "refusals"
+    over: str = "over-refusals"
+
+
+class BehaviourFacts(Part):
+    """The behaviour that was looked for; docs/behaviours.md."""
+
+    name: str = "refusal"
+    about: str = ""
+    kind: str = "prompts"
+    sign: str = "remove"
+    one_set: bool = False
+    words: Words = Field(default_factory=Words)
+    judge: str | None = None
+
+
+class SplitFacts(Part):
+    """How many prompts a split has, and the SHA-256 of them."""
+
+    count: int
+    sha256: str
+
+
+class SideFacts(Part):
+    """Where a side's prompts come from."""
+
+    source: str
+    train: SplitFacts
+    validation: SplitFacts
+    test: SplitFacts
+
+
+class FilterFacts(Part):
+    """Which training prompts made the directions: targets that show the behaviour, baselines that don't."""
+
+    refused: Share | None = None
+    answered: Share | None = None
+
+
+class PromptFacts(Part):
+    """The prompts."""
+
+    target: SideFacts | None = None
+    baseline: SideFacts | None = None
+    filter: FilterFacts | None = None
+    validation: dict[str, Share] | None = None
+    contrast: dict[str, int] | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
+class MeasureUsed(Part):
+    """How answers were judged."""
+
+    judge: str | None = None
+    max_new_tokens: int | None = None
+
+
+class SettingsUsed(Part):
+    """The settings of the run (`settings.run.RunSettings` and its kin, as they were when it was written)."""
+
+    seed: int | None = None
+    load: dict[str, Any] = Field(default_factory=dict)
+    prompts: dict[str, Any] = Field(default_factory=dict)
+    collect: dict[str, Any] = Field(default_factory=dict)
+    search: dict[str, Any] = Field(default_factory=dict)
+    measure: MeasureUsed = Field(default_factory=MeasureUsed)
+    heal: dict[str, Any] = Field(default_factory=dict)
+
+
+class HealFacts(Part):
+    """How an edited model was healed.
+
+    Attributes:
+        model, original: sources of the edited model and of its original.
+        settings: every one as it was used.
+        steps: of training.
+        lessons, held_away: of the preset `self`: prompts learnt from, refusals kept away.
+        data: of the preset `dpo`: counts of pairs.
+    """
+
+    preset: str
+    model: str | None = None
+    original: str | None = None
+    adapter: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    seconds: float | None = None
+    steps: int | None = None
+    lessons: int | None = None
+    held_away: int | None = None
+    data: dict[str, Any] | None = None
+
+
+class RunDocument(Part):
+    """results.json of `abliterate run`, `heal` and `measure`.
+
+    Attributes:
+        original, edited, healed: the measurements that there are.
+        kept: what `--keep` was asked to keep, and whether it is; docs/behaviours.md.
+        candidates: the directions looked at.
+        frontier: the edits that no other beats, where the search leaves some.
+        environment: versions and machine.
+        timings_s: seconds per stage.
+    """
+
+    schema_: int = Field(SCHEMA, alias="schema")
+    model: ModelFacts = Field(default_factory=ModelFacts)
+    behaviour: BehaviourFacts | None = None
+    recipe: RecipeFacts | None = None
+    settings: SettingsUsed = Field(default_factory=SettingsUsed)
+    prompts: PromptFacts = Field(default_factory=PromptFacts)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    original: Measured | None = None
+    edited: Measured | None = None
+    healed: Measured | None = None
+    kept: dict[str, Any] | None = None
+    candidates: list[Candidate] = Field(default_factory=list)
+    frontier: list[FrontierPoint] = Field(default_factory=list)
+    heal: HealFacts | None = None
+    timings_s: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def states(self) -> dict[str, Measured]:
+        """The measurements that there are, the original first."""
+        found = {name: getattr(self, name) for name in STATES}
+        return {name: measured for name, measured in found.items() if measured is not None}
+
+    @property
+    def about(self) -> BehaviourFacts:
+        """The behaviour; refusing where the file doesn't say."""
+        return self.behaviour or BehaviourFacts()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as plain JSON: the fields that were given, and no others."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write it."""
+        Path(file).write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def load_document(file: str | os.PathLike[str]) -> RunDocument:
+    """Read a results.json.
+
+    Raises:
+        AbliterateError: when it can't be read, or isn't one of abliterate's that this version knows.
+    """
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AbliterateError(f"{file} can't be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise AbliterateError(f"{file} is not one of abliterate's: it holds no JSON object")
+    if found.get("schema", SCHEMA) != SCHEMA:
+        raise AbliterateError(f"{file} has schema {found['schema']}; this version reads {SCHEMA}")
+    try:
+        return RunDocument.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise AbliterateError(f"{file} is not one of abliterate's: {where}: {first['msg']}") from error
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of results.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunDocument.model_json_schema()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))
