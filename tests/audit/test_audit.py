@@ -141,7 +141,7 @@ def test_an_interrupted_audit_goes_on_to_the_same_numbers(model, tmp_path, monke
     with pytest.raises(Killed):
         audit(model, out, settings(tmp_path), judge=RefusesWithR())
     assert work_file(out).is_file() and fit_file(out).is_file() and not out.exists()
-    with pytest.raises(OutputError, match="another model, or with other prompts or settings"):
+    with pytest.raises(OutputError, match="another model, prompts or settings"):
         audit(model, out, settings(tmp_path, resume=True, seed=1), judge=RefusesWithR())
     again = audit(model, out, settings(tmp_path, resume=True), judge=RefusesWithR())
     assert ran == ["direction", "frontier", "directions", "layers", "layers", "few_prompts"]

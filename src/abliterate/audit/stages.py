@@ -13,9 +13,9 @@ import torch
 from abliterate.audit.judging import Jury, Screen, best_place, separations, stream_at
 from abliterate.audit.summary import summary
 from abliterate.audit.text import markdown
-from abliterate.common.errors import OutputError
-from abliterate.common.files import check_apart, check_folder, whole_file, whole_folder
+from abliterate.common.files import check_apart, check_folder, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
+from abliterate.common.resumable import beside, key_of, read_state, write_state
 from abliterate.directions.means import Directions, Place, at, difference_of_means
 from abliterate.edit.edit import Edit, normalised
 from abliterate.measure.judges import Judge, make_judge
@@ -25,7 +25,7 @@ from abliterate.run.opening import check_lengths, described, open_model, open_pr
 from abliterate.run.showing import Shown
 from abliterate.run.stages import collected, filtered
 from abliterate.search.fit import FitSettings, fit
-from abliterate.search.fit_state import FitState, fit_key
+from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint
 from abliterate.settings.audit import AuditRunSettings
 
@@ -114,7 +114,7 @@ def audit(
     torch.manual_seed(settings.seed)
     hashes = [part.sha256 for side in (sides.target, sides.baseline) for part in side]
     same = settings.model_dump(exclude={"force", "keep_tied", "resume"})
-    key = fit_key(handle.config_hash, handle.source, hashes, same, environment(handle))
+    key = key_of([handle.config_hash, handle.source, hashes, same, environment(handle)])
     kept = Kept.at(work_file(out), key, resume=settings.resume)
     if kept.stages:
         reporter.say(f"going on: {', '.join(kept.stages)} are done")
@@ -344,34 +344,20 @@ class Kept:
         Raises:
             OutputError: when `resume` and the file is another audit's or is damaged.
         """
-        if not (resume and path.is_file()):
-            return cls(path, key)
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            found, stages = document["key"], dict(document["stages"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{path} can't be read, to go on from: {error}; start anew without --resume") from error
-        if found != key:
-            raise OutputError(
-                f"{path} was left by an audit of another model, or with other prompts or settings; give the same ones "
-                "to go on, or start anew without --resume"
-            )
-        return cls(path, key, stages)
+        kept = read_state(path, key, "an audit") if resume else None
+        return cls(path, key, kept[0]["stages"] if kept else {})
 
     def add(self, name: str, result: dict[str, Any]) -> None:
         """Keep a stage's result; whole or not at all."""
         self.stages[name] = result
-        with whole_file(self.path) as temporary:
-            temporary.write_text(json.dumps({"key": self.key, "stages": self.stages}), encoding="utf-8")
+        write_state(self.path, self.key, {"stages": self.stages})
 
 
 def work_file(out: str | Path) -> Path:
     """The hidden file beside an output folder in which an audit is written down while it runs."""
-    final = Path(out).absolute()
-    return final.with_name(f".{final.name}.audit.json")
+    return beside(out, "audit.json")
 
 
 def fit_file(out: str | Path) -> Path:
     """The same for the audit's fit."""
-    final = Path(out).absolute()
-    return final.with_name(f".{final.name}.audit-fit.safetensors")
+    return beside(out, "audit-fit.safetensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import json
 import os
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from abliterate.common import resumable
 from abliterate.common.errors import OutputError
 from abliterate.common.files import whole_file
 
@@ -56,8 +56,7 @@ def default_folder() -> Path:
 
 def key_of(parts: dict[str, Any]) -> str:
     """Sha256 of everything a score depends on."""
-    text = json.dumps({"schema": SCHEMA, **parts}, sort_keys=True, default=_as_text)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return resumable.key_of({"schema": SCHEMA, **parts}, _as_text)
 
 
 def _as_text(value: Any) -> str:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, OutputError
 from abliterate.common.files import whole_file, whole_folder
 from abliterate.common.reporting import Reporter, Silent
+from abliterate.common.resumable import key_of
 from abliterate.heal.training import Job, Training
 from abliterate.measure import judged
 from abliterate.measure.decode import Answer
@@ -41,7 +42,6 @@ from abliterate.models.handle import Handle
 from abliterate.prompts.sets import Sides
 from abliterate.run.facts import environment
 from abliterate.run.opening import open_model, open_prompts
-from abliterate.search.fit_state import fit_key
 from abliterate.search.packed import Packer, Row
 from abliterate.search.stand_ins import OPENING_TOKENS, Refusing
 from abliterate.settings.heal import HealRunSettings
@@ -416,7 +416,7 @@ def training_key(job: Job, sides: Sides) -> str:
     for name in ("save_steps", "log_steps", "report_to"):  # of no consequence for the weights
         settings["heal"].pop(name)
     hashes = [part.sha256 for side in (sides.target, sides.baseline) for part in (side.train, side.validation)]
-    return fit_key(job.model, job.original, settings, hashes, environment())
+    return key_of([job.model, job.original, settings, hashes, environment()])
 
 
 @contextlib.contextmanager

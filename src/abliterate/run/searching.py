@@ -7,6 +7,7 @@ from pathlib import Path
 
 from abliterate.common.errors import AbliterateError, PromptError
 from abliterate.common.reporting import Reporter
+from abliterate.common.resumable import beside, key_of
 from abliterate.directions.keep import Kept, kept_reference
 from abliterate.directions.means import Directions, Place
 from abliterate.measure.judges import Judge
@@ -16,7 +17,7 @@ from abliterate.run.facts import environment
 from abliterate.run.showing import Shown
 from abliterate.search.article import article
 from abliterate.search.fit import UNIT, FitSettings, fit
-from abliterate.search.fit_state import FitState, fit_key
+from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint, choose
 from abliterate.search.stand_ins import StandIn, Staying
 from abliterate.search.sweep import Candidate, Choice, Choose, Show, SweepSettings, sweep
@@ -204,7 +205,7 @@ def _fit_state(work: Work) -> FitState:
     if work.kept:
         hashes.append(work.kept.sha256)
     same = work.settings.model_dump(exclude={"force", "keep_tied", "resume"})
-    key = fit_key(work.handle.config_hash, work.handle.source, hashes, same, environment(work.handle))
+    key = key_of([work.handle.config_hash, work.handle.source, hashes, same, environment(work.handle)])
     if resume and not path.is_file():
         work.reporter.say("there is nothing to go on from; starting anew")
     elif path.is_file() and not resume:
@@ -214,14 +215,12 @@ def _fit_state(work: Work) -> FitState:
 
 def fit_file(out: str | Path) -> Path:
     """The hidden file beside an output folder in which a fit is written down while it runs."""
-    final = Path(out).absolute()
-    return final.with_name(f".{final.name}.fit.safetensors")
+    return beside(out, "fit.safetensors")
 
 
 def study_file(out: str | Path) -> Path:
     """The hidden journal beside an output folder in which tpe keeps its study while it runs."""
-    final = Path(out).absolute()
-    return final.with_name(f".{final.name}.study.journal")
+    return beside(out, "study.journal")
 
 
 def forget(out: str | Path) -> None:

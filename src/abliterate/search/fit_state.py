@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.common.errors import OutputError
-from abliterate.common.files import whole_file
+from abliterate.common.resumable import read_state, write_state
 from abliterate.edit.edit import Edit
 from abliterate.measure.rates import Rate
 from abliterate.search.frontier import FrontierPoint
 
-KEY = "abliterate.fit"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -53,23 +49,11 @@ class FitState:
         Raises:
             OutputError: when `resume` and the file is another fit's or is damaged.
         """
-        if not (resume and path.is_file()):
+        kept = read_state(path, key, "a run") if resume else None
+        if kept is None:
             return cls(path, key)
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                document = json.loads((file.metadata() or {})[KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise OutputError(f"{path} can't be read, to go on from: {error}; start anew without --resume") from error
-        if document["key"] != key:
-            raise OutputError(
-                f"{path} was left by a run with another model, prompts or settings; give the same ones to go on, "
-                "or start anew without --resume"
-            )
+        document, tensors = kept
         points = [_point(note, tensors, i) for i, note in enumerate(document.pop("points"))]
-        document.pop("key")
         return cls(path, key, points=points, _tensors=tensors, **document)
 
     def bind(self, vectors: Tensor, strengths: Tensor, optimiser: torch.optim.Optimizer) -> None:
@@ -89,8 +73,6 @@ class FitState:
         """Write it all down; whole or not at all."""
         if self.path is None or self._bound is None:
             return
-        from safetensors.torch import save_file
-
         vectors, strengths, optimiser = self._bound
         tensors = {"vectors": vectors.detach(), "strengths": strengths.detach()}
         for name, variable in (("vectors", vectors), ("strengths", strengths)):
@@ -99,23 +81,9 @@ class FitState:
         for i, point in enumerate(self.points):
             tensors[f"point.{i}.directions"] = point.edit.directions
             tensors[f"point.{i}.strengths"] = point.edit.strengths
-        document = {
-            "key": self.key,
-            "step": self.step,
-            "next_stop": self.next_stop,
-            "looked": self.looked,
-            "prompts": self.prompts,
-            "openings": self.openings,
-            "points": [_note(p) for p in self.points],
-        }
-        with whole_file(self.path) as temporary:
-            contiguous = {name: t.contiguous().clone() for name, t in tensors.items()}
-            save_file(contiguous, temporary, metadata={KEY: json.dumps(document)})
-
-
-def fit_key(*parts: Any) -> str:
-    """Hash of what a fit depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        names = ("step", "next_stop", "looked", "prompts", "openings")
+        document = {name: getattr(self, name) for name in names} | {"points": [_note(p) for p in self.points]}
+        write_state(self.path, self.key, document, tensors)
 
 
 def _note(point: FrontierPoint) -> dict[str, Any]:
