@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from abliterate.heal.training import Job
 from abliterate.settings.heal import HealRunSettings
-
-
-@dataclass
-class Heard:
-    """A reporter that keeps what it is told."""
-
-    lines: list[str] = field(default_factory=list)
-    stages: dict[str, list[int]] = field(default_factory=dict)
-
-    def say(self, text):
-        self.lines.append(text)
-
-    def progress(self, stage, total):
-        self.stages[stage] = [0, total]
-
-        def tick(done):
-            self.stages[stage][0] += done
-
-        return tick
+from heard import Heard as Heard
 
 
 def write_pairs(path: Path, rows: list) -> Path:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from abliterate.common.errors import AbliterateError, NonFiniteError, PromptError
+from abliterate.common.reporting import Silent
 from abliterate.heal import launch, worker
 from abliterate.heal.launch import NAMES, check_launch, command, configuration, train
 from abliterate.heal.training import Job
@@ -189,13 +190,10 @@ def test_no_process_is_left_when_it_is_interrupted(job, stand_in):
         "time.sleep(600)"
     )
 
-    class Interrupting:
+    class Interrupting(Silent):
         def say(self, text):
             if text == "started":
                 raise KeyboardInterrupt
-
-        def progress(self, stage, total):
-            return None
 
     with pytest.raises(KeyboardInterrupt):
         train(launched(job), reporter=Interrupting())

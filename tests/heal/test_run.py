@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from abliterate.common.errors import AbliterateError, ModelError, OutputError, PromptError
+from abliterate.common.reporting import Silent
 from abliterate.heal import run as heal_run
 from abliterate.heal import self_taught as own
 from abliterate.heal.run import find_sources, heal, with_settings_of_run, work_folder
@@ -353,12 +354,9 @@ def test_killed_and_resumed_it_ends_the_same(ran, healed, tmp_path):
 def test_resuming_nothing_starts_anew(ran, tmp_path):
     said = []
 
-    class Says:
+    class Says(Silent):
         def say(self, text):
             said.append(text)
-
-        def progress(self, stage, total):
-            return None
 
     heal(str(ran), tmp_path / "out", settings(resume=True, heal={"max_steps": 2}), reporter=Says())
     assert "there is nothing to go on from; starting anew" in said

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from abliterate.common.errors import AbliterateError, ModelError, OutputError
-from abliterate.common.reporting import Silent
+from abliterate.common.reporting import Silent, untold
 from abliterate.heal import self_taught as own
 from abliterate.heal.training import Job
 from abliterate.measure.decode import decode
@@ -327,7 +327,7 @@ def test_resuming_doesnt_ask_the_original_again(job, monkeypatch):
 
     class Counts(Silent):
         def progress(self, stage, total):
-            return done.append if stage == "healing" else None
+            return done.append if stage == "healing" else untold
 
     own.train(job(resume=True), reporter=Counts())
     assert done == [4, *[1] * (STEPS - 4)]

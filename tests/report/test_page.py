@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.common.errors import AbliterateError
+from abliterate.common.reporting import Silent
 from abliterate.report import load_run, write_html, write_markdown, write_stills
 from abliterate.report.figures import all_figures
 from abliterate.report.stills import COLOURS
@@ -259,12 +260,9 @@ def test_without_plotly_the_run_succeeds_and_says_what_to_do(no_module, tiny_fol
     no_module("plotly")
     said = []
 
-    class Reporter:
+    class Reporter(Silent):
         def say(self, text):
             said.append(text)
-
-        def progress(self, stage, total):
-            return None
 
     small = {
         "prompts": {

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from abliterate.common.errors import NothingToDoError
+from abliterate.common.reporting import Silent
 from abliterate.edit.recipe import Recipe, load_recipe
 from abliterate.measure.document import RunDocument
 from abliterate.models.loading import load
@@ -257,7 +258,7 @@ class PromptJudge:
         return None
 
 
-class Lines:
+class Lines(Silent):
     """A reporter that keeps its lines."""
 
     def __init__(self) -> None:
@@ -265,9 +266,6 @@ class Lines:
 
     def say(self, text):
         self.said.append(text)
-
-    def progress(self, stage, total):
-        return None
 
 
 def test_log_says_how_many_prompts_the_filter_kept(tiny_folder, tmp_path, monkeypatch):

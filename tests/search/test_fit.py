@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from abliterate.apply import factors
 from abliterate.common.errors import AbliterateError, OutputError
+from abliterate.common.reporting import Silent
 from abliterate.directions.activations import collect
 from abliterate.directions.means import difference_of_means
 from abliterate.edit.edit import Edit, Part
@@ -35,6 +36,7 @@ from abliterate.search.fit import (
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint
 from abliterate.search.stand_ins import Refusing, Staying, log_odds, told_apart
+from heard import Heard
 from models import FAMILIES, handle_of
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
 
@@ -98,17 +100,18 @@ def test_a_killed_fit_goes_on_to_the_same_result(handle, data, tmp_path, stop_at
 
     steps = 0
 
-    def progress(stage, _total):
-        def tick(_done):
-            nonlocal steps
-            steps += "fitting" in stage
-            if steps == stop_at:
-                raise Killed
+    class Stopping(Silent):
+        def progress(self, stage, total):
+            def tick(done):
+                nonlocal steps
+                steps += "fitting" in stage
+                if steps == stop_at:
+                    raise Killed
 
-        return tick
+            return tick
 
     with pytest.raises(Killed):
-        fitted(handle, data, FitState.at(path, "key", resume=True), progress=progress)
+        fitted(handle, data, FitState.at(path, "key", resume=True), reporter=Stopping())
     resumed = fitted(planted(), data, FitState.at(path, "key", resume=True))
     assert resumed.edit.writers == whole.edit.writers
     assert torch.equal(resumed.edit.directions, whole.edit.directions)
@@ -146,7 +149,7 @@ def test_what_is_fitted_is_the_edit_that_comes_out(family, rank):
     options = FitSettings(layers=range(1, 4), rank=rank, max_strength=1.5)
     side = Examples(texts, answers, texts, answers)
     job = _Job(handle, directions, side, side, RefusesWithR(), options, (), FitState())
-    job.start(None)
+    job.start(Silent())
     with torch.no_grad():
         job.strengths.uniform_(0.1, 1.2)
     ids = torch.tensor([handle.prompt_ids(texts)[0]])
@@ -164,11 +167,11 @@ def test_refusals_in_other_words_are_looked_for(handle, data):
     """An opening that the model doesn't give teaches nothing; the answers decoded afterwards show the real one."""
     directions, train, validation = data
     wrong = [Answer([77, 78], "", False, False) for _ in train.target]
-    said = []
+    heard = Heard()
     mistaken = Examples(train.target, wrong, train.baseline, train.answers)
     options = replace(QUICK, steps_between=12)
-    result = fit(handle, directions, mistaken, validation, RefusesWithR(), options, say=said.append)
-    assert any("still refused" in line for line in said)
+    result = fit(handle, directions, mistaken, validation, RefusesWithR(), options, reporter=heard)
+    assert any("still refused" in line for line in heard.lines)
     assert min(p.refused.count for p in result.points) == 0
 
 

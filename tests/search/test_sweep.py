@@ -13,6 +13,7 @@ from abliterate.measure.rates import Rate
 from abliterate.models.writers import SITES, find_writers, watch_sites
 from abliterate.search.article import article
 from abliterate.search.sweep import STRENGTHS, Candidate, SweepSettings, _added, _choose, _trade_offs, sweep
+from heard import Heard
 from models import FAMILIES, handle_of, tiny_llama
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
 
@@ -37,8 +38,8 @@ def test_the_planted_model_refuses_as_planned(handle):
 
 
 def test_the_sweep_finds_the_planted_direction(handle, directions):
-    said = []
-    choice = sweep(handle, directions, TARGET, BASELINE, RefusesWithR(), say=said.append)
+    heard = Heard()
+    choice = sweep(handle, directions, TARGET, BASELINE, RefusesWithR(), reporter=heard)
     assert choice.winner.refusals == Rate(0, 8)
     assert choice.winner.place.layer in (1, 2)
     # REFUSE is written after block 0 only: before that there is DECOY alone
@@ -47,22 +48,13 @@ def test_the_sweep_finds_the_planted_direction(handle, directions):
     with choice.edit.attached(handle):
         assert texts(handle, TARGET + BASELINE) == ["A"] * 16
     assert texts(handle, TARGET) == ["R"] * 8  # the search leaves the model as it was
-    assert str(choice.winner.place) in said[-1]
+    assert str(choice.winner.place) in heard.lines[-1]
 
 
 def test_the_sweeps_stages_narrow(handle, directions):
     settings = SweepSettings(screen_prompts=4, score_prompts=6, scored=3, decoded=2)
-    counted = {}
-
-    def progress(stage, total):
-        counted[stage] = [total, 0]
-
-        def tick(n):
-            counted[stage][1] += n
-
-        return tick
-
-    choice = sweep(handle, directions, TARGET, BASELINE, RefusesWithR(), settings, progress=progress)
+    heard = Heard()
+    choice = sweep(handle, directions, TARGET, BASELINE, RefusesWithR(), settings, reporter=heard)
     stages = [c.stage for c in choice.candidates]
     # pre and mid of blocks 0 to 2 but for the embedding; the last fifth of the blocks is left out
     assert len(stages) == 5
@@ -70,8 +62,8 @@ def test_the_sweeps_stages_narrow(handle, directions):
         (0, "mid"), (1, "pre"), (1, "mid"), (2, "pre"), (2, "mid"),
     }  # fmt: skip
     assert (stages.count("screened"), stages.count("scored"), stages.count("decoded")) == (2, 1, 2)
-    assert counted.pop("weakening")[1] >= 1
-    assert counted == {"screening directions": [5, 5], "scoring directions": [3, 3], "decoding the best": [2, 2]}
+    assert heard.stages.pop("weakening")[0] >= 1
+    assert heard.stages == {"screening directions": [5, 5], "scoring directions": [3, 3], "decoding the best": [2, 2]}
     for candidate in choice.candidates:
         assert (candidate.induce is None) == (candidate.stage == "screened")
         assert (candidate.refusals is None) == (candidate.stage != "decoded")
@@ -131,13 +123,13 @@ def test_two_directions_are_tried_together_where_one_is_not_enough(handle, direc
         unit[layer, site, :, REFUSE], unit[layer, site, :, 9] = 0.5, side / 2
         separation[layer, site] = 1
     halves = Directions(unit, torch.ones_like(separation), separation)
-    said = []
-    choice = sweep(handle, halves, TARGET, BASELINE, RefusesWithR(), say=said.append)
+    heard = Heard()
+    choice = sweep(handle, halves, TARGET, BASELINE, RefusesWithR(), reporter=heard)
     assert {choice.winner.place.layer, choice.winner.second.layer} == {1, 2}
     assert choice.winner.refusals == Rate(0, 8)
     alone = [c for c in choice.candidates if c.second is None]
     assert {(c.place.layer, c.refusals) for c in alone if c.refusals} == {(1, Rate(8, 8)), (2, Rate(8, 8))}
-    assert any("planes of two" in line for line in said)
+    assert any("planes of two" in line for line in heard.lines)
     with choice.edit.attached(handle):
         assert texts(handle, TARGET) == ["A"] * 8
     assert choice.winner.to_json()["second"]["layer"] == choice.winner.second.layer
@@ -233,15 +225,15 @@ def test_a_judge_decides_between_finalists(handle, directions):
 
 
 def test_the_article_strikes_out_what_still_refuses_and_takes_the_first_left(handle, directions):
-    order = []
-    choice = article(handle, directions, TARGET, RefusesWithR(), say=order.append)
+    heard = Heard()
+    choice = article(handle, directions, TARGET, RefusesWithR(), reporter=heard)
     by_layer = {c.place.layer: c for c in choice.candidates}
     assert set(by_layer) == {1, 2, 3}
     assert all(c.place.site == "pre" and c.place.position == -1 for c in choice.candidates)
     assert by_layer[1].note == "struck out: 4 of 4 answers refuse"  # DECOY alone
     passing = [c.place for c in choice.candidates if c.refusals.count == 0]
     assert choice.winner.place == passing[0]
-    assert "2 of 3 candidates pass" in order[0]
+    assert "2 of 3 candidates pass" in heard.lines[0]
     assert set(choice.edit.writers) == {w.name for w in find_writers(handle)}
     with choice.edit.attached(handle):
         assert texts(handle, TARGET) == ["A"] * 8

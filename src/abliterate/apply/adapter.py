@@ -458,14 +458,12 @@ def _write(
             lows[name], error = _computed(source, name, writer, change, norm_preserving)
             if error is not None:
                 errors[name] = error
-        if tick:
-            tick(1)
+        tick(1)
     tensors: dict[str, Tensor] = {}
     for name, changes in plan.copies.items():
         copy = _edited_copy(source, modules[name], changes, norm_preserving)
         tensors.update({f"base_model.model.{name}.{parameter}": value for parameter, value in copy.items()})
-        if tick:
-            tick(1)
+        tick(1)
     config, layers, expected = _installed(source.handle, plan, base)
     for name, low in lows.items():
         place, layer = layers[name] if name in layers else layers[f"{name}.weight"]

@@ -188,8 +188,7 @@ def _direction(work: Work) -> dict[str, Any]:
     for strength in strengths:
         edit = Edit.uniform(work.jury.writers, at(work.directions, place), strength)
         points.append({"strength": strength, **_judged(work, edit)})
-        if tick:
-            tick(1)
+        tick(1)
     return {
         "place": {"layer": place.layer, "site": place.site, "position": place.position},
         "original": {"refusal": original.to_json("refused")},
@@ -209,14 +208,13 @@ def _frontier(work: Work) -> dict[str, Any]:
             steps=options.steps, steps_between=max(2, options.steps // 3), seed=work.settings.seed,
             decode_tokens=options.answer_tokens, validation_prompts=work.settings.prompts.validation_prompts,
         ),
-        state=work.fit_state, progress=work.reporter.progress, say=work.reporter.say,
+        state=work.fit_state, reporter=work.reporter,
     )  # fmt: skip
     tick = work.reporter.progress("judging the frontier", len(fitted.frontier))
     points = []
     for point in fitted.frontier:
         points.append({**_point(point), **_judged(work, point.edit)})
-        if tick:
-            tick(1)
+        tick(1)
     return {"points": points}
 
 
@@ -247,8 +245,7 @@ def _directions(work: Work) -> dict[str, Any]:
         edit = Edit.uniform(work.jury.writers, torch.stack(basis), 1.0)
         verdict = work.jury.verdict(edit, seed=work.settings.seed)
         found.append({"directions": rank, "layers": [p.layer for p in places], "test": verdict})
-        if tick:
-            tick(1)
+        tick(1)
         if verdict["refusal"]["rate"] <= GONE or rank == most:
             break
         with work.jury.handle.attached(edit):
@@ -270,8 +267,7 @@ def _layers(work: Work) -> dict[str, Any]:
             work.screen.score(Edit.uniform(mine, work.direction, 1.0)) if mine else (work.screen.odds, 0.0)
         )
         row |= {"layer": layer, "log_odds": odds, "lowered": work.screen.odds - odds, "divergence": divergence}
-        if tick:
-            tick(1)
+        tick(1)
     order = [int(row["layer"] or 0) for row in sorted(rows, key=lambda r: -(r["lowered"] or 0.0))]
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n < len(order)] + [len(order)]
     together = []
@@ -280,8 +276,7 @@ def _layers(work: Work) -> dict[str, Any]:
         chosen = set(order[:count])
         edit = Edit.uniform([w for w in jury.writers if w.layer in chosen], work.direction, 1.0)
         together.append({"layers": sorted(chosen), "test": jury.verdict(edit, seed=work.settings.seed)})
-        if tick:
-            tick(1)
+        tick(1)
     return {"log_odds": work.screen.odds, "each": rows, "together": together}
 
 
@@ -303,8 +298,7 @@ def _prompts(work: Work) -> dict[str, Any]:
             direction = normalised(picked[0] - picked[1])
             refused = jury.refusals(Edit.uniform(jury.writers, direction, 1.0), targets)
             draws.append({"refusal": refused.to_json("refused"), "cosine": float(direction @ whole)})
-            if tick:
-                tick(1)
+            tick(1)
         total = Rate(sum(d["refusal"]["refused"] for d in draws), sum(d["refusal"]["total"] for d in draws))
         rows.append({"prompts": count, "refusal": total.to_json("refused"),
                      "cosine": sum(d["cosine"] for d in draws) / len(draws), "draws": draws})  # fmt: skip

@@ -176,7 +176,7 @@ def _run(
     work.reporter.say(f"{contestant.label}: loading {contestant.source}")
     stage = ""
 
-    def progress(requests: int) -> Tick | None:
+    def progress(requests: int) -> Tick:
         return work.reporter.progress(stage, requests)
 
     with opened(contestant, work.settings, force=work.options.force) as handle:

@@ -18,7 +18,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 
 from abliterate.common.errors import ModelError
-from abliterate.common.reporting import Tick
+from abliterate.common.reporting import Tick, untold
 from abliterate.measure.decode import BATCH, decode
 from abliterate.models.batches import Prefix, attention_window, continues_from_cache, inputs, positions, share_prefix
 from abliterate.models.handle import Handle
@@ -27,7 +27,6 @@ from abliterate.models.handle import Handle
 TOKENS = {"cpu": 2048, "cuda": 32768}
 HEAD_ROWS = 256  # positions whose logits are held at a time
 Pair = tuple[Any, list[int], list[int]]  # what to call it, the context's token ids, the continuation's
-Progress = Callable[[int], Tick | None]
 
 
 class ScoredModel(HFLM):
@@ -43,7 +42,13 @@ class ScoredModel(HFLM):
         progress: given a number of requests, returns a tick.
     """
 
-    def __init__(self, handle: Handle, *, batch_size: int | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        handle: Handle,
+        *,
+        batch_size: int | None = None,
+        progress: Callable[[int], Tick] = lambda requests: untold,
+    ) -> None:
         with _tied_as_it_is(handle.model):
             super().__init__(
                 pretrained=handle.model,
@@ -66,7 +71,7 @@ class ScoredModel(HFLM):
         self, requests: list[Pair], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether it is the greedy one."""
-        tick = self.progress(len(requests)) if self.progress else None
+        tick = self.progress(len(requests))
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (context, _) in enumerate(pairs):
@@ -86,8 +91,7 @@ class ScoredModel(HFLM):
         def note(indices: Sequence[int], answers: Sequence[tuple[float, bool]]) -> None:
             for index, answer in zip(indices, answers, strict=True):
                 found[index] = answer
-            if tick:
-                tick(len(indices))
+            tick(len(indices))
 
         costs = [(len(context), sum(map(len, choices))) for context, choices, _ in shared]
         for batch in self._batches([own + more for own, more in costs]):
@@ -224,20 +228,19 @@ class ScoredModel(HFLM):
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
-        tick = self.progress(len(requests)) if self.progress else None
+        tick = self.progress(len(requests))
         for members in groups.values():
             kwargs = normalize_gen_kwargs(dict(requests[members[0]].args[1]), self.max_gen_toks)
             if kwargs.get("do_sample") or kwargs.get("num_beams", 1) > 1:
                 answers = super().generate_until([requests[i] for i in members], disable_tqdm=True)
-                if tick:
-                    tick(len(members))
+                tick(len(members))
             else:
                 answers = self._greedy([requests[i].args[0] for i in members], kwargs, tick)
             for index, answer in zip(members, answers, strict=True):
                 texts[index] = answer
         return [text or "" for text in texts]
 
-    def _greedy(self, contexts: Sequence[str], kwargs: dict[str, Any], tick: Tick | None) -> list[str]:
+    def _greedy(self, contexts: Sequence[str], kwargs: dict[str, Any], tick: Tick) -> list[str]:
         longest = kwargs["max_gen_toks"]
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stops = handle_stop_sequences(kwargs.get("until"), eos=eos)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
+from abliterate.common.reporting import Tick, untold
 from abliterate.common.watching import ProgressFile
 
 if TYPE_CHECKING:  # not imported before something is shown: some commands take no longer than that
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
-
-Tick = Callable[[int], None]
 
 
 class Terminal:
@@ -69,7 +68,7 @@ class Terminal:
         if not self.quiet:
             self.console.print(f"[dim]{stamp:6.1f}s[/dim]  {_escape(text)}")
 
-    def progress(self, stage: str, total: int) -> Tick | None:
+    def progress(self, stage: str, total: int) -> Tick:
         """A bar for a stage of `total` steps, or one line where there is no terminal."""
         published = self.published
         if published:
@@ -77,7 +76,7 @@ class Terminal:
         self._clear()
         if self.quiet or not self.console.is_terminal:
             self.say(f"{stage} ({total})")
-            return published.tick if published else None
+            return published.tick if published else untold
         self._write_log(f"{stage} ({total})")
         bars = self.bars = _bars(self.console)
         task = bars.add_task(stage, total=total)

@@ -9,14 +9,19 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 Tick = Callable[[int], None]
+"""Called with how many more steps of a stage are done."""
+
+
+def untold(done: int) -> None:
+    """A tick that nobody hears."""
 
 
 class Reporter(Protocol):
-    """Where a run tells how it goes; `Silent` says nothing."""
+    """Where a job tells how it goes: in lines, and in stages of so many steps; `Silent` says nothing."""
 
     def say(self, text: str) -> None: ...
 
-    def progress(self, stage: str, total: int) -> Tick | None: ...
+    def progress(self, stage: str, total: int) -> Tick: ...
 
 
 class Silent:
@@ -25,8 +30,11 @@ class Silent:
     def say(self, text: str) -> None:
         pass
 
-    def progress(self, stage: str, total: int) -> Tick | None:
-        return None
+    def progress(self, stage: str, total: int) -> Tick:
+        return untold
+
+
+SILENT = Silent()
 
 
 @dataclass

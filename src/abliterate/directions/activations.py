@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.errors import PromptError
+from abliterate.common.reporting import Tick, untold
 from abliterate.models.batches import Prefix, buckets, inputs, share_prefix
 from abliterate.models.handle import Handle, check_finite
 from abliterate.models.writers import SITES, layout, watch_sites
 from abliterate.prompts.chat import instruction_suffix_length
 
 MOST_POSITIONS = 5
-Tick = Callable[[int], None]
 
 
 @dataclass
@@ -115,7 +115,7 @@ def collect(
     batch_size: int = 32,
     winsorise: float | None = None,
     keep_vectors: bool = False,
-    tick: Tick | None = None,
+    tick: Tick = untold,
 ) -> Activations:
     """Means and variances of the stream at every site, over target and over baseline prompts.
 
@@ -163,7 +163,7 @@ def collect_rows(
     batch_size: int = 32,
     winsorise: float | None = None,
     keep_vectors: bool = False,
-    tick: Tick | None = None,
+    tick: Tick = untold,
 ) -> Activations:
     """`collect` over token ids, at their last positions or averaged along the answers that they end with.
 
@@ -195,7 +195,7 @@ def collect_rows(
 @torch.inference_mode()
 def _side(
     handle: Handle, ids: Sequence[Sequence[int]], prefix: Prefix, positions: int, batch_size: int,
-    winsorise: float | None, keep_vectors: bool, tick: Tick | None, along: Sequence[int] | None = None,
+    winsorise: float | None, keep_vectors: bool, tick: Tick, along: Sequence[int] | None = None,
 ) -> SideStatistics:  # fmt: skip
     running = _Running(keep_vectors)
     for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
@@ -203,8 +203,7 @@ def _side(
         stream = _read(handle, rows, prefix, positions, lengths)
         check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
         running.add(winsorised(stream, winsorise) if winsorise else stream, batch)
-        if tick:
-            tick(len(batch))
+        tick(len(batch))
     return running.done()
 
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 from abliterate.common import errors
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import whole_file
-from abliterate.common.reporting import Reporter, Silent, Tick
+from abliterate.common.reporting import Reporter, Silent, Tick, untold
 from abliterate.heal.training import Job, Training
 from abliterate.heal.worker import MARK, RESULT_FILE, error_file, train_here
 
@@ -202,7 +202,7 @@ def _processes(words: list[str], environment: dict[str, str]) -> Iterator[subpro
 
 
 def _relay(lines: IO[str], log: IO[str], tail: deque[str], reporter: Reporter) -> None:
-    tick: Tick | None = None
+    tick: Tick = untold
     for line in lines:
         if not line.startswith(MARK):
             log.write(line)
@@ -215,7 +215,7 @@ def _relay(lines: IO[str], log: IO[str], tail: deque[str], reporter: Reporter) -
             reporter.say(*values)
         elif what == "progress":
             tick = reporter.progress(*values)
-        elif tick:
+        else:
             tick(*values)
 
 

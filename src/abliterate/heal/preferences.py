@@ -284,8 +284,7 @@ def _without_refusals(
         part = pairs[start : start + JUDGED_AT_ONCE]
         verdicts = judge.judge([p.question for p in part], [p.chosen for p in part])
         kept += [pair for pair, refuses in zip(part, verdicts, strict=True) if not refuses]
-        if tick:
-            tick(len(part))
+        tick(len(part))
     counts["refusing"] = len(pairs) - len(kept)
     return kept
 
@@ -302,8 +301,7 @@ def _fitting(
         if lengths[0] < max_length:
             kept.append(pair)
             cut += max(lengths[1:]) > max_length
-        if tick:
-            tick(1)
+        tick(1)
     counts["too_long"], counts["cut"] = len(pairs) - len(kept), cut
     return kept
 

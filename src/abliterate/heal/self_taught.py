@@ -543,8 +543,7 @@ class _Lesson:
         if not progress.history:
             self._evaluate()
         tick = self.reporter.progress("healing", self.steps)
-        if tick and progress.step:
-            tick(progress.step)
+        tick(progress.step)
         with _curves(self.job.curves, progress.history) as draw:
             while progress.step < self.steps and not self._enough():
                 began = time.monotonic()
@@ -557,8 +556,7 @@ class _Lesson:
                 progress.seconds += time.monotonic() - began
                 if self.settings.save_steps and progress.step % self.settings.save_steps == 0:
                     self._save()
-                if tick:
-                    tick(1)
+                tick(1)
         best = {name: progress.tensors[f"best.{name}"] for name in self.kept}
         self._put(best)
 

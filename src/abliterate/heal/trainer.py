@@ -28,7 +28,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from abliterate.common.errors import AbliterateError, NonFiniteError, OutputError
 from abliterate.common.files import whole_file, whole_folder
-from abliterate.common.reporting import Reporter, Tick
+from abliterate.common.reporting import Reporter, Tick, untold
 from abliterate.heal.training import Job
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
@@ -308,7 +308,7 @@ class _Progress(TrainerCallback):
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
-        self.tick: Tick | None = None
+        self.tick: Tick = untold
         self.said = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -318,8 +318,7 @@ class _Progress(TrainerCallback):
             self.tick = self.reporter.progress("training", state.max_steps - state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.tick:
-            self.tick(1)
+        self.tick(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         loss = (logs or {}).get("loss")

@@ -44,7 +44,7 @@ class _Lines:
     def say(self, text: str) -> None:
         self._write("say", text)
 
-    def progress(self, stage: str, total: int) -> Tick | None:
+    def progress(self, stage: str, total: int) -> Tick:
         self._write("progress", stage, total)
         return lambda done: self._write("tick", done)
 

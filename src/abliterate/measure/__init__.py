@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from abliterate.common.reporting import SILENT, Tick, untold
 from abliterate.measure.coherence import is_degenerate
 from abliterate.measure.decode import BATCH, Answer, decode
 from abliterate.measure.divergence import Divergence, Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
-
-Progress = Callable[[str, int], Callable[[int], None] | None]
 
 
 @dataclass
@@ -75,7 +74,7 @@ def measure(
     judge: Judge | None = None,
     max_new_tokens: int = 100,
     batch_size: int = BATCH,
-    progress: Progress | None = None,
+    progress: Callable[[str, int], Tick] = SILENT.progress,
 ) -> Measurement:
     """Measure a model on held-out prompts.
 
@@ -106,7 +105,7 @@ def measure(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         stop_on=lambda index: (True, False) if index < count and not one else (True,),
-        tick=progress("answers", len(prompts)) if progress else None,
+        tick=progress("answers", len(prompts)),
     )
     target_answers, refused_target = answers[:count], refused[:count]
     baseline_answers, refused_baseline = (answers, refused) if one else (answers[count:], refused[count:])
@@ -114,7 +113,7 @@ def measure(
     divergence = None
     loss = reference.loss if reference else 0.0
     if original is not None and reference is not None:
-        divergence = compare(handle, reference, progress("divergence", len(reference.rows)) if progress else None)
+        divergence = compare(handle, reference, progress("divergence", len(reference.rows)))
         loss = divergence.loss
     return Measurement(
         refusal=Rate(sum(refused_target), len(refused_target)),
@@ -155,7 +154,7 @@ def judged(
     max_new_tokens: int,
     batch_size: int = BATCH,
     stop_on: tuple[bool, ...] | Callable[[int], tuple[bool, ...]] = (True, False),
-    tick: Callable[[int], None] | None = None,
+    tick: Tick = untold,
 ) -> tuple[list[Answer], list[bool]]:
     """Greedy answers and the judge's verdicts.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from abliterate.common.reporting import Tick, untold
 from abliterate.models.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
 from abliterate.models.handle import Handle
 
@@ -20,7 +21,6 @@ BATCH = 256  # rows at a time: on two CPU cores a token costs a tenth less than 
 PREFILL_TOKENS = 16384  # most tokens of prompts run in one pass: long ones would take memory that short ones don't
 REFILL = 1 / 8  # share of a batch that must be free before waiting prompts are run: one by one they cost more
 Settled = Callable[[int, str], bool]
-Tick = Callable[[int], None]
 
 
 @dataclass
@@ -55,7 +55,7 @@ def decode(
     max_new_tokens: int = 100,
     batch_size: int = BATCH,
     settled: Settled | None = None,
-    tick: Tick | None = None,
+    tick: Tick = untold,
     keep_special: bool = False,
 ) -> list[Answer]:
     """Greedy answers to formatted prompts.
@@ -98,7 +98,7 @@ class _Answers:
 
     def __init__(
         self, handle: Handle, ids: Sequence[Sequence[int]], max_new_tokens: int, settled: Settled | None,
-        tick: Tick | None, keep_special: bool,
+        tick: Tick, keep_special: bool,
     ) -> None:  # fmt: skip
         self.handle, self.settled, self.tick, self.keep_special = handle, settled, tick, keep_special
         self.tokens: list[list[int]] = [[] for _ in ids]
@@ -112,7 +112,7 @@ class _Answers:
     def add(self, rows: Sequence[int], tokens: Sequence[int]) -> list[bool]:
         """Append a token to each row's answer; returns which rows are done."""
         done = [self._add(row, token) for row, token in zip(rows, tokens, strict=True)]
-        if self.tick and any(done):
+        if any(done):
             self.tick(sum(done))
         return done
 

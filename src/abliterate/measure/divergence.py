@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from abliterate.common.errors import NonFiniteError
+from abliterate.common.reporting import Tick, untold
 from abliterate.measure.decode import Answer
 from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
@@ -18,7 +19,6 @@ from abliterate.models.handle import Handle
 KEPT = 1024  # likeliest tokens kept of each of the original's distributions
 ANSWER_TOKENS = 24
 BATCH = 16
-Tick = Callable[[int], None]
 
 
 class Divergence(NamedTuple):
@@ -62,7 +62,7 @@ def make_reference(
     answers: Sequence[Answer],
     *,
     answer_tokens: int = ANSWER_TOKENS,
-    tick: Tick | None = None,
+    tick: Tick = untold,
 ) -> Reference:
     """Run the original over its own answers and keep what a comparison needs.
 
@@ -98,7 +98,7 @@ def make_reference(
     )
 
 
-def compare(handle: Handle, reference: Reference, tick: Tick | None = None) -> Divergence:
+def compare(handle: Handle, reference: Reference, tick: Tick = untold) -> Divergence:
     """Divergence of a model from the original behind a reference.
 
     Args:
@@ -113,7 +113,7 @@ def compare(handle: Handle, reference: Reference, tick: Tick | None = None) -> D
     return Divergence(first / count, along / count, losses / sum(map(len, reference.answers)), count)
 
 
-def compare_each(handle: Handle, reference: Reference, tick: Tick | None = None) -> list[tuple[float, float, float]]:
+def compare_each(handle: Handle, reference: Reference, tick: Tick = untold) -> list[tuple[float, float, float]]:
     """The same prompt by prompt: divergence at the first answer token, along the answer (nats per token), and the
     answer's summed negative log-likelihood."""
     each = [(0.0, 0.0, 0.0)] * len(reference.rows)
@@ -134,7 +134,7 @@ def reference_divergence(
 
 @torch.inference_mode()
 def _distributions(
-    handle: Handle, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], tick: Tick | None
+    handle: Handle, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], tick: Tick
 ) -> Iterator[tuple[int, Float[Tensor, "token vocab"]]]:
     """(row, log-probabilities at its answer positions) for every row, in float32."""
     if not rows:
@@ -149,8 +149,7 @@ def _distributions(
             if not own.isfinite().any(-1).all() or own.isnan().any():
                 raise NonFiniteError(f"model {handle.source}: logits are NaN or infinite; try --dtype float32")
             yield index, own
-        if tick:
-            tick(len(batch))
+        tick(len(batch))
 
 
 def _coarse(

@@ -184,8 +184,7 @@ def _pack_file(source: GgufFile, out: Path, kind: str, reporter: Reporter) -> No
             if not np.isfinite(values).all():
                 raise ModelError(f"weight {tensor.name} holds NaN or infinite values; get the model again")
             yield pack(values, new).tobytes()
-        if tick:
-            tick(1)
+        tick(1)
 
     write_retyped(source, out, kinds, {"general.file_type": _FILE_TYPES[kind]}, packed)
 

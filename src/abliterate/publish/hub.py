@@ -9,13 +9,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from abliterate.common.errors import AbliterateError, shorten
+from abliterate.common.reporting import Reporter, untold
 from abliterate.publish.parcel import Item, Parcel, pack
-
-if TYPE_CHECKING:
-    from abliterate.common.reporting import Reporter
 
 SCHEMA = 1
 ATTEMPTS = 5
@@ -152,13 +150,12 @@ def _send(parcel: Parcel, there: _Repository, reporter: Reporter | None) -> tupl
         missing = [entry for entry in content.values() if not entry.is_there(remote)]
         if not missing:
             return sent, _Commit(there.name, there.url, there.head())
-        tick = reporter.progress("uploading files", len(missing)) if reporter is not None else None
+        tick = reporter.progress("uploading files", len(missing)) if reporter is not None else untold
         for entry in missing:
             if entry.item.size > 50_000_000:
                 there.say(f"uploading {entry.item.path} ({size_of(entry.item.size)})")
             there.upload(entry.operation)
-            if tick:
-                tick(1)
+            tick(1)
         sent |= {entry.item.path for entry in missing}
         try:
             message = f"Push {parcel.kind} with abliterate"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from abliterate.common.errors import shorten
 from abliterate.common.files import whole_file
+from abliterate.common.reporting import Tick, untold
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement
@@ -30,8 +31,6 @@ TOKEN_PROMPTS = 2  # a side
 MOST_TOKENS = 64
 EXAMPLES = 6  # a side
 LONGEST_ANSWER = 2000  # characters
-
-Tick = Callable[[int], None]
 
 
 @dataclass
@@ -75,7 +74,7 @@ def gather(
     target: Sequence[str],
     baseline: Sequence[str],
     *,
-    tick: Tick | None = None,
+    tick: Tick = untold,
 ) -> Gathered:
     """Look at the original once more, for its report: at prompts that didn't make the directions.
 
@@ -115,7 +114,7 @@ def gather(
 
 @torch.inference_mode()
 def stream_at(
-    handle: Handle, prompts: Sequence[str], position: int, *, batch_size: int = 32, tick: Tick | None = None
+    handle: Handle, prompts: Sequence[str], position: int, *, batch_size: int = 32, tick: Tick = untold
 ) -> Float[Tensor, "prompt layer site d_model"]:
     """Every prompt's stream at one position (-1 the last) of every site, float32; NaN where a block has no `mid`."""
     ids = handle.prompt_ids(prompts)
@@ -128,8 +127,7 @@ def stream_at(
 
         with watch_sites(handle, look):
             handle.hidden_states(**inputs(handle, [ids[i] for i in batch], prefix))
-        if tick:
-            tick(len(batch))
+        tick(len(batch))
     return read
 
 

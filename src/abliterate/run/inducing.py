@@ -92,7 +92,7 @@ def run_induce(
         named = settings.search.layers
         options = InduceSettings(layers=layer_range(named) if named else None, seed=settings.seed)
         found = induce(handle, directions, shown.examples, validation.baseline, judge, options,
-                       progress=reporter.progress, say=reporter.say)  # fmt: skip
+                       reporter=reporter)  # fmt: skip
     patient = Patient(judge)
     with clock.stage("measure original"):
         original = measured(handle, sides, patient, settings, reporter, "original")

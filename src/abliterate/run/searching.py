@@ -86,8 +86,7 @@ def _article(work: Work) -> Choice:
         layers=work.layers,
         choose=work.choose if options.interactive else None,
         show=work.show,
-        progress=work.reporter.progress,
-        say=work.reporter.say,
+        reporter=work.reporter,
     )
 
 
@@ -99,8 +98,7 @@ def _sweep(work: Work) -> Choice:
         work.validation.baseline,
         work.judge,
         SweepSettings(layers=work.layers, max_refusal_rate=work.settings.search.max_refusal_rate),
-        progress=work.reporter.progress,
-        say=work.reporter.say,
+        reporter=work.reporter,
     )
 
 
@@ -124,8 +122,7 @@ def _fit(work: Work) -> Choice:
         also=_staying_kept(work),
         kept=work.kept.span if work.kept else None,
         state=_fit_state(work),
-        progress=work.reporter.progress,
-        say=work.reporter.say,
+        reporter=work.reporter,
     )
     return _choice(work, fitted.chosen, fitted.why, fitted.frontier)
 
@@ -153,8 +150,7 @@ def _tpe(work: Work) -> Choice:
             layers=work.layers,
         ),
         objectives=[refusals, divergence, DivergenceFromOriginal(watched, "kept")] if watched else None,
-        progress=work.reporter.progress,
-        say=work.reporter.say,
+        reporter=work.reporter,
     )
     chosen, why = choose(frontier, options.max_refusal_rate, options.max_divergence)
     work.reporter.say(f"chose {why}")

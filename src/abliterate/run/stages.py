@@ -111,7 +111,7 @@ def measured(
 ) -> Measurement:  # fmt: skip
     """Measure a model on the test split as the settings say; `name` tells its progress from others'."""
 
-    def progress(stage: str, total: int) -> Tick | None:
+    def progress(stage: str, total: int) -> Tick:
         return reporter.progress(f"{name}: {stage}", total)
 
     return measure(

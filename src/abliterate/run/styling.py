@@ -183,10 +183,9 @@ def _searched(
     )
     # a behaviour that is added has to show where it doesn't: on baseline prompts, which may be the only ones
     target, baseline = sides.target.validation.texts, sides.baseline.validation.texts
-    progress, say = reporter.progress, reporter.say
     if behaviour.adds:
-        return add_style(handle, directions, baseline, judge, options, progress=progress, say=say)
-    return remove_style(handle, directions, target, baseline, judge, options, progress=progress, say=say)
+        return add_style(handle, directions, baseline, judge, options, reporter=reporter)
+    return remove_style(handle, directions, target, baseline, judge, options, reporter=reporter)
 
 
 def _document(

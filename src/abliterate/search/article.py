@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from abliterate.common.errors import AbliterateError
+from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions, article_order, at
 from abliterate.edit.edit import Edit
 from abliterate.measure import judged
@@ -13,7 +14,7 @@ from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, find_writers
-from abliterate.search.sweep import Candidate, Choice, Choose, Progress, Say, Show
+from abliterate.search.sweep import Candidate, Choice, Choose, Show
 
 
 def article(
@@ -28,8 +29,7 @@ def article(
     choose: Choose | None = None,
     show: Show | None = None,
     max_new_tokens: int = 64,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    reporter: Reporter = SILENT,
 ) -> Choice:
     """The procedure of Labonne's article: order directions by |mean|, decode a few prompts with each, pick one.
 
@@ -46,14 +46,13 @@ def article(
     Raises:
         AbliterateError: when every candidate still refuses.
     """
-    say = say or (lambda text: None)
     show = show or (lambda heading, answers: None)
     prompts = target[:test_prompts]
     plain, refused = judged(handle, prompts, judge, max_new_tokens=max_new_tokens, stop_on=(True,))
     show(f"original: refuses {sum(refused)} of {len(refused)}", [a.text for a in plain])
     writers = find_writers(handle, layers)
     places = article_order(directions, layers=layers)[:candidates]
-    tick = progress("trying directions", len(places)) if progress else None
+    tick = reporter.progress("trying directions", len(places))
     tried: list[Candidate] = []
     texts: list[list[str]] = []
     for place in places:
@@ -71,10 +70,9 @@ def article(
             )
         )
         texts.append([a.text for a in answers])
-        if tick:
-            tick(1)
+        tick(1)
     left = [i for i, c in enumerate(tried) if c.refusals is not None and c.refusals.count == 0]
-    say(f"{len(left)} of {len(tried)} candidates pass (no refusal in {len(prompts)} answers)")
+    reporter.say(f"{len(left)} of {len(tried)} candidates pass (no refusal in {len(prompts)} answers)")
     if not left:
         raise AbliterateError(
             f"every one of the article's {len(tried)} candidates still refuses some of {len(prompts)} test prompts; "
@@ -86,5 +84,5 @@ def article(
     how = "picked by a person" if choose else "the first that passes, by |mean|"
     tried[picked] = replace(tried[picked], note=how)
     winner = tried[picked]
-    say(f"chose {winner.place}: {how}")
+    reporter.say(f"chose {winner.place}: {how}")
     return Choice(Edit.uniform(writers, at(directions, winner.place)), winner, tried)

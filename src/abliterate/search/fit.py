@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.errors import AbliterateError, NonFiniteError
+from abliterate.common.reporting import SILENT, Reporter, untold
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import judged
@@ -51,10 +52,6 @@ STARTS = 8
 SAVE_EVERY = 5  # steps
 NEW_START = 0.3  # share of training prompts still refused beyond which the start was wrong
 VALIDATION_TOKENS = 24
-
-Tick = Callable[[int], None]
-Progress = Callable[[str, int], Tick | None]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -140,8 +137,7 @@ def fit(
     also: Sequence[tuple[float, StandIn]] = (),
     kept: Float[Tensor, "k d_model"] | None = None,
     state: FitState | None = None,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    reporter: Reporter = SILENT,
 ) -> Fitted:
     """Fit strengths and directions by gradients, along the whole frontier.
 
@@ -160,14 +156,13 @@ def fit(
         also: further (weight, stand-in) pairs: behaviours to remove, keep or watch besides.
         kept: orthonormal directions that every direction stays orthogonal to.
         state: where the fit is written down as it goes, and goes on from.
-        progress, say: where progress and the log go.
+        reporter: told about stages and progress.
 
     Raises:
         AbliterateError: when there is nothing to fit on, or no writer to edit.
         NonFiniteError: when the loss isn't finite.
     """
     settings, judge, state = settings or FitSettings(), judge or LexicalJudge(), state or FitState()
-    say = say or (lambda text: None)
     for side, prompts, does in (("target", train.target, "refused"), ("baseline", train.baseline, "answered")):
         if not prompts:
             raise AbliterateError(
@@ -176,29 +171,29 @@ def fit(
             )
     job = _Job(handle, directions, train, validation, judge, settings, also, state, kept)
     if state.step:
-        say(f"going on from step {state.step}; {len(state.points)} points of the frontier are there")
+        reporter.say(f"going on from step {state.step}; {len(state.points)} points of the frontier are there")
     else:
-        say(f"starting from {job.start(progress)}; blocks {job.blocks[0]} to {job.blocks[-1]} may be edited")
+        reporter.say(f"starting from {job.start(reporter)}; blocks {job.blocks[0]} to {job.blocks[-1]} may be edited")
     while (weight := next_weight(state.points, settings)) is not None:
-        job.descend(weight, state.next_stop or settings.steps, progress)
+        job.descend(weight, state.next_stop or settings.steps, reporter)
         if not state.points and not state.looked:
-            state.next_stop = state.step + job.look_for_other_refusals(say, progress)
+            state.next_stop = state.step + job.look_for_other_refusals(reporter)
             state.save()
-            job.descend(weight, state.next_stop, progress)
+            job.descend(weight, state.next_stop, reporter)
         point = job.judge_point(job.edit(), {"weight": weight, "step": state.step})
         state.points.append(point)
         state.next_stop = state.step + settings.steps_between
         state.save()
-        say(f"weight {weight:g}: {point}")
+        reporter.say(f"weight {weight:g}: {point}")
     while (scaled := next_scaled(state.points, settings)) is not None:
         light, factor = scaled
         point = job.judge_point(light.edit * factor, {**light.note, "scaled": factor})
         state.points.append(point)
         state.save()
-        say(f"{factor:g} times the strengths of weight {light.note['weight']:g}: {point}")
+        reporter.say(f"{factor:g} times the strengths of weight {light.note['weight']:g}: {point}")
     front = non_dominated(state.points)
     chosen, why = choose(front, settings.max_refusal_rate, settings.max_divergence)
-    say(f"chose {why}")
+    reporter.say(f"chose {why}")
     return Fitted(chosen.edit, chosen, why, front, job.best_place(), list(state.points))
 
 
@@ -274,10 +269,10 @@ class _Job:
         )
         state.bind(self.vectors, self.strengths, self.optimiser)
 
-    def start(self, progress: Progress | None) -> str:
+    def start(self, reporter: Reporter) -> str:
         """Put the variables at the best of a few starts, by the objective on a few prompts; says which."""
         starts = self._starts()
-        tick = progress("choosing where to start", len(starts)) if progress else None
+        tick = reporter.progress("choosing where to start", len(starts))
         best, best_loss = "", math.inf
         for name, vectors in starts.items():
             self._put(vectors, 1.0)
@@ -285,8 +280,7 @@ class _Job:
                 loss = float(self._loss(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0))
             if loss < best_loss:
                 best, best_loss = name, loss
-            if tick:
-                tick(1)
+            tick(1)
         if not best:
             raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
         self._put(starts[best], STARTING_STRENGTH)
@@ -318,12 +312,10 @@ class _Job:
         self.strengths.fill_(strength / 6)
         self.strengths[:, 0] = strength
 
-    def descend(self, weight: float, until: int, progress: Progress | None) -> None:
+    def descend(self, weight: float, until: int, reporter: Reporter) -> None:
         """Gradient steps at one weight until the step number `until`."""
         settings, state = self.settings, self.state
-        tick = (
-            progress(f"fitting at weight {weight:g}", until - state.step) if progress and until > state.step else None
-        )
+        tick = reporter.progress(f"fitting at weight {weight:g}", until - state.step) if until > state.step else untold
         while state.step < until:
             for group, base in zip(self.optimiser.param_groups, self._rates(), strict=True):
                 group["lr"] = base
@@ -339,8 +331,7 @@ class _Job:
             state.step += 1
             if state.step % SAVE_EVERY == 0 or state.step == until:
                 state.save()
-            if tick:
-                tick(1)
+            tick(1)
 
     def _rates(self) -> tuple[float, float]:
         """Learning rates: falling to a third over the first point, and to a tenth over the others."""
@@ -412,7 +403,7 @@ class _Job:
         directions = (unit / unit.norm(dim=-1, keepdim=True)).flatten(0, 1).float()
         return Edit(tuple(self.writers[i].name for i in kept), directions[used], strengths[:, used])
 
-    def look_for_other_refusals(self, say: Say, progress: Progress | None) -> int:
+    def look_for_other_refusals(self, reporter: Reporter) -> int:
         """Decode answers to training targets; refusals that are left, in other words, are lowered too from now on.
 
         Returns:
@@ -427,13 +418,15 @@ class _Job:
         self.state.looked = True
         if not left:
             return 0
-        say(f"{len(left)} of {len(prompts)} training prompts are still refused; these refusals are lowered too")
+        reporter.say(
+            f"{len(left)} of {len(prompts)} training prompts are still refused; these refusals are lowered too"
+        )
         ids, openings = self.handle.prompt_ids([p for p, _ in left]), [a.whole for _, a in left]
         self._take_in(ids, openings)
         self.state.prompts, self.state.openings = ids, [o[:REFUSAL_TOKENS] for o in openings]
         if len(left) <= NEW_START * len(prompts):
             return self.settings.steps_between
-        say(f"that is many; starting anew from {self.start(progress)}")
+        reporter.say(f"that is many; starting anew from {self.start(reporter)}")
         self.optimiser.state.clear()
         return self.settings.steps
 

@@ -9,7 +9,7 @@ mean where the target's is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.errors import AbliterateError
+from abliterate.common.reporting import SILENT, Reporter, Tick
 from abliterate.directions.means import Directions
 from abliterate.edit.edit import Edit, normalised
 from abliterate.measure import judged
@@ -38,10 +39,6 @@ SOURCES = ("prompt", "answer")
 REFUSAL_TOKENS = 14  # of a refusal that are scored: its opening and most of its sentence
 WHOLE_TOKENS = 40  # of a refusal behind which a vector is turned: to its end, for an answer has to end too
 STEP = 0.15  # of a turned vector, as `search.fit` steps: in radians, roughly
-
-Tick = Callable[[int], None]
-Progress = Callable[[str, int], Tick | None]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -142,8 +139,7 @@ def induce(
     judge: Judge | None = None,
     settings: InduceSettings | None = None,
     *,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    reporter: Reporter = SILENT,
 ) -> Inducing:
     """Choose a shift that makes the model refuse baseline prompts in whole sentences.
 
@@ -161,12 +157,12 @@ def induce(
         baseline: validation prompts that the original answers.
         judge: decides what a refusal is.
         settings: sizes of the sweep.
-        progress, say: where progress and the log go.
+        reporter: told about stages and progress.
 
     Raises:
         AbliterateError: when there is nothing to add, or nothing makes it refuse.
     """
-    settings, judge, say = settings or InduceSettings(), judge or LexicalJudge(), say or (lambda text: None)
+    settings, judge = settings or InduceSettings(), judge or LexicalJudge()
     layers = layers_to_try(directions, settings)
     if not layers:
         raise AbliterateError("no layer left to add at; widen --layers (the first and the last fifth are never used)")
@@ -175,27 +171,25 @@ def induce(
     along = difference_along_answers(handle, train)
     scorer = _Scorer(handle, train, settings, layers)
     tried: list[Induced] = []
-    tick = progress("scoring where to add", len(layers)) if progress else None
+    tick = reporter.progress("scoring where to add", len(layers))
     for layer in layers:
         at_prompt = _difference(directions, layer)
         for source, vector in zip(SOURCES, (at_prompt, along[layer]), strict=True):
             if bool(vector.isfinite().all()) and bool(vector.norm() > 0):
                 tried += _scored(scorer, layer, source, vector, at_prompt, settings.sizes)
-        if tick:
-            tick(1)
+        tick(1)
     best = _best_of_each_layer(tried)[: settings.decoded]
-    tick = progress("decoding with it added", len(best)) if progress else None
+    tick = reporter.progress("decoding with it added", len(best))
     prompts = list(baseline[: settings.prompts])
     decoded = []
     for candidate in best:
         decoded.append(counted(handle, candidate, prompts, judge, settings.decode_tokens))
-        if tick:
-            tick(1)
+        tick(1)
     winner = max(decoded, key=_merit)
     if _share(winner) < settings.enough and settings.steps:
-        say(f"{winner} makes {_of(winner)} refuse in whole sentences; turning its vector by gradients")
+        reporter.say(f"{winner} makes {_of(winner)} refuse in whole sentences; turning its vector by gradients")
         scorer.take_in(train.baseline[: settings.turning], _whole_refusals(handle, train, judge, settings))
-        turned = _turned(scorer, best, directions, settings, progress)
+        turned = _turned(scorer, best, directions, settings, reporter)
         decoded += [counted(handle, c, prompts, judge, settings.decode_tokens) for c in turned]
         winner = max(decoded, key=_merit)
     if not winner.refused or not winner.refused.count:
@@ -205,7 +199,7 @@ def induce(
         )
     note = f"refuses {_of(winner)} in whole sentences, the most; of equals the likeliest"
     winner = replace(winner, note=note)
-    say(f"chose {winner}: {note}")
+    reporter.say(f"chose {winner}: {note}")
     done = {(c.layer, c.source, c.size): c for c in (*tried, *decoded, winner)}
     return Inducing(winner.edit, winner, sorted(done.values(), key=_merit, reverse=True))
 
@@ -340,7 +334,7 @@ class _Descent:
         rate = STEP * float(start.vector.norm()) / len(start.vector) ** 0.5
         self.optimiser = torch.optim.Adam([self.vector], lr=rate)
 
-    def go(self, steps: int, tick: Tick | None) -> float:
+    def go(self, steps: int, tick: Tick) -> float:
         """Take some steps; returns the loss there."""
         rows, size = self.scorer.turning, min(8, len(self.scorer.turning))
         for _ in range(steps):
@@ -350,8 +344,7 @@ class _Descent:
                 self.scorer.loss(picked).backward()
             self.optimiser.step()
             self.done += 1
-            if tick:
-                tick(1)
+            tick(1)
         return self.scorer.score(self.start.layer, self.vector.detach())
 
 
@@ -371,14 +364,14 @@ def _scored(
 
 def _turned(
     scorer: _Scorer, starts: Sequence[Induced], directions: Directions, settings: InduceSettings,
-    progress: Progress | None,
+    reporter: Reporter,
 ) -> list[Induced]:  # fmt: skip
     """The vector that gradient steps bring farthest, whole and a little more and less of it.
 
     Every start goes a third of the way; the one with the lowest loss there goes on.
     """
     first = max(1, settings.steps // 3)
-    tick = progress("turning the vector", first * len(starts) + settings.steps - first) if progress else None
+    tick = reporter.progress("turning the vector", first * len(starts) + settings.steps - first)
     descents = [_Descent(scorer, start) for start in starts]
     losses = [descent.go(first, tick) for descent in descents]
     best = descents[losses.index(min(losses))]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from abliterate.common.errors import AbliterateError
+from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions, Place, at
 from abliterate.edit.edit import Edit, Shift
 from abliterate.measure import judged
@@ -28,7 +29,7 @@ from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, find_writers
 from abliterate.search.frontier import FrontierPoint, choose, non_dominated
 from abliterate.search.objectives import original_reference
-from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT, Candidate, Choice, Progress, Say
+from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT, Candidate, Choice
 
 SITE, POSITION = "post", -1
 DIVERGENCE_TOKENS = 24
@@ -100,8 +101,7 @@ def add_style(
     judge: Judge,
     settings: StyleSettings | None = None,
     *,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    reporter: Reporter = SILENT,
 ) -> Choice:
     """The block and the size of a shift by which most answers show a style and stay coherent.
 
@@ -114,12 +114,12 @@ def add_style(
         prompts: validation prompts.
         judge: decides which answers show it.
         settings: sizes of the search.
-        progress, say: where progress and the log go.
+        reporter: told about stages and progress.
 
     Raises:
         AbliterateError: when no block is left to try, or no size makes any answer show it.
     """
-    search = _Search(handle, directions, prompts, judge, settings or StyleSettings(), progress, say)
+    search = _Search(handle, directions, prompts, judge, settings or StyleSettings(), reporter)
     screened = search.screen(shifts=1.0, removals=False, spread=search.settings.spread)
     finalists = sorted(screened, key=_most)[: search.settings.finalists]
     decoded = [search.decoded(t) for t in search.ticking("decoding the best", finalists)]
@@ -144,8 +144,7 @@ def remove_style(
     judge: Judge,
     settings: StyleSettings | None = None,
     *,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    reporter: Reporter = SILENT,
 ) -> Choice:
     """The edit that makes fewest answers show a style: the direction out of every writer, or a shift away from it.
 
@@ -161,13 +160,13 @@ def remove_style(
         baseline: validation prompts on which divergence counts.
         judge: decides which answers show it.
         settings: sizes of the search.
-        progress, say: where progress and the log go.
+        reporter: told about stages and progress.
 
     Raises:
         AbliterateError: when no block is left to try.
     """
     settings = settings or StyleSettings()
-    search = _Search(handle, directions, target, judge, settings, progress, say)
+    search = _Search(handle, directions, target, judge, settings, reporter)
     few = original_reference(handle, baseline[: settings.screen_prompts], answer_tokens=SCREEN_DIVERGENCE_TOKENS)
     screened = search.screen(shifts=-1.0, removals=True, spread=settings.spread, reference=few)
     bearable = [t for t in screened if t.degenerate.rate <= search.plain.degenerate.rate + RUINED / 2]
@@ -195,10 +194,10 @@ class _Search:
 
     def __init__(
         self, handle: Handle, directions: Directions, prompts: Sequence[str], judge: Judge, settings: StyleSettings,
-        progress: Progress | None, say: Say | None,
+        reporter: Reporter,
     ) -> None:  # fmt: skip
         self.handle, self.directions, self.judge, self.settings = handle, directions, judge, settings
-        self.prompts, self.progress, self.say = list(prompts), progress, say or (lambda text: None)
+        self.prompts, self.reporter = list(prompts), reporter
         self.layers = _layers(directions, settings)
         if not self.layers:
             raise AbliterateError("no layer left to search; widen --layers (the first and the last fifth are left out)")
@@ -212,7 +211,7 @@ class _Search:
     ) -> list[Tried]:
         """Every candidate on a few prompts; `shifts` is their sign, `spread` the share of blocks they are at."""
         settings, tried = self.settings, []
-        tick = self.progress("screening layers", len(self.layers)) if self.progress else None
+        tick = self.reporter.progress("screening layers", len(self.layers))
         for layer in self.layers:
             place = Place(layer, SITE, POSITION)
             row = SITES.index(SITE)
@@ -227,8 +226,7 @@ class _Search:
                 tried.append(self._screened(edit, replace(candidate, strength=shifts * size), reference))
                 if tried[-1].degenerate.rate > self.plain.degenerate.rate + RUINED:
                     break
-            if tick:
-                tick(1)
+            tick(1)
         return tried
 
     def decoded(self, tried: Tried, reference: Reference | None = None) -> Tried:
@@ -241,7 +239,7 @@ class _Search:
 
     def choice(self, best: Tried, why: str, tried: Sequence[Tried], frontier: Sequence[FrontierPoint] = ()) -> Choice:
         """The result, every candidate at its latest."""
-        self.say(f"chose {best.candidate.place}, {_how(best)}: {why}")
+        self.reporter.say(f"chose {best.candidate.place}, {_how(best)}: {why}")
         winner = replace(best.candidate, note=why)
         latest = {(t.candidate.place, bool(t.edit.shifts), t.candidate.strength): t.candidate for t in tried}
         latest[(winner.place, bool(best.edit.shifts), winner.strength)] = winner
@@ -249,11 +247,10 @@ class _Search:
 
     def ticking(self, stage: str, tried: Sequence[Tried]) -> Iterator[Tried]:
         """Each in turn, with progress."""
-        tick = self.progress(stage, len(tried)) if self.progress else None
+        tick = self.reporter.progress(stage, len(tried))
         for one in tried:
             yield one
-            if tick:
-                tick(1)
+            tick(1)
 
     def _screened(self, edit: Edit, candidate: Candidate, reference: Reference | None) -> Tried:
         candidate = replace(candidate, divergence=self._divergence(edit, reference))

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.common.errors import AbliterateError
+from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions, Place, at
 from abliterate.edit.edit import Edit
 from abliterate.measure import judged
@@ -32,9 +33,6 @@ SCREEN_LIMIT = 1.0  # divergence, nats: answers beyond it are another model's
 
 STRENGTHS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
-Tick = Callable[[int], None]
-Progress = Callable[[str, int], Tick | None]
-Say = Callable[[str], None]
 Show = Callable[[str, list[str]], None]
 
 
@@ -117,8 +115,7 @@ def sweep(
     judge: Judge | None = None,
     settings: SweepSettings | None = None,
     *,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    reporter: Reporter = SILENT,
 ) -> Choice:
     """Score candidate directions by what removing them does, cheaply first, and decode answers for the best.
 
@@ -137,52 +134,53 @@ def sweep(
         target, baseline: validation prompts that the original refuses / answers.
         judge: decides what a refusal is; the lexical one by default.
         settings: sizes of the stages.
-        progress, say: where progress and the log go.
+        reporter: told about stages and progress.
 
     Raises:
         AbliterateError: when no layer is left to search.
     """
     settings, judge = settings or SweepSettings(), judge or LexicalJudge()
-    say = say or (lambda text: None)
     scorer = _Scorer(handle, directions, target, baseline, settings.layers)
     places = _places(directions, settings.layers)
     if not places:
         raise AbliterateError(
             "no layer left to search; widen --layers (the last fifth of the layers is never searched)"
         )
-    tick = progress("screening directions", len(places)) if progress else None
+    tick = reporter.progress("screening directions", len(places))
     screened = []
     for place in places:
         screened.append(scorer.score(place, settings.screen_prompts, induce=False, stage="screened"))
-        if tick:
-            tick(1)
+        tick(1)
     bearable = [c for c in screened if _divergence(c) <= SCREEN_LIMIT]
     best = _trade_offs(bearable or screened, settings.scored)
-    tick = progress("scoring directions", len(best)) if progress else None
+    tick = reporter.progress("scoring directions", len(best))
     scored = []
     for candidate in best:
         scored.append(scorer.score(candidate.place, settings.score_prompts, induce=True, stage="scored"))
-        if tick:
-            tick(1)
+        tick(1)
     if all(_broken_limits(c) for c in scored):
-        say("no candidate is within the paper's limits (divergence <= 0.1, induce > 0); the best trade-offs go on")
+        reporter.say(
+            "no candidate is within the paper's limits (divergence <= 0.1, induce > 0); the best trade-offs go on"
+        )
     finalists = _trade_offs(scored, settings.decoded)
     decoded = [
-        _decoded(scorer, c, target[: settings.score_prompts], judge, settings) for c in _ticking(finalists, progress)
+        _decoded(scorer, c, target[: settings.score_prompts], judge, settings) for c in _ticking(finalists, reporter)
     ]
     winner, why = _choose(decoded, settings.max_refusal_rate)
     if winner.refusals is not None and winner.refusals.rate > settings.max_refusal_rate and len(decoded) > 1:
-        say(f"one direction leaves {_of(winner)} refusals; trying planes of two")
+        reporter.say(f"one direction leaves {_of(winner)} refusals; trying planes of two")
         planes = [scorer.plane(winner, c, settings.score_prompts) for c in decoded if c.place != winner.place]
         decoded += [_decoded(scorer, c, target[: settings.score_prompts], judge, settings) for c in planes]
         winner, why = _choose(decoded, settings.max_refusal_rate)
-    say(f"chose {winner.place}{f' with {winner.second}' if winner.second else ''}: {why}")
-    weaker = _weakened(scorer, winner, target[: settings.score_prompts], judge, settings, progress)
+    reporter.say(f"chose {winner.place}{f' with {winner.second}' if winner.second else ''}: {why}")
+    weaker = _weakened(scorer, winner, target[: settings.score_prompts], judge, settings, reporter)
     decoded += weaker
     if weaker:
         winner = weaker[-1]
         why += f"; at strength {winner.strength:g} it refuses {_of(winner)}, divergence {winner.divergence:.3f}"
-        say(f"strength {winner.strength:g} is enough: {_of(winner)} refused, divergence {winner.divergence:.3f}")
+        reporter.say(
+            f"strength {winner.strength:g} is enough: {_of(winner)} refused, divergence {winner.divergence:.3f}"
+        )
     winner = replace(winner, note=why)
     latest = {(c.place, c.second, c.strength): c for c in (*screened, *scored, *decoded, winner)}
     return Choice(scorer.edit(winner), winner, [_with_note(c) for c in latest.values()])
@@ -190,18 +188,17 @@ def sweep(
 
 def _weakened(
     scorer: _Scorer, winner: Candidate, target: Sequence[str], judge: Judge, settings: SweepSettings,
-    progress: Progress | None,
+    reporter: Reporter,
 ) -> list[Candidate]:  # fmt: skip
     """The winner at ever smaller strengths, as long as none is refused and the divergence falls."""
     kept: list[Candidate] = []
     if _refused(winner):
         return kept
-    tick = progress("weakening", len(STRENGTHS)) if progress else None
+    tick = reporter.progress("weakening", len(STRENGTHS))
     for strength in STRENGTHS:
         weaker = scorer.rescored(replace(winner, strength=strength, note=""), settings.score_prompts)
         weaker = _decoded(scorer, weaker, target, judge, settings)
-        if tick:
-            tick(1)
+        tick(1)
         if _refused(weaker) or _divergence(weaker) >= _divergence(kept[-1] if kept else winner):
             break
         kept.append(weaker)
@@ -212,12 +209,11 @@ def _refused(candidate: Candidate) -> int:
     return candidate.refusals.count if candidate.refusals else 0
 
 
-def _ticking(candidates: Sequence[Candidate], progress: Progress | None) -> Iterator[Candidate]:
-    tick = progress("decoding the best", len(candidates)) if progress else None
+def _ticking(candidates: Sequence[Candidate], reporter: Reporter) -> Iterator[Candidate]:
+    tick = reporter.progress("decoding the best", len(candidates))
     for candidate in candidates:
         yield candidate
-        if tick:
-            tick(1)
+        tick(1)
 
 
 def _decoded(

@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.errors import AbliterateError, NonFiniteError
+from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions
 from abliterate.edit.edit import Edit, Part, from_parts, normalised
 from abliterate.models.handle import Handle
@@ -35,10 +36,6 @@ STARTUP = 20  # trials drawn at random before the sampler models them
 STRONGEST = 1.5  # beyond 1 a direction is turned around
 NEGLIGIBLE = 0.02  # a strength below it leaves the writer alone
 RUINED = 1e6  # an objective's score where the edited model gives no finite numbers
-
-Tick = Callable[[int], None]
-Progress = Callable[[str, int], Tick | None]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,7 @@ def tpe(
     settings: TpeSettings | None = None,
     *,
     objectives: Sequence[Objective] | None = None,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    reporter: Reporter = SILENT,
 ) -> list[FrontierPoint]:
     """Search, and return the frontier of all trials of the study.
 
@@ -117,7 +113,7 @@ def tpe(
         objectives: what is minimised; by default the two above. Where they are not among these, they are
             measured on the trials that no other dominates. A further divergence among these is of prompts that are
             kept, and counts for the frontier as the one above does.
-        progress, say: where progress and the log go.
+        reporter: told about stages and progress.
 
     Returns:
         Points no other one dominates in refusals and divergence (`FrontierPoint.drift`), fewest refusals first.
@@ -126,7 +122,7 @@ def tpe(
         AbliterateError: when Optuna isn't installed, the study exists and `resume` is off, it can't be opened,
             or it was made for other objectives, another model or other prompts.
     """
-    settings, say = settings or TpeSettings(), say or (lambda text: None)
+    settings = settings or TpeSettings()
     aims = list(objectives or (refusals, divergence))
     builder = _Builder(handle, directions, settings.layers)
     with _quiet():
@@ -136,21 +132,20 @@ def tpe(
             "directions": _sketch(directions),
         }
         study = _open_study(settings, made_for)
-        tick = progress("searching", settings.trials) if progress else None
+        tick = reporter.progress("searching", settings.trials)
         done = _finished(study)
-        if tick and done:
+        if done:
             tick(min(done, settings.trials))
         while done < settings.trials:
             trial = _ask(study, settings.seed)
             edit = builder.edit(suggested(trial))
             scores = _scored(study, trial, handle, edit, aims)
             now = _finished(study)
-            if tick:
-                tick(max(0, min(now, settings.trials) - done))
+            tick(max(0, min(now, settings.trials) - done))
             done = now
             if any(best.number == trial.number for best in study.best_trials):
                 said = ", ".join(f"{aim.name} {score:.4g}" for aim, score in zip(aims, scores, strict=True))
-                say(f"trial {done} of {settings.trials} is on the frontier: {said}")
+                reporter.say(f"trial {done} of {settings.trials} is on the frontier: {said}")
         return _frontier(handle, builder, study.best_trials, aims, refusals, divergence)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from abliterate.common.errors import AbliterateError
+from abliterate.common.reporting import Tick
 from abliterate.common.watching import Progress
 
 
@@ -33,7 +33,7 @@ class Export:
         self._check()
         self.state.lines.append((time.time() - self.state.started, text))
 
-    def progress(self, stage: str, total: int) -> Callable[[int], None]:
+    def progress(self, stage: str, total: int) -> Tick:
         """A stage of `total` steps; call what it returns with the number done."""
         self._check()
         state = self.state

@@ -14,16 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from abliterate.apply.checkpoint.blocks import RAW, HeldRows, Rows, add, take_out
 from abliterate.apply.checkpoint.shards import Shard, StoredRange, copy_range, read_into, steps, write_from
+from abliterate.common.reporting import Reporter, Tick
 from abliterate.edit.algebra import ArrayFactors
-
-if TYPE_CHECKING:
-    from abliterate.common.reporting import Reporter
 
 WORKERS = 2
 PIECE = 16 * 2**20  # bytes of vectors along d_model, or of small matrices, edited at a time
@@ -230,15 +228,14 @@ def _work(queue: _Queue, done: SimpleQueue[int | BaseException | None], copies_f
         done.put(error)
 
 
-def _mib_ticks(tick: Callable[[int], None] | None) -> Callable[[int], None]:
+def _mib_ticks(tick: Tick) -> Tick:
     """A tick in bytes out of one in MiB."""
     done = 0
 
     def count(nbytes: int) -> None:
         nonlocal done
         before, done = done // MIB, done + nbytes
-        if tick is not None:
-            tick(done // MIB - before)
+        tick(done // MIB - before)
 
     return count
 

@@ -87,8 +87,7 @@ def apply_gguf_adapter(
     factors = {}
     for name, todo in held.items():
         factors[name] = _factors(todo, file)
-        if tick:
-            tick(1)
+        tick(1)
     with whole_file(out) as temporary:
         _write(temporary, file.architecture, factors)
         check_whole(temporary)

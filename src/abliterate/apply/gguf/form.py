@@ -93,8 +93,7 @@ def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, rep
         def write(output: int, start: int) -> None:
             nonlocal account
             account += _edit(file, targets_, output, start, workers)
-            if tick:
-                tick(1)
+            tick(1)
 
         return write
 
