@@ -29,9 +29,10 @@ from abliterate.apply import Factors, factors
 from abliterate.apply.checkpoint.parameters import Parameters, open_parameters
 from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.weights import removed
-from abliterate.cards.card import adapter_card, is_local, public_name
+from abliterate.cards.card import adapter_card
 from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError, shorten
 from abliterate.common.files import check_folder, whole_folder
+from abliterate.common.names import is_local, public_name
 from abliterate.models.writers import Writer, layout
 
 if TYPE_CHECKING:

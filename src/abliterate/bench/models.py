@@ -224,7 +224,7 @@ def has_template(source: str, settings: LoadSettings) -> bool:
 
 def describe(contestant: Contestant) -> dict[str, Any]:
     """What results say of a column; of local files the name alone."""
-    from abliterate.cards.card import public_name
+    from abliterate.common.names import public_name
 
     return {
         "label": contestant.label,

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.cards.card import MEANING, is_local, public_name, recipe_lines, result_rows
+from abliterate.cards.card import MEANING, recipe_lines, result_rows
+from abliterate.common.names import is_local, public_name
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions

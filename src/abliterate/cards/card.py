@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterate.common.names import is_local, public_name
+
 if TYPE_CHECKING:
     from abliterate.edit.recipe import Recipe
     from abliterate.edit.recipe_file import RecipeFile
@@ -362,15 +364,6 @@ def with_benchmark(card: str, model_index: list[dict[str, Any]], section: str) -
     body = re.sub(rf"\n*{BENCHMARK}.*?{BENCHMARK}\n?", "\n", body, flags=re.DOTALL)
     head = "\n".join(_head({**_metadata(card), "model-index": model_index}))
     return f"{head}\n{body.strip()}\n\n{BENCHMARK}\n{section.strip()}\n{BENCHMARK}\n"
-
-
-def is_local(source: str) -> bool:
-    return Path(source).expanduser().exists()
-
-
-def public_name(source: str) -> str:
-    """A source as others may see it: a Hub id as it is, a local file or folder without its path."""
-    return Path(source).expanduser().resolve().name if is_local(source) else source
 
 
 def find_upstream(source: str, revision: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.cards.card import LICENCE_KEYS, find_upstream, is_local, public_name, result_rows
+from abliterate.cards.card import LICENCE_KEYS, find_upstream, result_rows
+from abliterate.common.names import is_local, public_name
 
 if TYPE_CHECKING:
     from abliterate.models.handle import Handle

@@ -253,7 +253,6 @@ def _heal(
     from abliterate.cards.card import measured_states, result_rows
     from abliterate.commands.terminal import output, result_table
     from abliterate.heal.run import heal as run_heal
-    from abliterate.report import html_missing
 
     result = run_heal(model, out, settings, original=original, overwrite=overwrite, reporter=terminal)
     if json_:
@@ -263,6 +262,6 @@ def _heal(
     console.print(result_table(result_rows(result.document), measured_states(result.document)))
     for what, where in (
         ("model", out / "model"), ("adapter", out / "adapter"), ("card", out / "model" / "README.md"),
-        ("results", out / "results.json"), *([("report", out / "report.html")] if html_missing() is None else []),
+        ("results", out / "results.json"), ("report", out / "report.html"),
     ):  # fmt: skip
         console.print(f"{what + ':':<10}{where}", soft_wrap=True)

@@ -263,7 +263,6 @@ def _run(
 ) -> None:  # fmt: skip
     from abliterate.cards.card import result_rows
     from abliterate.commands.terminal import output, result_table
-    from abliterate.report import html_missing
     from abliterate.run.pipeline import run as run_pipeline
 
     def choose(candidates: list[Candidate], _texts: list[list[str]]) -> int:
@@ -292,7 +291,7 @@ def _run(
     console.print(result_table(result_rows(result.document)))
     for what, where in (
         ("model", out / "model"), ("recipe", out / "recipe.safetensors"), ("card", out / "model" / "README.md"),
-        ("results", out / "results.json"), *([("report", out / "report.html")] if html_missing() is None else []),
+        ("results", out / "results.json"), ("report", out / "report.html"),
         ("original", source),
     ):  # fmt: skip
         if what == "original" or Path(str(where)).exists():  # a style has no report

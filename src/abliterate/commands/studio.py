@@ -88,7 +88,7 @@ def studio(
 
 def _name(source: str, folder: Path) -> str:
     """A source as the page shows it: relative to the folder if it lies there, else without its path."""
-    from abliterate.cards.card import public_name
+    from abliterate.common.names import public_name
 
     path = Path(source).expanduser().resolve()
     if path.exists() and path.is_relative_to(folder.expanduser().resolve()):

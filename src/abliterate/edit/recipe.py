@@ -94,7 +94,7 @@ def recipe_for(edit: Edit, model: str | os.PathLike[str] | Handle | None = None)
     """
     if model is None:
         return Recipe(edit)
-    from abliterate.cards.card import public_name
+    from abliterate.common.names import public_name
     from abliterate.models.handle import Handle
     from abliterate.models.stored import checkpoint_shapes, names_in, skeleton, stored_names, stored_tensors
 

@@ -211,7 +211,7 @@ def _lora_modules(model: Any) -> list[str]:
 
 
 def _write_configuration(path: Path, job: Job, resolved: dict[str, Any], data: Preferences) -> None:
-    from abliterate.cards.card import public_name
+    from abliterate.common.names import public_name
 
     document = {
         "preset": job.settings.heal.preset,

@@ -30,7 +30,7 @@ from abliterate.measure.judges import Judge, make_judge
 from abliterate.models.handle import Handle, config_hash
 from abliterate.models.loading import DTYPES
 from abliterate.prompts.sets import Sides, format_prompts
-from abliterate.report import write_if_able
+from abliterate.report import write_html
 from abliterate.run.facts import SCHEMA, environment, model_facts, side_facts
 from abliterate.run.opening import check_lengths, open_model, open_prompts, set_prefill
 from abliterate.run.saving import bytes_to_write, save_model
@@ -184,7 +184,7 @@ def heal(
         (folder / RESULTS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _write_report_data(sources, measuring, folder)
     shutil.rmtree(job.folder, ignore_errors=True)
-    write_if_able(out, reporter)
+    write_html(out)
     found = measuring.found
     return Healed(Path(out), found.get("original"), found["edited"], found["healed"], document)
 

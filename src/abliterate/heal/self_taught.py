@@ -352,7 +352,7 @@ def _write_configuration(job: Job, sides: Sides, training: Training) -> None:
     """heal.json: the resolved configuration."""
     from importlib.metadata import version
 
-    from abliterate.cards.card import public_name
+    from abliterate.common.names import public_name
 
     part = {"target": sides.target, "baseline": sides.baseline}
     document = {
@@ -684,7 +684,7 @@ class _Lesson:
     @torch.no_grad()
     def write_adapter(self) -> None:
         """Save the best weights as a PEFT adapter, in float32."""
-        from abliterate.cards.card import public_name
+        from abliterate.common.names import public_name
 
         for name, parameter in self.working.items():
             parameter.data = self.progress.tensors[f"best.{name}"].clone()

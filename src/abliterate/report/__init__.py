@@ -5,6 +5,6 @@ results.json, report-data.json and the recipes beside them.
 """
 
 from abliterate.report.document import Loaded, load_run
-from abliterate.report.write import html_missing, write_html, write_if_able, write_markdown, write_stills
+from abliterate.report.write import write_html, write_markdown, write_stills
 
-__all__ = ["Loaded", "html_missing", "load_run", "write_html", "write_if_able", "write_markdown", "write_stills"]
+__all__ = ["Loaded", "load_run", "write_html", "write_markdown", "write_stills"]

@@ -7,25 +7,10 @@ from pathlib import Path
 
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import whole_file, whole_folder
-from abliterate.common.reporting import Reporter
 from abliterate.report.document import load_run
 
 HTML, PICTURES, MARKDOWN = "report.html", "report-png", "report.md"
 INSTALL = "pip install 'abliterate[report]'"
-
-
-def html_missing() -> str | None:
-    """What an HTML report needs and isn't installed, with what to do; None when all is there."""
-    return _missing("plotly")
-
-
-def write_if_able(out: str | Path, reporter: Reporter, *, show_completions: bool = False) -> None:
-    """Write report.html into a run's folder, or say what it needs."""
-    missing = html_missing()
-    if missing:
-        reporter.say(f"no report.html: {missing}")
-    else:
-        write_html(out, show_completions=show_completions)
 
 
 def write_html(out: str | Path, file: str | Path | None = None, *, show_completions: bool = False) -> Path:
@@ -40,9 +25,8 @@ def write_html(out: str | Path, file: str | Path | None = None, *, show_completi
         The file written.
 
     Raises:
-        AbliterateError: when plotly isn't installed, or the folder isn't a run's.
+        AbliterateError: when the folder isn't a run's.
     """
-    _require("plotly")
     from abliterate.report.page import page
 
     loaded = load_run(out, show_completions=show_completions)
@@ -60,7 +44,9 @@ def write_stills(out: str | Path, folder: str | Path | None = None, *, overwrite
         AbliterateError: when matplotlib isn't installed, or the folder isn't a run's.
         OutputError: when the folder named isn't empty and `overwrite` is off.
     """
-    _require("matplotlib")
+    missing = pictures_missing()
+    if missing:
+        raise AbliterateError(f"no pictures were drawn: {missing}")
     from abliterate.report.figures import all_figures
     from abliterate.report.stills import draw
 
@@ -85,7 +71,7 @@ def write_markdown(out: str | Path, file: str | Path | None = None) -> Path:
 
     loaded = load_run(out)
     path = Path(file) if file is not None else loaded.folder / MARKDOWN
-    missing = _missing("matplotlib")
+    missing = pictures_missing()
     pictures = None if missing else write_stills(out, path.parent / PICTURES)
     text = markdown(loaded, pictures.name if pictures else None, missing)
     with whole_file(path) as temporary:
@@ -93,13 +79,8 @@ def write_markdown(out: str | Path, file: str | Path | None = None) -> Path:
     return path
 
 
-def _missing(module: str) -> str | None:
-    if importlib.util.find_spec(module) is not None:
+def pictures_missing() -> str | None:
+    """What still pictures need and isn't installed, with what to do; None when it is there."""
+    if importlib.util.find_spec("matplotlib") is not None:
         return None
-    return f"it needs {module}, which isn't installed; {INSTALL}, then: abliterate report OUT"
-
-
-def _require(module: str) -> None:
-    missing = _missing(module)
-    if missing:
-        raise AbliterateError(f"no report was written: {missing}")
+    return f"it needs matplotlib, which isn't installed; {INSTALL}, then: abliterate report OUT"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import abliterate
-from abliterate.cards.card import public_name
+from abliterate.common.names import public_name
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 from abliterate.models.writers import find_writers

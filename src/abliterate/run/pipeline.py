@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from abliterate.cards.card import public_name, write_card
+from abliterate.cards.card import write_card
 from abliterate.common.errors import AbliterateError, WriterError
 from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
+from abliterate.common.names import public_name
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.directions.activations_file import load_activations, save_activations
 from abliterate.directions.contrast import collect_contrast, contrast
@@ -26,7 +27,7 @@ from abliterate.models.stored import stored_names, stored_tensors
 from abliterate.models.writers import Proof, check_proof, find_writers, prove, tolerance
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
 from abliterate.prompts.sets import Sides
-from abliterate.report import write_if_able
+from abliterate.report import write_html
 from abliterate.report.gather import Gathered, gather
 from abliterate.run.facts import (
     SCHEMA,
@@ -177,7 +178,7 @@ def run(
         gathered.save(folder)
     forget(out)
     # the result is in place: nothing that goes wrong here can lose it
-    write_if_able(out, reporter, show_completions=show_completions)
+    write_html(out, show_completions=show_completions)
     return Result(Path(out), choice.edit, original, edited, document)
 
 
