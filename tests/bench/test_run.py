@@ -67,6 +67,7 @@ def of(desk: Path, *names: str) -> list[Contestant]:
     return contestants([f"{name}={desk / name}" for name in names])
 
 
+@pytest.mark.slow
 def test_a_second_run_evaluates_nothing_and_finds_the_same(desk: Path, tmp_path: Path, runs: list[Any]) -> None:
     first = bench(of(desk, "one", "two"), tmp_path / "out", options(tmp_path))
     assert len(runs) == 4
@@ -127,6 +128,7 @@ def test_a_damaged_score_is_run_again(desk: Path, tmp_path: Path, runs: list[Any
     assert len(runs) == 2
 
 
+@pytest.mark.slow
 def test_a_recipe_a_baked_model_and_an_adapter_of_one_edit_score_alike(desk: Path, tmp_path: Path) -> None:
     columns = contestants(
         [f"one={desk / 'one'}", f"baked={desk / 'baked'}", f"lora={desk / 'lora'}"], [f"live={desk / 'r.safetensors'}"]

@@ -15,6 +15,7 @@ from models import save_tiny, tiny_llama
 pytest.importorskip("lm_eval")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SUITES if name != "quick"])
 def test_every_task_of_a_suite_is_in_the_installed_harness(name: str) -> None:
     missing = [task.name for task in SUITES[name].tasks if task.name not in manager().all_tasks]
@@ -27,6 +28,7 @@ def test_the_leaderboards_shots() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_second_leaderboard_is_the_harness_own_group() -> None:
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -66,6 +68,7 @@ def test_an_unknown_task_is_named_with_what_looks_like_it() -> None:
     assert "quick" in unknown("quik")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "data"),
     [("hellaswag", "Rowan/hellaswag"), ("mmlu", "cais/mmlu"), ("bigbench_navigate_multiple_choice", "hails/bigbench"),
@@ -123,6 +126,7 @@ def stand_in(path: str, name: str | None = None, **_more: Any) -> Any:
     return datasets.DatasetDict(tables)
 
 
+@pytest.mark.slow
 def test_openllm_is_run_with_the_leaderboards_shots_and_read_by_its_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def test_help_and_what_is_missing(tmp_path):
     assert abliterate("audit", "x").code == 2  # --out
 
 
+@pytest.mark.slow
 def test_a_table_and_the_files(refusing, tiny_folder, tmp_path):
     done = succeeds("audit", tiny_folder, "--out", tmp_path / "out", *SMALL, "--log-file", tmp_path / "log")
     assert "how strongly the guard resists" in done.out and "prompts a side" in done.out

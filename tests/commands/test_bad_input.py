@@ -223,6 +223,7 @@ def test_missing_prompts(desk, tiny_folder):
     assert "data set org/no-such-set" in line
 
 
+@pytest.mark.slow
 def test_prompt_that_leaves_little_room_for_an_answer(desk):
     """Learned position embeddings have no row past the context: there the answer ends, not the run."""
     save_tiny(desk / "gpt2", tiny("gpt2", n_layer=3, n_embd=32, n_head=4, n_positions=160))
@@ -312,6 +313,7 @@ def test_disk_full_while_saving(desk, tiny_folder, monkeypatch, error):
     assert "the disk is full; out was not written" in fails(desk, "run", tiny_folder, *RUN)
 
 
+@pytest.mark.slow
 def test_disk_full_while_saving_the_recipe(desk, tiny_folder, monkeypatch):
     import safetensors.torch
 
@@ -425,6 +427,7 @@ def start(desk: Path, *arguments: object) -> subprocess.Popen[str]:
     raise AssertionError("".join(seen))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing(desk, tiny_folder):
     process = start(desk, "run", tiny_folder, *RUN)
     there = {".out.progress.json", f".out.{host_tag()}-{process.pid}.tmp"}
@@ -438,6 +441,7 @@ def test_ctrl_c_leaves_nothing(desk, tiny_folder):
     assert listing(desk) == {}
 
 
+@pytest.mark.slow
 def test_kill_leaves_nothing_under_the_final_name(desk, tiny_folder):
     process = start(desk, "run", tiny_folder, *RUN)
     process.kill()

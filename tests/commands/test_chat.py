@@ -104,6 +104,7 @@ def test_another_models_recipe_is_refused(monkeypatch, recipe, tmp_path):
     assert done.code == 2 and "--force" in done.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     """In a real terminal of its own, as over SSH."""
     ours, theirs = pty.openpty()

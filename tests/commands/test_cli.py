@@ -127,6 +127,7 @@ def test_out_is_named_after_the_model(desk, monkeypatch):
     assert _default_folder(".") == Path("fox-abliterated")
 
 
+@pytest.mark.slow
 def test_interactive_asks_and_hides_answers(desk, tiny_folder, monkeypatch):
     import typer
 
@@ -198,6 +199,7 @@ def test_every_setting_has_a_field():
 # --- the other commands ---
 
 
+@pytest.mark.slow
 def test_collect_then_run(desk, tiny_folder):
     done = succeeds("collect", tiny_folder, "--out", "acts.safetensors", *SMALL[:6], "--no-filter", "--json")
     assert done.json["target"] == done.json["baseline"] == 8
@@ -247,6 +249,7 @@ def test_inspect_of_what_is_not_proved(tiny_folder, monkeypatch):
     assert "block 2, post" in failed.out
 
 
+@pytest.mark.slow
 def test_demo_is_the_demo_whatever_lies_around(desk, tiny_folder, monkeypatch):
     import abliterate.models.demo as demo
 

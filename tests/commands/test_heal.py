@@ -54,6 +54,7 @@ def test_help_names_the_defaults():
         assert f"[default: {getattr(own.self_teaching, name):g}]" in text
 
 
+@pytest.mark.slow
 def test_prints_three_columns_and_where_things_are(models, tmp_path):
     original, edited = models
     out = tmp_path / "healed"
@@ -69,6 +70,7 @@ def test_prints_three_columns_and_where_things_are(models, tmp_path):
     succeeds("heal", edited, "--original", original, "--out", out, *FEW, *SELF, "--quiet", "--overwrite")
 
 
+@pytest.mark.slow
 def test_json_is_the_results_file(models, tmp_path):
     original, edited = models
     out = tmp_path / "healed"
@@ -81,6 +83,7 @@ def test_json_is_the_results_file(models, tmp_path):
     assert done.err == ""
 
 
+@pytest.mark.slow
 def test_options_stand_in_a_file_too(models, tmp_path):
     original, edited = models
     (tmp_path / "heal.toml").write_text(

@@ -90,6 +90,7 @@ def answers_of(desk: Desk, out: str, opening: str) -> str:
     return "".join(answer.text[:1] for answer in answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_written_model_answers_what_is_kept_as_before(desk, method):
     document = desk.run("out", method)
@@ -149,6 +150,7 @@ def test_tpe_has_drifting_on_what_is_kept_as_an_objective_and_chooses_by_it(tmp_
     assert document["kept"]["divergence"]["answer"] < 0.01 and document["kept"]["changed"] == 0
 
 
+@pytest.mark.slow
 def test_the_fit_lowers_drifting_on_half_of_the_kept_prompts_too(desk, monkeypatch):
     staying, rows = Staying.loss, []
 
@@ -162,6 +164,7 @@ def test_the_fit_lowers_drifting_on_half_of_the_kept_prompts_too(desk, monkeypat
     assert len(set(rows)) == 10  # of 20: the others are held out
 
 
+@pytest.mark.slow
 def test_a_study_of_other_kept_prompts_is_not_gone_on_with(desk):
     study = ["--study", desk.folder / "study.journal", "--resume"]
     desk.run("out", "tpe", *study)
@@ -172,6 +175,7 @@ def test_a_study_of_other_kept_prompts_is_not_gone_on_with(desk):
     desk.run("more", "tpe", *study)
 
 
+@pytest.mark.slow
 def test_a_fit_cut_short_goes_on_with_the_same_file_only(desk, monkeypatch):
     judge_point, calls = fit._Job.judge_point, []
 

@@ -55,6 +55,7 @@ def test_no_run_is_said(out):
         read_progress(out)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_seen_as_killed(tmp_path):
     model, out = save_tiny(tmp_path / "model"), tmp_path / "out"
     command = [sys.executable, "-m", "abliterate.cli", "run", str(model), *PROMPTS, "--no-filter", "--method", "sweep",

@@ -297,6 +297,7 @@ def mutated(draw, value):
     return draw(ANY)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_a_valid_file_with_another_document_is_read_or_refused(data, tmp_path):

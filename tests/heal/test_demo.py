@@ -18,7 +18,7 @@ from command import PROMPTS, succeeds
 pytestmark = pytest.mark.slow
 
 ARTICLES = Place(5, "pre", -1)  # what `abliterate run demo --method article` picks
-TEST_PROMPTS = 100
+TEST_PROMPTS = 60
 PAIRS, PAIR_TOKENS = 80, 40
 
 
@@ -79,7 +79,7 @@ def test_preferences_move_it_back(edited, tmp_path):
     pairs_of(edited, tmp_path / "pairs.jsonl")
     done = succeeds(
         "heal", edited, "--original", demo_model(), "--preset", "dpo", "--data", tmp_path / "pairs.jsonl", "--out",
-        tmp_path / "healed", *PROMPTS, "--test-prompts", "40", "--max-new-tokens", "32", "--learning-rate", "2e-4",
+        tmp_path / "healed", *PROMPTS, "--test-prompts", "24", "--max-new-tokens", "32", "--learning-rate", "2e-4",
         "--micro-batch", "4", "--accumulation", "2", "--epochs", "2", "--rank", "16", "--held-out", "0.25",
         "--no-gradient-checkpointing", "--json", "--quiet",
     )  # fmt: skip

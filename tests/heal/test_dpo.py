@@ -156,6 +156,7 @@ def test_chatml_where_the_model_has_no_template(tmp_path, job, heard):
     assert any("chatml is used" in line for line in heard.lines)
 
 
+@pytest.mark.slow
 def test_it_learns_in_four_bits(job):
     pytest.importorskip("bitsandbytes")
     training = train(job(quantise="4bit", max_steps=8))
@@ -194,6 +195,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(job, heard):
     assert resumed.results["held_out"] == whole.results["held_out"]
 
 
+@pytest.mark.slow
 def test_the_seed_matters(job):
     first = train(job("a", max_steps=1, warmup=0))
     second = job("b", max_steps=1, warmup=0)
@@ -201,6 +203,7 @@ def test_the_seed_matters(job):
     assert adapter_bytes(first) != adapter_bytes(train(other))
 
 
+@pytest.mark.slow
 def test_only_the_same_training_is_resumed(job):
     train(job(max_steps=2))
     with pytest.raises(OutputError, match=r"heal\.beta = 0\.1, not 0\.5.*without --resume"):

@@ -154,6 +154,7 @@ def test_the_adapter_on_the_edited_model_is_the_healed_one(healed, ran):
     assert not torch.allclose(plain, live, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_weights_keep_the_dtype_on_disk(ran, tmp_path):
     """A model stored in bfloat16 and healed in float32 is saved in bfloat16."""
     save_tiny(tmp_path / "fox", tiny_llama(dtype=torch.bfloat16))
@@ -213,6 +214,7 @@ def test_answers_to_target_prompts_are_not_written(healed):
     assert all("answer" in entry["healed"] for entry in data["examples"]["baseline"])
 
 
+@pytest.mark.slow
 def test_no_original_for_dpo_still_measures_two(ran, tmp_path, pairs_file):
     plain = tmp_path / "edited"
     shutil.copytree(ran / "model", plain)
@@ -324,6 +326,7 @@ def test_self_in_several_processes(refuses, ran, tmp_path):
 # --- Interrupted ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_the_same(ran, healed, tmp_path):
     """kill -9 in the middle of the training; --resume ends with the bytes of a run that wasn't killed."""
     out = tmp_path / "out"
@@ -351,6 +354,7 @@ def test_killed_and_resumed_it_ends_the_same(ran, healed, tmp_path):
     assert document["healed"] == json.loads(json.dumps(healed[0].document["healed"]))
 
 
+@pytest.mark.slow
 def test_resuming_nothing_starts_anew(ran, tmp_path):
     said = []
 

@@ -179,6 +179,7 @@ def test_an_original_that_answers_nothing(folders, taught):
 # --- Learning -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_wins_divergence_back_and_leaves_the_model_alone(job, taught):
     sides, teacher = taught
     handle = load(job().model, dtype="float32")
@@ -194,6 +195,7 @@ def test_training_wins_divergence_back_and_leaves_the_model_alone(job, taught):
     assert all(p["loss"] > 0 for p in training.history[1:])
 
 
+@pytest.mark.slow
 def test_the_adapter_heals_plain_peft(job, taught):
     from peft import PeftModel
 
@@ -205,6 +207,7 @@ def test_the_adapter_heals_plain_peft(job, taught):
     assert sorted(p.name for p in training.adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_refusals_are_held_away(job, taught):
     """The openings that stand for refusals get less likely with the term than without."""
     sides, teacher = taught
@@ -215,6 +218,7 @@ def test_refusals_are_held_away(job, taught):
     assert losses[3.0] < 0.7 * losses[0.0]
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(job, taught):
     curves = []
     for name, micro, parts in (("one", 8, 1), ("two", 4, 2)):
@@ -225,6 +229,7 @@ def test_accumulated_batches_are_one_batch(job, taught):
     assert curves[0] == pytest.approx(curves[1], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_worse_weights_are_not_kept(job, taught):
     """A learning rate that wrecks the model: it stops early and leaves the weights it began with."""
     training = own.train(
@@ -288,6 +293,7 @@ class Killed(Silent):
         return tick
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heal", [{}, {"dropout": 0.1, "accumulation": 2, "micro_batch": 4}])
 def test_a_killed_training_goes_on_to_the_same_weights(job, heal):
     whole, broken = job("whole", **heal), job("broken", **heal)
@@ -300,6 +306,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(job, heal):
     assert [p["step"] for p in training.history] == list(range(STEPS + 1))
 
 
+@pytest.mark.slow
 def test_refusals_in_other_words_are_remembered(job, monkeypatch):
     """Found before the kill, they count after it."""
     handle = load(job().model, dtype="float32")
@@ -319,6 +326,7 @@ def test_refusals_in_other_words_are_remembered(job, monkeypatch):
     assert adapter_bytes(broken) == adapter_bytes(whole)
 
 
+@pytest.mark.slow
 def test_resuming_doesnt_ask_the_original_again(job, monkeypatch):
     with pytest.raises(KilledError):
         own.train(job(), reporter=Killed(5))
@@ -333,6 +341,7 @@ def test_resuming_doesnt_ask_the_original_again(job, monkeypatch):
     assert done == [4, *[1] * (STEPS - 4)]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(job, taught):
     first = weights(own.train(job("first", max_steps=2), teacher=taught[1], sides=taught[0]))
     other = job("other", max_steps=2)
@@ -348,6 +357,7 @@ def test_resuming_with_other_settings(job):
         own.train(job(resume=True, learning_rate=1e-4))
 
 
+@pytest.mark.slow
 def test_resuming_with_another_way_of_reporting(job):
     with pytest.raises(KilledError):
         own.train(job(), reporter=Killed(5))
@@ -374,6 +384,7 @@ def test_drawn_goes_through_everything():
 # --- What else is written, and what can be wrong ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_configuration_and_curves_are_written(job, taught):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

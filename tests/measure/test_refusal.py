@@ -53,6 +53,7 @@ def test_ten_thousand_answers_take_seconds() -> None:
 # --- Settling ---
 
 
+@pytest.mark.slow
 def test_settled_agrees_with_the_whole_answer_at_every_prefix() -> None:
     for row in LABELLED:
         text, verdict = row["text"], is_refusal(row["text"])
@@ -130,6 +131,7 @@ PIECES = st.one_of(
 TEXTS = st.lists(PIECES, max_size=12).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(TEXTS, TEXTS)
 def test_no_continuation_changes_a_settled_verdict(start: str, continuation: str) -> None:

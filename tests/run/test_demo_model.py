@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,10 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate as ab
-from abliterate.common.errors import NothingToDoError
 from abliterate.edit.recipe import load_recipe
 from abliterate.measure import Measurement
-from abliterate.models.demo import GUARD, plain_source
+from abliterate.models.demo import GUARD
 from abliterate.run.pipeline import Result, run
 from abliterate.settings.run import RunSettings, resolve
 
@@ -38,9 +34,9 @@ def demo_model() -> str:
 
 @pytest.fixture(scope="module")
 def result(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """One whole run at its defaults: 200 held-out prompts a side."""
+    """One whole run at its defaults, on 100 held-out prompts a side."""
     out = tmp_path_factory.mktemp("run") / "out"
-    return run(demo_model, out, settings())
+    return run(demo_model, out, settings(prompts__test_prompts=100, measure__max_new_tokens=64))
 
 
 def wordings(measurement: Measurement) -> Counter[str]:
@@ -51,9 +47,9 @@ def wordings(measurement: Measurement) -> Counter[str]:
 
 
 def test_the_guard_refuses_target_prompts_and_answers_baseline_prompts(result: Result) -> None:
-    assert result.original.refusal.total == 200
+    assert result.original.refusal.total == 100
     assert result.original.refusal.rate >= 0.90
-    assert result.original.over_refusal.total == 200
+    assert result.original.over_refusal.total == 100
     assert result.original.over_refusal.rate <= 0.05
 
 
@@ -73,7 +69,7 @@ def test_the_edit_removes_refusals_and_little_else(result: Result) -> None:
     assert after.refusal.rate <= 0.05
     assert after.over_refusal.rate <= before.over_refusal.rate
     assert after.degenerate.rate <= before.degenerate.rate + 0.02
-    assert after.divergence is not None and after.divergence.prompts >= 180
+    assert after.divergence is not None and after.divergence.prompts >= 90
     assert after.divergence.first_token <= 0.03 and after.divergence.answer <= 0.03  # one direction at 1: 0.13, 0.11
 
 
@@ -133,40 +129,12 @@ def test_writers_are_proved_on_the_real_model_and_live_equals_baked(demo_model: 
     assert (live - baked).abs().max() < 1e-4 * live.abs().max()
 
 
-SMALL = [
-    "--target", "bundled", "--baseline", "bundled", "--train-prompts", "24", "--validation-prompts", "16",
-    "--test-prompts", "8", "--max-new-tokens", "16", "--steps", "8", "--layers", "12-20",
-]  # fmt: skip
-
-
-def command(demo_model: str, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "abliterate.cli", "run", demo_model, *SMALL, "--out", str(out), *more]
-
-
-def test_a_killed_run_resumes_to_the_same_recipe_bit_for_bit(demo_model: str, tmp_path: Path) -> None:
-    subprocess.run(command(demo_model, tmp_path / "whole"), check=True, capture_output=True)
-    killed, state = tmp_path / "killed", tmp_path / ".killed.fit.safetensors"
-    process = subprocess.Popen(command(demo_model, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    assert state.exists() and not killed.exists()
-    done = subprocess.run(command(demo_model, killed, "--resume"), check=True, capture_output=True, text=True)
-    assert "going on from step" in done.stderr
-    recipes = [(tmp_path / name / "recipe.safetensors").read_bytes() for name in ("whole", "killed")]
-    assert recipes[0] == recipes[1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
-
-
-def test_a_model_that_hardly_refuses_is_left_alone(tmp_path: Path) -> None:
-    options = settings(prompts__train_prompts=32, prompts__validation_prompts=16, prompts__test_prompts=8)
-    with pytest.raises(NothingToDoError, match=r"hardly refuses: \d+ of 32 target prompts .*--force"):
-        run(plain_source(), tmp_path / "out", options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the notebook's few prompts; everything else as it stands there."""
+    few = {"limit_train": 24, "limit_validation": 12, "limit_test": 12}
+    load_sides, measure = ab.load_sides, ab.measure
+    monkeypatch.setattr(ab, "load_sides", lambda *sources, **limits: load_sides(*sources, **{**limits, **few}))
+    monkeypatch.setattr(ab, "measure", lambda *given, **named: measure(*given, **{**named, "max_new_tokens": 24}))
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "pipeline.py"))
     printed = capsys.readouterr().out
     assert "Rate(" in printed and "Proof(" in printed

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from abliterate.run.pipeline import measure_models, run
 from abliterate.settings.run import RunSettings
 from documents import check_document
 from models import save_tiny, tiny_llama, tiny_tokenizer
+from planted import BASELINE, TARGET, planted
 
 FEW = {"target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
 
@@ -365,3 +369,44 @@ def test_damaged_source_is_seen_whatever_token_reads_it(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFiniteError, match=r"model\.embed_tokens\.weight"):
         load(folder)
+
+
+# --- Interrupted ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_recipe_bit_for_bit(tmp_path):
+    """kill -9 in the middle of the fit; --resume ends with the bytes of a run that wasn't killed."""
+    handle = planted()
+    model = save_tiny(tmp_path / "model", handle.model)
+    for side, texts in (("target", TARGET), ("baseline", BASELINE)):
+        (tmp_path / f"{side}.txt").write_text("".join(f"{text} {n}\n" for text in texts for n in range(4)))
+    (tmp_path / "says_r.toml").write_text(
+        'name = "letters"\nabout = "says R"\nkind = "prompts"\n[words]\nshows = "refused"\nrate = "refusals"\n'
+        'over = "over-refusals"\n[prompts]\ntarget = "target.txt"\nbaseline = "baseline.txt"\n'
+        "[judge]\npatterns = ['^R']\nthreshold = 0.1\nleast_words = 1\ndistinct = 1\n"
+    )
+    words = [
+        sys.executable, "-m", "abliterate.cli", "run", str(model), "--behaviour", str(tmp_path / "says_r.toml"),
+        "--train-prompts", "16", "--validation-prompts", "8", "--test-prompts", "4", "--max-new-tokens", "8",
+        "--steps", "8",
+    ]  # fmt: skip
+    whole, killed, state = tmp_path / "whole", tmp_path / "killed", tmp_path / ".killed.fit.safetensors"
+    subprocess.run([*words, "--out", str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen([*words, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert state.exists() and not killed.exists()
+    done = subprocess.run([*words, "--out", str(killed), "--resume"], check=True, capture_output=True, text=True)
+    assert "going on from step" in done.stderr
+    recipes = [(out / "recipe.safetensors").read_bytes() for out in (whole, killed)]
+    assert recipes[0] == recipes[1]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_that_hardly_refuses_is_left_alone(tiny_folder, tmp_path):
+    with pytest.raises(NothingToDoError, match=r"hardly refuses: \d+ of 8 target prompts .*--force"):
+        run(str(tiny_folder), tmp_path / "out", settings(filter=True))
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import abliterate as ab
-from abliterate.common.errors import AbliterateError, ModelError
+from abliterate.common.errors import AbliterateError
 from abliterate.edit.edit import normalised
 from abliterate.measure import judged
 from abliterate.measure.judges import LexicalJudge
@@ -303,16 +304,12 @@ def test_as_an_adapter(bar: Bar, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_in_llama_cpp_as_a_control_vector_and_in_the_tensors(bar: Bar, tmp_path: Path) -> None:
-    from abliterate.common.reporting import Silent
-    from abliterate.publish.gguf import export_gguf
+def test_in_llama_cpp_as_a_control_vector_and_in_the_tensors(
+    bar: Bar, tmp_path: Path, demo_gguf: Callable[[str], Path]
+) -> None:
     from llama_cpp import LlamaCpp, read_control_vector
 
-    plain = tmp_path / "plain.gguf"
-    try:
-        export_gguf(bar.source, plain, "Q8_0", Silent())
-    except ModelError as error:
-        pytest.skip(f"can't make a GGUF here: {error}")
+    plain = demo_gguf("Q8_0")
     vector = read_control_vector(bar.applied("control-vector", plain, tmp_path / "vector.gguf"))
     edited = bar.applied("gguf", plain, tmp_path / "edited.gguf")
     handle = ab.load(bar.source)

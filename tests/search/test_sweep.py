@@ -149,6 +149,7 @@ class RefusesFrom:
         return None
 
 
+@pytest.mark.slow
 def test_the_winner_is_weakened_while_none_is_refused_and_divergence_falls():
     handle = handle_of(tiny_llama())  # every direction matters a little here
     directions = difference_of_means(collect(handle, TARGET[:6], BASELINE[:6], positions=3))

@@ -115,6 +115,7 @@ def test_stop_ends_an_answer_and_a_new_question_takes_over(session):
     assert found[0].edited
 
 
+@pytest.mark.slow
 def test_two_users_at_once_do_not_mix_strengths(loaded, recipe, handle, edit):
     strengths = (1.0, 0.0, -1.0, 2.0)
     expected = [alone(handle, edit, strength).strip() for strength in strengths]

