@@ -25,8 +25,8 @@ _PUBLIC = {
     "Activations": "directions.activations",
     "Directions": "directions.means",
     "Edit": "edit.edit",
-    "Examples": "search.fit",
-    "FitSettings": "search.fit",
+    "Examples": "search.examples",
+    "FitSettings": "search.fit_settings",
     "Handle": "models.handle",
     "Measurement": "measure",
     "Recipe": "edit.recipe",
@@ -81,9 +81,9 @@ if TYPE_CHECKING:
     from abliterate.models.writers import prove as prove
     from abliterate.prompts.sets import load_sides as load_sides
     from abliterate.run.pipeline import run as run
-    from abliterate.search.fit import Examples as Examples
-    from abliterate.search.fit import FitSettings as FitSettings
+    from abliterate.search.examples import Examples as Examples
     from abliterate.search.fit import fit as fit
+    from abliterate.search.fit_settings import FitSettings as FitSettings
     from abliterate.search.sweep import sweep as sweep
     from abliterate.settings.run import RunSettings as RunSettings
 

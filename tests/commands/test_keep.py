@@ -17,6 +17,7 @@ from abliterate.models.handle import Handle
 from abliterate.models.loading import load
 from abliterate.run import pipeline, searching
 from abliterate.search import fit, tpe
+from abliterate.search.fit_settings import FitSettings
 from abliterate.search.stand_ins import Staying
 from command import abliterate, fails, succeeds
 from models import save_tiny
@@ -68,7 +69,7 @@ def quick(monkeypatch):
     """The judge that knows what the planted model says, and a fit of three points."""
     monkeypatch.setattr(pipeline, "make_judge", lambda spec: KnowsItsPrompts())
     short = {"weights": (1.0, 0.1), "lighter": (0.5,), "steps_between": 3, "rate": 0.3}
-    monkeypatch.setattr(searching, "FitSettings", partial(fit.FitSettings, **short))
+    monkeypatch.setattr(searching, "FitSettings", partial(FitSettings, **short))
 
 
 @pytest.fixture
@@ -179,11 +180,11 @@ def test_a_study_of_other_kept_prompts_is_not_gone_on_with(desk):
 def test_a_fit_cut_short_goes_on_with_the_same_file_only(desk, monkeypatch):
     judge_point, calls = fit._Job.judge_point, []
 
-    def cut(job, edit, note):
-        calls.append(note)
+    def cut(job, edit, **found):
+        calls.append(found)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return judge_point(job, edit, note)
+        return judge_point(job, edit, **found)
 
     desk.run("whole", "fit")
     with monkeypatch.context() as patch:

@@ -17,7 +17,8 @@ from abliterate.measure import judged
 from abliterate.models.writers import find_writers, watch_sites
 from abliterate.run.pipeline import run
 from abliterate.run.showing import showing
-from abliterate.search.fit import FitSettings, fit
+from abliterate.search.fit import fit
+from abliterate.search.fit_settings import FitSettings
 from abliterate.search.sweep import SweepSettings, sweep
 from abliterate.settings.run import RunSettings
 from planted import BASELINE, DECOY, REFUSE, TARGET, RefusesWithR, planted

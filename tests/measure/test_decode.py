@@ -116,9 +116,9 @@ def test_a_model_whose_cache_is_not_what_it_seems_is_decoded_in_batches():
     decoder = handle.decoder
     plain = type(decoder).forward
 
-    def skewed(self, *args, past_key_values=None, **kwargs):
-        output = plain(self, *args, past_key_values=past_key_values, **kwargs)
-        if isinstance(past_key_values, slots.Slots):
+    def skewed(self, *args, cache=None, **kwargs):
+        output = plain(self, *args, cache=cache, **kwargs)
+        if isinstance(cache, slots.Slots):
             output.last_hidden_state = output.last_hidden_state * 1.5
         return output
 

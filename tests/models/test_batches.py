@@ -53,7 +53,7 @@ def test_a_model_that_cannot_start_from_a_cache_is_run_whole():
     decoder = handle.decoder
     plain = type(decoder).forward
 
-    def forgetful(self, *args, past_key_values=None, **kwargs):
+    def forgetful(self, *args, cache=None, **kwargs):
         return plain(self, *args, **kwargs)
 
     decoder.forward = forgetful.__get__(decoder)

@@ -21,9 +21,8 @@ from abliterate.measure.decode import Answer
 from abliterate.measure.divergence import make_reference
 from abliterate.measure.rates import Rate
 from abliterate.models.writers import find_writers
+from abliterate.search.examples import Examples
 from abliterate.search.fit import (
-    Examples,
-    FitSettings,
     _draw,
     _Job,
     blocks_to_edit,
@@ -33,6 +32,7 @@ from abliterate.search.fit import (
     next_scaled,
     next_weight,
 )
+from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint
 from abliterate.search.stand_ins import Refusing, Staying, log_odds, told_apart
@@ -248,10 +248,9 @@ def test_epochs_are_drawn_whole(count, size, seed):
         assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
-def point(refused, weight, divergence=0.1):
-    return FrontierPoint(
-        Edit((), torch.zeros(0, 4), torch.zeros(0, 0)), Rate(refused, 100), divergence, {"weight": weight}
-    )
+def point(refused, weight, divergence=0.1, scaled=None):
+    nothing = Edit((), torch.zeros(0, 4), torch.zeros(0, 0))
+    return FrontierPoint(nothing, Rate(refused, 100), divergence, weight=weight, scaled=scaled)
 
 
 @pytest.mark.parametrize(
@@ -283,23 +282,21 @@ def test_the_next_weight(points, following):
     ],
 )
 def test_the_next_gentler_edit(points, following):
-    there = [point(*p[:3]) for p in points]
-    for p, made in zip(points, there, strict=True):
-        made.note.update({"scaled": p[3]} if len(p) > 3 else {})
+    there = [point(*p) for p in points]
     found = next_scaled(there, FitSettings(lighter=(0.5, 0.25)))
-    assert following == (found and ((found[0].refused.count, found[0].note["weight"]), found[1]))
+    assert following == (found and ((found[0].refused.count, found[0].weight), found[1]))
     if len(points) > 2:
         assert next_weight(there, FitSettings()) is None
 
 
 def test_gentler_edits_end_the_frontier(handle, data):
     result = fitted(handle, data, options=replace(QUICK, lighter=(0.5, 0.25)))
-    scaled = [p for p in result.points if "scaled" in p.note]
+    scaled = [p for p in result.points if p.scaled is not None]
     assert scaled and result.points[-len(scaled) :] == scaled
     for p in scaled:
-        of = next(q for q in result.points if q.note["weight"] == p.note["weight"] and "scaled" not in q.note)
+        of = next(q for q in result.points if q.weight == p.weight and q.scaled is None)
         assert p.edit.writers == of.edit.writers and p.divergence < of.divergence
-        torch.testing.assert_close(p.edit.strengths, p.note["scaled"] * of.edit.strengths)
+        torch.testing.assert_close(p.edit.strengths, p.scaled * of.edit.strengths)
 
 
 def test_blocks_and_writers_left_to_the_fit(handle, data):

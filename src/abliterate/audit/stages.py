@@ -24,7 +24,8 @@ from abliterate.run.facts import environment, side_facts
 from abliterate.run.opening import check_lengths, described, open_model, open_prompts, set_prefill
 from abliterate.run.showing import Shown
 from abliterate.run.stages import collected, filtered
-from abliterate.search.fit import FitSettings, fit
+from abliterate.search.fit import fit
+from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint
 from abliterate.settings.audit import AuditRunSettings
@@ -221,7 +222,7 @@ def _frontier(work: Work) -> dict[str, Any]:
 def _point(point: FrontierPoint) -> dict[str, Any]:
     return {
         "writers": len(point.edit.parts),
-        "weight": point.note.get("weight"),
+        "weight": point.weight,
         "strength": {"min": float(point.edit.strengths.min()), "max": float(point.edit.strengths.max())}
         if point.edit.parts
         else None,

@@ -154,11 +154,10 @@ class ScoredModel(HFLM):
         onward = [number for number, (_, choice) in enumerate(rows) if len(choice) > 1]
         prefix = share_prefix(self.handle, contexts) if len(contexts) > 1 else Prefix(0)
         arguments = {**inputs(self.handle, contexts, prefix), "use_cache": bool(onward) or prefix.cache is not None}
-        output = self.handle.hidden_states(**arguments)
+        output, cache = self.handle.hidden_states_and_cache(**arguments)
         states = output.last_hidden_state[:, -1]
         scores, greedy = self._predicted(states, [place for place, _ in rows], [choice[0] for _, choice in rows])
         if onward:
-            cache = output.past_key_values
             cache.batch_select_indices(torch.tensor([rows[number][0] for number in onward], device=self.handle.device))
             mask = arguments["attention_mask"][[rows[number][0] for number in onward]]
             states = self._continued(cache, mask, [rows[number][1][:-1] for number in onward])
@@ -174,7 +173,7 @@ class ScoredModel(HFLM):
 
         ids, own = self._padded(rows)
         whole = torch.cat([mask, own.to(mask.dtype)], dim=1)
-        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": whole, "past_key_values": cache}
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": whole, "cache": cache}
         if takes_positions(self.handle):
             arguments["position_ids"] = positions(whole)[:, mask.shape[1] :]
         return self.handle.hidden_states(**arguments, use_cache=True).last_hidden_state

@@ -212,7 +212,7 @@ def _decode_batch(
         arguments = {
             "input_ids": torch.tensor(best, device=handle.device)[:, None],
             "attention_mask": mask,
-            "past_key_values": cache,
+            "cache": cache,
             "use_cache": True,
         }
         if takes_positions(handle):

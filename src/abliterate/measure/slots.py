@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from abliterate.common.errors import ModelError
 from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.models.handle import Handle
 
@@ -77,7 +78,7 @@ class Slots(Cache):
             "input_ids": torch.tensor(list(tokens))[:, None].to(handle.device),
             "attention_mask": mask[:, None, None].to(handle.device),
             "position_ids": position[:, None].to(handle.device),
-            "past_key_values": self,
+            "cache": self,
             "use_cache": True,
         }
 
@@ -163,7 +164,7 @@ def token_bytes(handle: Handle) -> float:
 @torch.inference_mode()
 def _token_bytes(handle: Handle) -> float:
     ids = torch.arange(4, device=handle.device)[None]
-    cache = getattr(handle.hidden_states(input_ids=ids, use_cache=True), "past_key_values", None)
+    _, cache = handle.hidden_states_and_cache(input_ids=ids, use_cache=True)
     layers = getattr(cache, "layers", [])
     tensors = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 4
@@ -178,11 +179,12 @@ def _try_slots(handle: Handle) -> bool:
         torch.randint(0, min(handle.vocabulary, 1000), (size,), generator=generator).tolist() for size in (7, 10, 12)
     ]
     try:
-        cache = handle.hidden_states(**{**inputs(handle, [row[:-2] for row in rows], Prefix(0)), "use_cache": True})
-        if not is_growing(cache.past_key_values):
+        arguments = {**inputs(handle, [row[:-2] for row in rows], Prefix(0)), "use_cache": True}
+        _, cache = handle.hidden_states_and_cache(**arguments)
+        if not is_growing(cache):
             return False
-        slots = Slots(cache.past_key_values, 3, 12)
-        slots.add(cache.past_key_values, [len(row) - 2 for row in rows], 0)
+        slots = Slots(cache, 3, 12)
+        slots.add(cache, [len(row) - 2 for row in rows], 0)
         for back in (-2, -1):
             output = handle.hidden_states(**slots.arguments(handle, [row[back] for row in rows]))
         ours = output.last_hidden_state[:, -1].float()
@@ -192,7 +194,7 @@ def _try_slots(handle: Handle) -> bool:
                 for row in rows
             ]
         ).float()
-    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+    except (ModelError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
         return False
     error = (ours - whole).norm(dim=-1) / whole.norm(dim=-1)
     bound = 1e-3 if handle.dtype == torch.float32 else 0.1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abliterate.common.errors import ModelError
 from abliterate.models.handle import Handle, common_prefix
 
 PADDING_SHARE = 0.15
@@ -69,7 +70,7 @@ def attention_window(handle: Handle) -> int | None:
 
 def _run_prefix(handle: Handle, ids: Sequence[int]) -> Any:
     tokens = torch.tensor([list(ids)], device=handle.device)
-    return handle.hidden_states(input_ids=tokens, use_cache=True).past_key_values
+    return handle.hidden_states_and_cache(input_ids=tokens, use_cache=True)[1]
 
 
 def continues_from_cache(handle: Handle) -> bool:
@@ -95,7 +96,7 @@ def _try_cache(handle: Handle) -> bool:
             handle.hidden_states(input_ids=torch.tensor([row], device=handle.device)).last_hidden_state[0, -1].float()
             for row in rows
         ]
-    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+    except (ModelError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
         return False
     error = (shared - torch.stack(whole)).norm(dim=-1) / torch.stack(whole).norm(dim=-1)
     bound = 1e-3 if handle.dtype == torch.float32 else 0.1
@@ -120,7 +121,7 @@ def inputs(handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix) -> dic
     arguments = {
         "input_ids": ids.to(device),
         "attention_mask": mask.to(device),
-        "past_key_values": prefix.expanded(len(rows)),
+        "cache": prefix.expanded(len(rows)),
         "use_cache": prefix.cache is not None,
     }
     if takes_positions(handle):

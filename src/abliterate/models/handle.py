@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, NonFiniteError
 from abliterate.edit.recipe_file import config_hash as config_hash
+from abliterate.models.cache import run_cached
 from abliterate.prompts.chat import check_context, format_prompts
 
 if TYPE_CHECKING:
@@ -151,21 +152,25 @@ class Handle:
         return ids
 
     def hidden_states(self, **inputs: Any) -> Any:
-        """Run the blocks alone: what the model does, less the logits."""
-        return self.decoder(**inputs)
+        """Run the blocks alone: what the model does, less the logits. A cache goes in as `cache`."""
+        return self.hidden_states_and_cache(**inputs)[0]
+
+    def hidden_states_and_cache(self, **inputs: Any) -> tuple[Any, Any]:
+        """The same with the cache it leaves, None without `use_cache`; see `cache.run_cached`."""
+        return run_cached(self.decoder, inputs)
 
     def last_logits(self, keep: int = 1, **inputs: Any) -> tuple[Float[Tensor, "batch keep vocab"], Any]:
-        """Logits at the last `keep` positions only, and the cache."""
+        """Logits at the last `keep` positions only, and the cache, None without `use_cache`."""
         if self._plain_head:
-            output = self.decoder(**inputs)
+            output, cache = self.hidden_states_and_cache(**inputs)
             head = self.model.get_output_embeddings()
             # contiguous: from a slice, the matrix product would copy the whole head
             states = output.last_hidden_state[:, -keep:].contiguous()
-            return head(states.to(head.weight.device)), getattr(output, "past_key_values", None)
+            return head(states.to(head.weight.device)), cache
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             inputs["logits_to_keep"] = keep
-        output = self.model(**inputs)
-        return output.logits[:, -keep:], getattr(output, "past_key_values", None)
+        output, cache = run_cached(self.model, inputs)
+        return output.logits[:, -keep:], cache
 
     def logits(self, states: Float[Tensor, "position d_model"]) -> Float[Tensor, "position vocab"]:
         """What the model's head makes of the decoder's last states, its scale and soft cap included."""

@@ -190,7 +190,8 @@ def article_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
 
 def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
     """Seconds of `search.fit.fit`: references, gradient steps to every point, and each point judged."""
-    from abliterate.search.fit import REFUSAL_TOKENS, STARTS, FitSettings
+    from abliterate.search.fit import REFUSAL_TOKENS, STARTS
+    from abliterate.search.fit_settings import FitSettings
 
     sizes = FitSettings(steps=settings.search.steps)
     points = len(sizes.weights)

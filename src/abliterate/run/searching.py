@@ -16,7 +16,8 @@ from abliterate.prompts.sets import Sides
 from abliterate.run.facts import environment
 from abliterate.run.showing import Shown
 from abliterate.search.article import article
-from abliterate.search.fit import UNIT, FitSettings, fit
+from abliterate.search.fit import UNIT, fit
+from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint, choose
 from abliterate.search.stand_ins import StandIn, Staying

@@ -12,7 +12,7 @@ from abliterate.measure.decode import Answer
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
-from abliterate.search.fit import Examples
+from abliterate.search.examples import Examples
 
 FILTER_TOKENS = 32
 

@@ -33,85 +33,25 @@ from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.writers import Writer, find_writers
+from abliterate.search.examples import Examples
+from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint, Moment, choose, non_dominated
 from abliterate.search.packed import Packer
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
 
 UNIT = 0.05  # nats of divergence that count as much as one unit of the stand-in for refusing
-WEIGHTS = (3.0, 1.0, 0.3, 0.1, 0.03)
 STARTING_STRENGTH = 0.6
 START_PROMPTS = 12
 REFUSAL_TOKENS = 32
 PRUNED = 0.02  # a strength below it is none
 TOO_MANY_REFUSALS = 0.5  # past it, points with still less weight on refusing are of no use
-LIGHTER = (0.75, 0.55, 0.4, 0.25)  # of the lightest fitted edit's strengths: the frontier's gentle end
 NOTHING_LEFT = 0.95  # refused past which an edit lighter still says nothing new
 HEAVIER = 2  # how often more weight is tried where the first point still refuses
 STARTS = 8
 SAVE_EVERY = 5  # steps
 NEW_START = 0.3  # share of training prompts still refused beyond which the start was wrong
 VALIDATION_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """Sizes and limits of the fit.
-
-    Attributes:
-        steps: gradient steps to the first point of the frontier.
-        steps_between: steps from each point to the next.
-        weights: of refusing against drifting, one per point.
-        lighter: factors for the strengths of the lightest of these points, for gentler ones still.
-        rank: directions per layer.
-        layers: blocks whose writers may be edited; by default from a little below where target and baseline part.
-        target_batch, baseline_batch: sequences per step.
-        baseline_prompts: most baseline prompts whose distributions are kept.
-        answer_tokens: tokens of the original's answers along which drifting counts.
-        max_strength: bound of the strengths; the lower one is 0.
-        rate: size of a direction's step in radians, roughly; strengths move by half of it.
-        sparsity: pull of the mean strength towards 0.
-        decode_tokens: longest answer decoded to judge a point.
-        validation_prompts: most prompts a side by which a point is judged.
-        max_refusal_rate, max_divergence: how the point is chosen; see `frontier.choose`.
-    """
-
-    steps: int = 40
-    steps_between: int = 12
-    weights: tuple[float, ...] = WEIGHTS
-    lighter: tuple[float, ...] = LIGHTER
-    rank: int = 1
-    layers: range | None = None
-    target_batch: int = 8
-    baseline_batch: int = 16
-    baseline_prompts: int = 512
-    answer_tokens: int = 8
-    max_strength: float = 1.5
-    rate: float = 0.15
-    sparsity: float = 0.5
-    decode_tokens: int = 48
-    validation_prompts: int = 64
-    max_refusal_rate: float | None = 0.05
-    max_divergence: float | None = None
-    seed: int = 0
-
-
-@dataclass
-class Examples:
-    """Prompts of one split with what the original answered.
-
-    Attributes:
-        target: prompts it refuses, with its refusals in `refusals`.
-        baseline: prompts it answers, with its answers in `answers`.
-        over_refused: baseline prompts it refuses, with its refusals in `over_refusals`; these are removed too.
-    """
-
-    target: list[str]
-    refusals: list[Answer]
-    baseline: list[str]
-    answers: list[Answer]
-    over_refused: list[str] = field(default_factory=list)
-    over_refusals: list[Answer] = field(default_factory=list)
 
 
 @dataclass
@@ -180,17 +120,17 @@ def fit(
             state.next_stop = state.step + job.look_for_other_refusals(reporter)
             state.save()
             job.descend(weight, state.next_stop, reporter)
-        point = job.judge_point(job.edit(), {"weight": weight, "step": state.step})
+        point = job.judge_point(job.edit(), weight=weight, step=state.step)
         state.points.append(point)
         state.next_stop = state.step + settings.steps_between
         state.save()
         reporter.say(f"weight {weight:g}: {point}")
     while (scaled := next_scaled(state.points, settings)) is not None:
         light, factor = scaled
-        point = job.judge_point(light.edit * factor, {**light.note, "scaled": factor})
+        point = job.judge_point(light.edit * factor, weight=light.weight, step=light.step, scaled=factor)
         state.points.append(point)
         state.save()
-        reporter.say(f"{factor:g} times the strengths of weight {light.note['weight']:g}: {point}")
+        reporter.say(f"{factor:g} times the strengths of weight {light.weight:g}: {point}")
     front = non_dominated(state.points)
     chosen, why = choose(front, settings.max_refusal_rate, settings.max_divergence)
     reporter.say(f"chose {why}")
@@ -199,9 +139,9 @@ def fit(
 
 def next_weight(points: Sequence[FrontierPoint], settings: FitSettings) -> float | None:
     """The weight of the next point: heavier while too much is refused, then ever lighter; None at the end."""
-    if any("scaled" in p.note for p in points):
+    if any(p.scaled is not None for p in points):
         return None
-    tried = [float(p.note["weight"]) for p in points]
+    tried = [p.weight for p in points if p.weight is not None]
     if not tried:
         return settings.weights[0]
     enough = settings.max_refusal_rate if settings.max_refusal_rate is not None else 0.0
@@ -218,8 +158,8 @@ def next_scaled(points: Sequence[FrontierPoint], settings: FitSettings) -> tuple
     Less weight leads the fit no further than to where refusals begin to come back; gentler edits lie on the way from
     there to none at all, and to go there takes no gradient.
     """
-    fitted = [p for p in points if "scaled" not in p.note]
-    scaled = [p for p in points if "scaled" in p.note]
+    fitted = [p for p in points if p.scaled is None]
+    scaled = [p for p in points if p.scaled is not None]
     if len(scaled) == len(settings.lighter) or points[-1].refused.rate >= NOTHING_LEFT:
         return None
     return non_dominated(fitted)[-1], settings.lighter[len(scaled)]
@@ -433,15 +373,17 @@ class _Job:
     def _take_in(self, prompts: Sequence[list[int]], openings: Sequence[list[int]]) -> None:
         self.rows[0] += self.packer.add(self.refusing.add(prompts, openings))
 
-    def judge_point(self, edit: Edit, note: dict[str, Any]) -> FrontierPoint:
-        """An edit judged on validation prompts by decoded answers and divergence."""
+    def judge_point(self, edit: Edit, **found: Any) -> FrontierPoint:
+        """An edit judged on validation prompts by decoded answers and divergence; `found` says how it was come to."""
         settings = self.settings
         prompts = self.validation.target[: settings.validation_prompts]
         with edit.attached(self.handle):
             _, refused = judged(self.handle, prompts, self.judge, max_new_tokens=settings.decode_tokens)
             drift = compare(self.handle, self.held_out)
-        note = {**note, "divergence_along": drift.answer}
-        return FrontierPoint(edit, Rate(sum(refused), len(refused)), drift.first_token, note, Moment.now())
+        return FrontierPoint(
+            edit, Rate(sum(refused), len(refused)), drift.first_token, divergence_along=drift.answer,
+            found=Moment.now(), **found,
+        )  # fmt: skip
 
 
 def blocks_to_edit(directions: Directions, layers: int) -> range:

@@ -91,10 +91,10 @@ def _note(point: FrontierPoint) -> dict[str, Any]:
         "writers": list(point.edit.writers),
         "refused": [point.refused.count, point.refused.total],
         "divergence": point.divergence,
-        "note": point.note,
+        "note": point.said,
     }
 
 
 def _point(note: dict[str, Any], tensors: dict[str, Tensor], index: int) -> FrontierPoint:
     edit = Edit(tuple(note["writers"]), tensors[f"point.{index}.directions"], tensors[f"point.{index}.strengths"])
-    return FrontierPoint(edit, Rate(*note["refused"]), note["divergence"], note["note"])
+    return FrontierPoint(edit, Rate(*note["refused"]), note["divergence"], **note["note"])

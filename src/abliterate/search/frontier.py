@@ -11,6 +11,8 @@ from abliterate.common.errors import AbliterateError
 from abliterate.edit.edit import Edit
 from abliterate.measure.rates import Rate
 
+STEERS = ("weight", "step", "divergence_along", "scaled")  # what steers a fit, by FrontierPoint's names
+
 
 class Moment(NamedTuple):
     """When a point was there: readings of time.monotonic() and time.process_time(), in seconds."""
@@ -31,8 +33,11 @@ class FrontierPoint:
         edit: what is taken out of which writers.
         refused: of decoded answers to target prompts.
         divergence: from the original on baseline prompts that it answers, in nats.
-        note: how the search came to it; plain JSON.
+        note: what else the search says of it; plain JSON.
         also: divergence on further prompts that are to be answered as before (`--keep`), in nats.
+        weight, step: of a fit's point: the weight of refusing in its objective, and the gradient step of it.
+        scaled: of a gentler edit made from a fit's point: the factor of that point's strengths.
+        divergence_along: the divergence averaged along the original's answers, where `divergence` is the first token's.
         found: when this process had it, None for one from an earlier process. It is no part of a recipe, which
             the same seed gives again to the byte.
     """
@@ -43,6 +48,10 @@ class FrontierPoint:
     note: dict[str, Any] = field(default_factory=dict)
     found: Moment | None = field(default=None, compare=False)
     also: float = 0.0
+    weight: float | None = None
+    step: int | None = None
+    scaled: float | None = None
+    divergence_along: float | None = None
 
     @property
     def drift(self) -> float:
@@ -50,7 +59,13 @@ class FrontierPoint:
         return self.divergence + self.also
 
     def to_json(self) -> dict[str, Any]:
-        return {"refusal": self.refused.to_json("refused"), "divergence": self.divergence, **self.note}
+        return {"refusal": self.refused.to_json("refused"), "divergence": self.divergence, **self.said}
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """How the search came to it, and its note: the fields of results.json beside refusals and divergence."""
+        steers = {name: getattr(self, name) for name in STEERS}
+        return {**{name: value for name, value in steers.items() if value is not None}, **self.note}
 
     def __str__(self) -> str:
         also = f" and {self.also:.3f} on what is kept" if self.also else ""

@@ -30,7 +30,7 @@ from abliterate.measure.rates import Rate
 from abliterate.models.batches import Prefix, buckets, inputs
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, watch_sites
-from abliterate.search.fit import Examples
+from abliterate.search.examples import Examples
 from abliterate.search.packed import Packer, Row
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
 

@@ -121,7 +121,7 @@ class Conversation:
         for _ in range(max(1, min(self.sampling.max_new_tokens, room))):
             with self._attached(strength), torch.inference_mode():
                 inputs = torch.tensor([new], device=self.handle.device)
-                logits, cache = self.handle.last_logits(input_ids=inputs, past_key_values=past.cache, use_cache=True)
+                logits, cache = self.handle.last_logits(input_ids=inputs, cache=past.cache, use_cache=True)
             token = _drawn(logits[0, -1], self.sampling, generator)
             past.cache, past.ids = cache, [*past.ids, *new]
             self._past = past

@@ -1,0 +1,25 @@
+"""What the searches that learn are given: prompts with what the original answered to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from abliterate.measure.decode import Answer
+
+
+@dataclass
+class Examples:
+    """Prompts of one split with what the original answered.
+
+    Attributes:
+        target: prompts it refuses, with its refusals in `refusals`.
+        baseline: prompts it answers, with its answers in `answers`.
+        over_refused: baseline prompts it refuses, with its refusals in `over_refusals`; these are removed too.
+    """
+
+    target: list[str]
+    refusals: list[Answer]
+    baseline: list[str]
+    answers: list[Answer]
+    over_refused: list[str] = field(default_factory=list)
+    over_refusals: list[Answer] = field(default_factory=list)
