@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,33 +258,26 @@ def _measured(provenance: dict[str, Any]) -> list[str]:
         return []
 
 
-def gguf_card(path: Path) -> str:
-    """The card of a GGUF file, from what its header says of it."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(str(path)).fields
-
-    def value(key: str) -> Any:
-        return fields[key].contents() if key in fields else None
-
-    name = str(value("general.name") or path.stem)
-    repository = str(value("general.base_model.0.repo_url") or "").removeprefix("https://huggingface.co/")
+def gguf_card(path: Path, header: Mapping[str, Any]) -> str:
+    """The card of a GGUF file, from its header: key -> value, None for an array."""
+    name = str(header.get("general.name") or path.stem)
+    repository = str(header.get("general.base_model.0.repo_url") or "").removeprefix("https://huggingface.co/")
     metadata: dict[str, Any] = {
         **({"base_model": repository, "base_model_relation": "quantized"} if repository.count("/") == 1 else {}),
         "library_name": "gguf",
         "tags": ["abliterate", "abliterated", "gguf"],
     }
-    if value("general.license"):
-        metadata["license"] = str(value("general.license"))
-    told = [(key.removeprefix("abliterate."), value(key)) for key in fields if key.startswith("abliterate.")]
+    if header.get("general.license"):
+        metadata["license"] = str(header["general.license"])
+    told = [(key.removeprefix("abliterate."), value) for key, value in header.items() if key.startswith("abliterate.")]
     lines = [
         *_head(metadata),
         f"# {name}, abliterated, GGUF",
         "",
-        f"`{path.name}`: architecture `{value('general.architecture')}`, "
-        f"{sum(1 for key in fields if not key.startswith('GGUF.'))} header fields, {path.stat().st_size:,} bytes.",
+        f"`{path.name}`: architecture `{header.get('general.architecture')}`, "
+        f"{len(header)} header fields, {path.stat().st_size:,} bytes.",
         "",
-        *(f"- {key}: {shown}" for key, shown in told if not isinstance(shown, list) and len(str(shown)) < 200),
+        *(f"- {key}: {shown}" for key, shown in told if shown is not None and len(str(shown)) < 200),
         *([""] if told else []),
         *MEANING,
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from abliterate.commands.common import Json, LogFile, Quiet, app, print_result, reported
 
@@ -45,18 +46,16 @@ def push(
 
 
 def _told(summary: dict[str, Any]) -> str:
-    from abliterate.publish.hub import size_of
-
     dry = summary["dry_run"]
     lines = []
     for entry in summary["files"]:
         mark = "would go" if dry else "sent" if entry["sent"] else "there already"
-        lines.append(f"{mark:<14}{size_of(entry['bytes']):>10}  {entry['path']}")
+        lines.append(f"{mark:<14}{decimal(entry['bytes']):>10}  {entry['path']}")
     lines += [f"{'stays here':<14}{'':>10}  {entry['path']} ({entry['why']})" for entry in summary["left_out"]]
     lines += [f"note: {note}" for note in summary["notes"]]
     if dry:
-        lines.append(f"{len(summary['files'])} files, {size_of(summary['bytes'])}, as {summary['kind']} to "
+        lines.append(f"{len(summary['files'])} files, {decimal(summary['bytes'])}, as {summary['kind']} to "
                      f"{summary['repo']}; nothing was sent")  # fmt: skip
     else:
-        lines.append(f"{size_of(summary['bytes_sent'])} of {size_of(summary['bytes'])} sent: {summary['url']}")
+        lines.append(f"{decimal(summary['bytes_sent'])} of {decimal(summary['bytes'])} sent: {summary['url']}")
     return "\n".join(lines)

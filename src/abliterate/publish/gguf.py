@@ -17,19 +17,19 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.gguf.file import GgufFile, GgufTensor, layout_of, open_gguf, write_retyped
-from abliterate.apply.gguf.form import check_whole
+from abliterate.apply.gguf.file import GgufFile, GgufTensor, open_gguf
 from abliterate.apply.gguf.names import EMBEDDING, HEAD
 from abliterate.apply.gguf.requantise import CHUNK
-from abliterate.apply.gguf.types import check_packs, pack, unpack
+from abliterate.apply.gguf.types import check_packs, layout_of, pack, unpack
+from abliterate.apply.gguf.write import NewTensor, Writer, check_output, whole_gguf, write_copy
 from abliterate.common.errors import ModelError, OutputError, shorten
-from abliterate.common.files import check_file, check_space, whole_file
+from abliterate.common.files import check_space
 
 if TYPE_CHECKING:
     from abliterate.common.reporting import Reporter
@@ -87,10 +87,10 @@ def export_gguf(
     script = find_converter(converter)
     if wanted in PACKED:
         check_packs(wanted)
-    check_file(final, overwrite=overwrite)
+    check_output(final, overwrite=overwrite)
     check_space(final, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
     reporter.say(f"converting {folder.name} with llama.cpp's {SCRIPT}")
-    with whole_file(final) as temporary:
+    with whole_gguf(final) as temporary:
         if wanted in CONVERTED:
             convert(script, folder, temporary, wanted.lower())
         else:
@@ -100,12 +100,9 @@ def export_gguf(
                 _pack_file(open_gguf(half), temporary, wanted, reporter)
             finally:
                 half.unlink(missing_ok=True)
-        check_whole(temporary)
-        counts: dict[str, int] = {}
-        for tensor in open_gguf(temporary).tensors.values():
-            counts[tensor.kind] = counts.get(tensor.kind, 0) + 1
+    types = dict(Counter(tensor.kind for tensor in open_gguf(final).tensors.values()))
     return {
-        "form": "export", "out": str(final), "bytes": final.stat().st_size, "type": wanted, "types": counts,
+        "form": "export", "out": str(final), "bytes": final.stat().st_size, "type": wanted, "types": types,
         "seconds": round(time.monotonic() - began, 2),
     }  # fmt: skip
 
@@ -171,22 +168,27 @@ def _pack_file(source: GgufFile, out: Path, kind: str, reporter: Reporter) -> No
     """Write the converter's 16-bit file with its 16-bit tensors packed."""
     kinds = {name: _kind_for(tensor, kind, source) for name, tensor in source.tensors.items()}
     kinds = {name: new for name, new in kinds.items() if new != source.tensors[name].kind}
-    for new in set(kinds.values()):
-        check_packs(new)
+    for packed in set(kinds.values()):
+        check_packs(packed)
     tick = reporter.progress("packing tensors", len(kinds))
 
-    def packed(tensor: GgufTensor, new: str) -> Iterator[bytes]:
-        raw = source.raw(tensor)
-        rows = raw.reshape(-1, raw.shape[-1])
-        step = max(1, CHUNK // tensor.shape[-1])
-        for first in range(0, len(rows), step):
-            values = unpack(rows[first : first + step], tensor.kind)
-            if not np.isfinite(values).all():
-                raise ModelError(f"weight {tensor.name} holds NaN or infinite values; get the model again")
-            yield pack(values, new).tobytes()
-        tick(1)
+    def packer(tensor: GgufTensor, new: str) -> Writer:
+        def write(into: np.ndarray) -> None:
+            given, output = source.raw(tensor), into.reshape(-1, into.shape[-1])
+            rows = given.reshape(-1, given.shape[-1])
+            step = max(1, CHUNK // tensor.shape[-1])
+            for first in range(0, len(rows), step):
+                values = unpack(rows[first : first + step], tensor.kind)
+                if not np.isfinite(values).all():
+                    raise ModelError(f"weight {tensor.name} holds NaN or infinite values; get the model again")
+                output[first : first + step] = pack(values, new)
+            tick(1)
 
-    write_retyped(source, out, kinds, {"general.file_type": _FILE_TYPES[kind]}, packed)
+        return write
+
+    tensors = {name: source.tensors[name] for name in kinds}
+    new = {name: NewTensor(t.shape, kinds[name], packer(t, kinds[name])) for name, t in tensors.items()}
+    write_copy(source, out, new, {"general.file_type": _FILE_TYPES[kind]})
 
 
 def _kind_for(tensor: GgufTensor, kind: str, file: GgufFile) -> str:

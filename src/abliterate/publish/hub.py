@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.filesize import decimal
 
 from abliterate.common.errors import AbliterateError, shorten
-from abliterate.common.reporting import Reporter, untold
-from abliterate.publish.parcel import Item, Parcel, pack
+from abliterate.common.reporting import SILENT, Reporter
+from abliterate.publish.parcel import Parcel, pack
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 SCHEMA = 1
 ATTEMPTS = 5
@@ -35,7 +40,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     dry_run: bool = False,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Send what is at a path to a model repository of the Hub, in one commit.
 
@@ -77,135 +82,74 @@ def push(
     if dry_run:
         return summary
     token = _token()
-    say = reporter.say if reporter is not None else lambda _text: None
-    with _hub_warnings_to(lambda text: say(_redacted(text, token))), _explained(repo, revision, token):
-        sent, commit = _send(parcel, _Repository(repo, private, revision, token, say), reporter)
-        summary["repo"], summary["url"], summary["commit"] = commit.repo, commit.url, commit.oid
+    sent: set[str] = set()
+    with _hub_warnings_to(lambda text: reporter.say(text.replace(token, "***"))), _explained(repo, revision, token):
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi(token=token)
+        # made once: they know the hashes of large files, which take long to compute
+        operations = {item.path: CommitOperationAdd(item.path, item.content) for item in parcel.items}
+
+        def attempt() -> tuple[str, str, str | None]:
+            name, url = _opened(api, repo, private, revision)
+            return name, url, _committed(api, name, revision, parcel, operations, sent, reporter)
+
+        summary["repo"], summary["url"], summary["commit"] = _tried(attempt, sent, reporter.say)
     for entry in summary["files"]:
         entry["sent"] = entry["path"] in sent
     summary["bytes_sent"] = sum(item.size for item in parcel.items if item.path in sent)
     return summary
 
 
-class _Commit:
-    def __init__(self, repo: str, url: str, oid: str | None) -> None:
-        self.repo, self.url, self.oid = repo, url, oid
+def _opened(api: HfApi, repo: str, private: bool, revision: str | None) -> tuple[str, str]:
+    """Name and address of a repository that is there, with its branch, and private if it has to be."""
+    made = api.create_repo(repo, private=private or None, exist_ok=True)
+    if private and not api.repo_info(made.repo_id).private:
+        raise HubError(
+            f"repository {made.repo_id} exists and is public; make it private in its settings, or push to another. "
+            "Nothing was sent"
+        )
+    if revision:
+        api.create_branch(made.repo_id, branch=revision, exist_ok=True)
+    return made.repo_id, str(made)
 
 
-class _Repository:
-    """A model repository of the Hub, opened for writing; each call is tried again where that may help."""
+def _committed(
+    api: HfApi, name: str, revision: str | None, parcel: Parcel, operations: dict[str, CommitOperationAdd],
+    sent: set[str], reporter: Reporter,
+) -> str | None:  # fmt: skip
+    """Send what isn't there yet, whose paths are added to `sent`; returns the commit that holds all."""
+    from huggingface_hub.hf_api import RepoFile
 
-    def __init__(self, repo: str, private: bool, revision: str | None, token: str, say: Callable[[str], None]) -> None:
-        from huggingface_hub import HfApi
-
-        self.api = HfApi(token=token)
-        self.revision, self.say = revision, say
-        url = self._tried(lambda: self.api.create_repo(repo, private=private or None, exist_ok=True))
-        self.name, self.url = url.repo_id, str(url)
-        if private and not self._tried(lambda: self.api.repo_info(self.name)).private:
-            raise HubError(
-                f"repository {self.name} exists and is public; make it private in its settings, or push to another. "
-                "Nothing was sent"
-            )
-        if revision:
-            self._tried(lambda: self.api.create_branch(self.name, branch=revision, exist_ok=True))
-
-    def hashes(self) -> dict[str, str]:
-        """What is there: path -> sha256 of a large file, git's sha1 of a small one."""
-        from huggingface_hub.hf_api import RepoFile
-
-        def tree() -> dict[str, str]:
-            found = self.api.list_repo_tree(self.name, recursive=True, revision=self.revision)
-            return {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in found if isinstance(f, RepoFile)}
-
-        return self._tried(tree)
-
-    def upload(self, operation: Any) -> None:
-        """Send a large file's content; nothing happens for a small one, which goes with the commit."""
-        self._tried(lambda: self.api.preupload_lfs_files(self.name, [operation], revision=self.revision,
-                                                         free_memory=False))  # fmt: skip
-
-    def commit(self, operations: list[Any], message: str) -> str | None:
-        return self.api.create_commit(self.name, operations, commit_message=message, revision=self.revision).oid
-
-    def head(self) -> str | None:
-        return self._tried(lambda: self.api.repo_info(self.name, revision=self.revision)).sha
-
-    def _tried(self, call: Callable[[], T]) -> T:
-        return _tried(call, self.say)
+    tree = api.list_repo_tree(name, recursive=True, revision=revision)
+    there = {file.path: file for file in tree if isinstance(file, RepoFile)}
+    if parcel.made_card and "README.md" in there and "README.md" not in sent:
+        operations.pop("README.md", None)  # the card there was written, or made, for all that is there
+    missing = {path: added for path, added in operations.items() if not _is_there(added, there.get(path))}
+    if not missing:
+        return api.repo_info(name, revision=revision).sha
+    tick = reporter.progress("uploading files", len(missing))
+    for path, added in missing.items():
+        if added.upload_info.size > 50_000_000:
+            reporter.say(f"uploading {path} ({decimal(added.upload_info.size)})")
+        # nothing happens for a small one, which goes with the commit
+        api.preupload_lfs_files(name, [added], revision=revision, free_memory=False)
+        tick(1)
+    sent.update(missing)
+    message = f"Push {parcel.kind} with abliterate"
+    return api.create_commit(name, list(missing.values()), commit_message=message, revision=revision).oid
 
 
-def _send(parcel: Parcel, there: _Repository, reporter: Reporter | None) -> tuple[set[str], _Commit]:
-    """Send what isn't there yet; returns the paths sent, and the commit."""
-    from huggingface_hub import CommitOperationAdd
+def _is_there(added: CommitOperationAdd, there: RepoFile | None) -> bool:
+    """Whether a file of the repository has the same content."""
+    from huggingface_hub.utils.sha import git_hash
 
-    # made once: they know the hashes of large files, which take long to compute
-    content = {item.path: _Sendable(item, CommitOperationAdd) for item in parcel.items}
-    sent: set[str] = set()
-    wait = FIRST_WAIT
-    for attempt in range(1, ATTEMPTS + 1):
-        remote = there.hashes()
-        if parcel.made_card and "README.md" in remote and "README.md" not in sent:
-            content.pop("README.md", None)  # the card there was written, or made, for all that is there
-        missing = [entry for entry in content.values() if not entry.is_there(remote)]
-        if not missing:
-            return sent, _Commit(there.name, there.url, there.head())
-        tick = reporter.progress("uploading files", len(missing)) if reporter is not None else untold
-        for entry in missing:
-            if entry.item.size > 50_000_000:
-                there.say(f"uploading {entry.item.path} ({size_of(entry.item.size)})")
-            there.upload(entry.operation)
-            tick(1)
-        sent |= {entry.item.path for entry in missing}
-        try:
-            message = f"Push {parcel.kind} with abliterate"
-            return sent, _Commit(there.name, there.url, there.commit([e.operation for e in missing], message))
-        except Exception as error:
-            # whether a commit whose answer was lost was made is seen by looking again, not by sending it again
-            if attempt == ATTEMPTS or not _is_transient(error):
-                raise
-            there.say(f"the commit broke off; looking at what is there and trying again in {wait:g} s")
-            time.sleep(wait)
-            wait *= 2
-            for entry in missing:
-                entry.renew()
-    raise AssertionError("unreachable")
-
-
-class _Sendable:
-    """An item, its hashes, and the operation that adds it."""
-
-    def __init__(self, item: Item, operation: Callable[..., Any]) -> None:
-        self.item, self._make = item, operation
-        self.operation = operation(path_in_repo=item.path, path_or_fileobj=item.content)
-
-    def renew(self) -> None:
-        """A fresh operation, as huggingface_hub asks after a commit was tried, that remembers the hash."""
-        known = self.operation.upload_info
-        self.operation = self._make(path_in_repo=self.item.path, path_or_fileobj=self.item.content)
-        self.operation.upload_info = known
-
-    def is_there(self, remote: dict[str, str]) -> bool:
-        there = remote.get(self.item.path)
-        if there is None:
-            return False
-        if len(there) == 64:
-            return there == self.operation.upload_info.sha256.hex()
-        return self.item.size < 100_000_000 and there == self._git_hash()
-
-    def _git_hash(self) -> str:
-        content = self.item.content if isinstance(self.item.content, bytes) else self.item.content.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def size_of(count: int) -> str:
-    """Bytes as people read them."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
+    if there is None or there.size != added.upload_info.size:
+        return False
+    if there.lfs:
+        return there.lfs.sha256 == added.upload_info.sha256.hex()
+    with added.as_file() as file:
+        return there.blob_id == git_hash(file.read())
 
 
 def _check_name(repo: str) -> None:
@@ -232,62 +176,52 @@ def _token() -> str:
     return token
 
 
-def _redacted(text: str, token: str) -> str:
-    return text.replace(token, "***")
+def _tried(push_once: Callable[[], T], sent: set[str], say: Callable[[str], None]) -> T:
+    """Push, and again after 1, 2, 4 ... seconds where the failure may pass.
 
-
-def _tried(call: Callable[[], T], say: Callable[[str], None]) -> T:
-    """Call, and again after 1, 2, 4 ... seconds where the failure may pass."""
+    huggingface_hub tries most requests again by itself, but neither the making of a repository nor a commit. Whether
+    a commit whose answer was lost was made is seen by looking again, not by sending it again.
+    """
     wait = FIRST_WAIT
-    for attempt in range(1, ATTEMPTS + 1):
+    for _ in range(ATTEMPTS - 1):
         try:
-            return call()
+            return push_once()
         except Exception as error:
-            if attempt == ATTEMPTS or not _is_transient(error):
+            status, broken = _trouble(error)
+            if not (status in TRANSIENT or broken):
                 raise
-            say(f"the Hub {_trouble(error)}; trying again in {wait:g} s")
+            what = f"the Hub {f'answered {status}' if status else 'broke the connection'}; trying"
+            if sent:
+                what = "the commit broke off; looking at what is there and trying"
+            say(f"{what} again in {wait:g} s")
             time.sleep(wait)
             wait *= 2
-    raise AssertionError("unreachable")
+    return push_once()
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error, and those it came from: huggingface_hub wraps the ones of large files."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if an answer came at all."""
+def _is_offline(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error))
+
+
+def _trouble(error: BaseException) -> tuple[int | None, bool]:
+    """The HTTP status behind an error, if an answer came at all; if none came, whether the connection broke."""
     for cause in _causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):
-            return status
-    return None
-
-
-def _is_connection(error: BaseException) -> bool:
-    """Whether the connection broke: each HTTP library has an exception of its own for that."""
+            return status, False
+    # each HTTP library has an exception of its own for that
+    names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
     broken = {"TransportError", "ConnectionError", "TimeoutError", "RequestException"}
-    return any(kind.__name__ in broken for cause in _causes(error) for kind in type(cause).__mro__)
-
-
-def _is_transient(error: BaseException) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
-        return False
-    status = _status(error)
-    return status in TRANSIENT if status is not None else _is_connection(error)
-
-
-def _trouble(error: BaseException) -> str:
-    status = _status(error)
-    return f"answered {status}" if status else "broke the connection"
+    return None, bool(names & broken) and not _is_offline(error)
 
 
 @contextlib.contextmanager
@@ -298,13 +232,11 @@ def _explained(repo: str, revision: str | None, token: str) -> Iterator[None]:
     except (AbliterateError, KeyboardInterrupt):
         raise
     except Exception as error:
-        raise HubError(_redacted(_explanation(error, repo, revision), token)) from error
+        raise HubError(_explanation(error, repo, revision).replace(token, "***")) from error
 
 
 def _explanation(error: Exception, repo: str, revision: str | None) -> str:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+    if _is_offline(error):
         return "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it"
     again = "run the same command again, what is there is not sent again"
     # a missing repository is also answered with 401, so that nobody learns what is private
@@ -318,13 +250,13 @@ def _explanation(error: Exception, repo: str, revision: str | None) -> str:
         409: f"{repo} was changed by somebody else meanwhile, or its name is taken (409); {again}",
         413: f"a file is larger than {repo} may hold (413); save the model in smaller shards",
     }
-    status = _status(error)
-    said = shorten(str(error).replace("\n", " "), 200)
+    status, broken = _trouble(error)
+    said = shorten(str(error), 200)
     if status in known:
         return known[status] + ("" if status in (401, 404) else f" [{said}]")
     if status is not None:
         return f"the Hub answered {status} for {repo}, {ATTEMPTS} times if it may pass; {again} [{said}]"
-    if _is_connection(error):
+    if broken:
         return f"the connection to the Hub broke {ATTEMPTS} times; {again} [{said}]"
     return f"pushing to {repo} failed: {said}"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.common.errors import OutputError, RecipeError, shorten
+from abliterate.common.errors import ModelError, OutputError, RecipeError, shorten
 
 INDEX = "model.safetensors.index.json"
 # Half-written: by files.py, by downloads, by editors.
@@ -229,16 +229,14 @@ def _recipe_card(path: Path) -> bytes:
 
 def _made_card(paths: list[Path]) -> list[Item]:
     """A card for GGUF files, from the header of the first."""
+    from abliterate.apply.gguf.file import open_gguf
     from abliterate.cards.card import gguf_card
 
-    for path in paths:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise OutputError(f"{path} is not a GGUF file; write it again")
     try:
-        return [Item("README.md", gguf_card(paths[0]).encode())]
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise OutputError(f"{paths[0]} is damaged or half-written ({shorten(str(error))}); write it again") from error
+        headers = [open_gguf(path, part=True).metadata for path in paths]
+    except ModelError as error:
+        raise OutputError(str(error)) from error
+    return [Item("README.md", gguf_card(paths[0], headers[0]).encode())]
 
 
 def _check_answers(item: Item) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakSet
 
 import gradio as gr
+from rich.filesize import decimal
 
 from abliterate.apply.forms import FORMS, ApplyOptions, apply_recipe
 from abliterate.common.errors import AbliterateError, shorten
@@ -24,7 +25,6 @@ from abliterate.common.watching import Progress
 from abliterate.edit.recipe import MOST_BYTES, Recipe, load_recipe, save_recipe
 from abliterate.measure.refusal import is_refusal
 from abliterate.prompts.sets import load_prompts
-from abliterate.publish.hub import size_of
 from abliterate.report import write_html
 from abliterate.studio.conversation import Sampling
 from abliterate.studio.exporting import Export
@@ -613,7 +613,7 @@ class _Page:
             yield ""  # the message says what went wrong
             raise
         out = self.studio.folder.shown(Path(summary["out"]).resolve())
-        said = f"Wrote {out} as {form}: {size_of(summary.get('bytes', 0))}."
+        said = f"Wrote {out} as {form}: {decimal(summary.get('bytes', 0))}."
         notes = "".join(f"<li>{escape(self.studio.folder.public(note))}</li>" for note in summary.get("notes", ()))
         yield f"<p class='state'>{escape(said)}</p>" + (f"<ul>{notes}</ul>" if notes else "")
 

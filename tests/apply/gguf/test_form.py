@@ -24,6 +24,7 @@ from abliterate.apply.gguf.file import open_gguf
 from abliterate.apply.gguf.form import apply_gguf
 from abliterate.apply.gguf.names import Names
 from abliterate.common.errors import AbliterateError, ModelError, OutputError, RecipeError, WriterError
+from abliterate.edit.algebra import ArrayFactors
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, load_recipe, recipe_for, save_recipe
 from abliterate.models.stored import StoredGain, StoredTensor
@@ -105,9 +106,9 @@ def test_blocks_whose_values_stay_keep_their_bytes() -> None:
         raw = ggml_types.pack(generator.normal(size=(64, 256)).astype(np.float32), kind)
         r = np.zeros((1, 64), np.float32)
         r[0, :5] = 5**-0.5
-        new, _ = requantise.edited(raw, kind, 0, requantise.Change(r, r))
+        new, _ = requantise.edited(raw, kind, 0, ArrayFactors(r, r))
         assert np.array_equal(new[5:], raw[5:]) and not np.array_equal(new[:5], raw[:5])
-        nothing = requantise.Change(0 * r, r)
+        nothing = ArrayFactors(0 * r, r)
         assert np.array_equal(requantise.edited(raw, kind, 0, nothing)[0], raw)
 
 

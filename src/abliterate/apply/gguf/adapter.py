@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from abliterate.apply.gguf.file import GgufFile, open_gguf
-from abliterate.apply.gguf.form import check_output, check_whole, refuse
-from abliterate.apply.gguf.names import EMBEDDING, HEAD, Target, targets
+from abliterate.apply.gguf.names import EMBEDDING, HEAD, Target, by_tensor, targets
 from abliterate.apply.gguf.requantise import chunks
 from abliterate.apply.gguf.types import unpack
+from abliterate.apply.gguf.write import check_output, refuse, whole_gguf, write_small
 from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError
-from abliterate.common.files import whole_file
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
@@ -69,10 +68,7 @@ def apply_gguf_adapter(
             f"a llama.cpp LoRA can't hold {name}: {why}{others}; pass --skip-unsupported to leave these out, "
             "or use --as gguf"
         )
-    held: dict[str, list[Target]] = {}
-    for target in found:
-        if target.tensor.name not in reasons:
-            held.setdefault(target.tensor.name, []).append(target)
+    held = by_tensor(target for target in found if target.tensor.name not in reasons)
     if not held:
         raise AbliterateError("nothing of the recipe can be held by a llama.cpp LoRA; use --as gguf")
     notes = [f"left out {name}: {why}" for name, why in reasons.items()]
@@ -82,15 +78,16 @@ def apply_gguf_adapter(
     }  # fmt: skip
     if options.plan:
         return {**summary, "bytes": sum(_factor_bytes(todo) for todo in held.values()), "seconds": 0.0}
-    check_output(file, out, options)
+    check_output(out, file.path, overwrite=options.overwrite)
     tick = reporter.progress("factoring tensors", len(held))
     factors = {}
     for name, todo in held.items():
-        factors[name] = _factors(todo, file)
+        factors[f"{name}.lora_a"], factors[f"{name}.lora_b"] = _factors(todo, file)
         tick(1)
-    with whole_file(out) as temporary:
-        _write(temporary, file.architecture, factors)
-        check_whole(temporary)
+    # alpha 0: llama.cpp doesn't divide by the rank
+    metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0}
+    with whole_gguf(out) as temporary:
+        write_small(temporary, file.architecture, metadata, factors)
     return {**summary, "bytes": out.stat().st_size, "seconds": round(time.monotonic() - began, 2)}
 
 
@@ -139,19 +136,3 @@ def _matrix_factors(raw: np.ndarray, target: Target) -> tuple[np.ndarray, np.nda
     if not np.isfinite(a).all():
         raise NonFiniteError(f"{target.tensor.name} ({kind}) holds NaN or infinite values; is the file damaged?")
     return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(-change.left.T)
-
-
-def _write(path: Path, architecture: str, factors: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, architecture)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)  # 0: llama.cpp doesn't divide by the rank
-    for name, (a, b) in factors.items():
-        writer.add_tensor(f"{name}.lora_a", a)
-        writer.add_tensor(f"{name}.lora_b", b)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.gguf.form import check_whole, refuse
+from abliterate.apply.gguf.file import open_gguf
+from abliterate.apply.gguf.names import check_model
+from abliterate.apply.gguf.write import check_output, refuse, whole_gguf, write_small
 from abliterate.common.errors import AbliterateError, ModelError, RecipeError
-from abliterate.common.files import check_file, whole_file
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
@@ -66,7 +67,7 @@ def apply_control_vector(
         notes.append(f"{what}; left out")
     vectors: dict[int, np.ndarray] = {}
     for shift in edit.shifts:
-        vectors[shift.layer] = vectors.get(shift.layer, 0) + shift.vector.numpy()
+        vectors[shift.layer] = vectors.get(shift.layer, 0) + np.asarray(shift.vector)
     if 0 in vectors:
         if not options.skip_unsupported:
             raise AbliterateError(
@@ -87,10 +88,12 @@ def apply_control_vector(
     }  # fmt: skip
     if options.plan:
         return {**summary, "bytes": 4 * edit.d_model * len(vectors), "seconds": 0.0}
-    check_file(out, overwrite=options.overwrite)
-    with whole_file(out) as temporary:
-        _write(temporary, hint, layers or max(vectors) + 1, vectors)
-        check_whole(temporary)
+    check_output(out, overwrite=options.overwrite)
+    # block 0 has none
+    metadata = {"controlvector.model_hint": hint, "controlvector.layer_count": (layers or max(vectors) + 1) - 1}
+    tensors = {f"direction.{layer}": vectors[layer].astype(np.float32) for layer in sorted(vectors)}
+    with whole_gguf(out) as temporary:
+        write_small(temporary, "controlvector", metadata, tensors)
     reporter.say(f"wrote shifts at blocks {', '.join(map(str, sorted(vectors)))}")
     return {**summary, "bytes": out.stat().st_size, "seconds": round(time.monotonic() - began, 2)}
 
@@ -100,9 +103,6 @@ def _context(recipe: Recipe, model: str, force: bool) -> tuple[str, int]:
     about = recipe.model
     path = Path(model).expanduser() if model else None
     if path is not None and path.is_file():
-        from abliterate.apply.gguf.file import open_gguf
-        from abliterate.apply.gguf.names import check_model
-
         file = open_gguf(path)
         check_model(recipe, file, force=force)
         return file.architecture, file.number("block_count") or 0
@@ -121,17 +121,3 @@ def _context(recipe: Recipe, model: str, force: bool) -> tuple[str, int]:
                 "is it for another model?"
             )
     return hint, layers
-
-
-def _write(path: Path, hint: str, layers: int, vectors: dict[int, np.ndarray]) -> None:
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, "controlvector")
-    writer.add_string("controlvector.model_hint", hint)
-    writer.add_int32("controlvector.layer_count", layers - 1)  # block 0 has none
-    for layer in sorted(vectors):
-        writer.add_tensor(f"direction.{layer}", vectors[layer].astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

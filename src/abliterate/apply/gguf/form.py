@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.gguf.file import (
-    GgufFile,
-    NewTensor,
-    Writer,
-    bytes_of,
-    copy_range,
-    open_gguf,
-    padded,
-    write_at,
-    write_copy,
-)
-from abliterate.apply.gguf.names import EMBEDDING, HEAD, Names, Target, targets
+from abliterate.apply.gguf.file import GgufFile, open_gguf
+from abliterate.apply.gguf.names import EMBEDDING, HEAD, Names, Target, by_tensor, targets
 from abliterate.apply.gguf.requantise import PLAIN, Account, chunks, edited
 from abliterate.apply.gguf.types import check_packs, unpack
-from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, OutputError, RecipeError
-from abliterate.common.files import check_file, check_space, whole_file
+from abliterate.apply.gguf.write import NewTensor, Writer, check_output, planned, refuse, whole_gguf, write_copy
+from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, RecipeError
+from abliterate.common.files import check_space
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
-    from abliterate.common.reporting import Reporter
+    from abliterate.common.reporting import Reporter, Tick
     from abliterate.edit.recipe import Recipe
 
 # Architectures in which llama.cpp adds an optional blk.N.ffn_down.bias to what the block hands on, unscaled (read of
@@ -68,42 +58,30 @@ def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, rep
     )  # fmt: skip
     file = open_gguf(model)
     found = targets(recipe, file, force=options.force)
+    jobs = by_tensor(found)
     shifts = _shift_biases(recipe, file)
-    jobs: dict[str, list[Target]] = {}
-    for target in found:
-        jobs.setdefault(target.tensor.name, []).append(target)
-    for kind in sorted({target.tensor.kind for target in found}):
+    kinds = {target.tensor.kind for target in found}
+    for kind in sorted(kinds):
         check_packs(kind)
-    head = _new_head(file, jobs, options.keep_tied)
-    notes = ["the head was tied to the embedding and is a tensor of its own now"] if head else []
-    added = head | {name: _new_bias(vector) for name, vector in shifts.items() if name not in file.tensors}
+    added = _new_head(file, jobs, options.keep_tied)
+    notes = ["the head was tied to the embedding and is a tensor of its own now"] if added else []
+    added |= {name: _shifted(file, name, [], vector) for name, vector in shifts.items() if name not in file.tensors}
     if shifts:
         notes.append(f"{', '.join(shifts)} hold the shifts; llama.cpp reads them, transformers' GGUF reader doesn't")
-    summary: dict[str, Any] = {"form": "gguf", "out": str(out), "bytes": _bytes(file, added), "writers": len(
-        {t.writer for t in found}), "tensors": len(jobs)}  # fmt: skip
+    summary: dict[str, Any] = {
+        "form": "gguf", "out": str(out), "bytes": planned(file, added).size, "writers": len({t.writer for t in found}),
+        "tensors": len(jobs), "seconds": 0.0,
+    }  # fmt: skip
     if options.plan:
-        return {**summary, "seconds": 0.0, "notes": [*notes, *_planned(jobs)]}
-    check_output(file, out, options)
+        return {**summary, "notes": [*notes, *_planned(jobs)]}
+    check_output(out, file.path, overwrite=options.overwrite)
     check_space(out, summary["bytes"])
     account = Account()
-    tick = reporter.progress("editing tensors", len(jobs))
-    workers = _workers()
-
-    def editor(targets_: list[Target]) -> Writer:
-        def write(output: int, start: int) -> None:
-            nonlocal account
-            account += _edit(file, targets_, output, start, workers)
-            tick(1)
-
-        return write
-
-    edits = {name: editor(todo) for name, todo in jobs.items()}
-    edits |= {n: _shifted(file, n, jobs.get(n, []), v) for n, v in shifts.items() if n in file.tensors}
-    with whole_file(out) as temporary:
-        summary["bytes"] = write_copy(file, temporary, edits, added)
-        check_whole(temporary)
-    quantised = any(target.tensor.kind not in PLAIN for target in found)
-    if quantised:
+    edits = _edits(file, jobs, account, reporter.progress("editing tensors", len(jobs)))
+    edits |= {name: _shifted(file, name, jobs.get(name, []), v) for name, v in shifts.items() if name in file.tensors}
+    with whole_gguf(out) as temporary:
+        write_copy(file, temporary, edits | added)
+    if kinds - set(PLAIN):
         notes.append(
             f"packing the edited tensors again changed their values by {account.error:.1%}, and left the component "
             f"along the directions {account.component_off:.1%} of what it was from where it should be"
@@ -134,55 +112,23 @@ def _shift_biases(recipe: Recipe, file: GgufFile) -> dict[str, np.ndarray]:
                 f"the recipe adds a shift at the output of block {shift.layer}, and a GGUF of architecture "
                 f"{file.architecture} has no bias there that llama.cpp reads; use --as control-vector for the shifts"
             )
-        held[name] = held.get(name, np.zeros(recipe.edit.d_model, np.float32)) + shift.vector.numpy()
+        held[name] = held.get(name, np.zeros(recipe.edit.d_model, np.float32)) + np.asarray(shift.vector)
     return held
 
 
-def _new_bias(vector: np.ndarray) -> NewTensor:
-    return NewTensor(vector.shape, "F32", lambda output, start: write_at(output, start, vector.tobytes()))
+def _shifted(file: GgufFile, name: str, todo: Sequence[Target], vector: np.ndarray) -> NewTensor:
+    """A float32 bias, there or not, with directions taken out of it, where that is asked for, and a vector added."""
 
-
-def _shifted(file: GgufFile, name: str, todo: Sequence[Target], vector: np.ndarray) -> Writer:
-    """Writes a float32 bias with directions taken out of it, where that is asked for too, and a vector added."""
-
-    def write(output: int, start: int) -> None:
-        values = unpack(np.array(file.raw(file.tensors[name])), "F32")
+    def write(into: np.ndarray) -> None:
+        values = unpack(np.array(file.raw(file.tensors[name])), "F32") if name in file.tensors else 0 * vector
         for target in todo:
             values = values - target.change.left.T @ (target.change.right @ values)
-        write_at(output, start, (values + vector).astype(np.float32).tobytes())
+        into[:] = (values + vector).astype(np.float32).view(np.uint8)
 
-    return write
-
-
-def refuse(options: ApplyOptions, form: str, **reasons: str) -> None:
-    """Raise AbliterateError for options the form can't honour.
-
-    Args:
-        options: what was asked for.
-        form: the form's name.
-        reasons: option -> what to do instead.
-    """
-    for name, instead in reasons.items():
-        if getattr(options, name):
-            raise AbliterateError(f"--{name.replace('_', '-')} can't be done with --as {form}: {instead}")
+    return NewTensor(vector.shape, "F32", write)
 
 
-def check_output(file: GgufFile, out: Path, options: ApplyOptions) -> None:
-    """Raise OutputError when the output is the model itself, exists, or can't be written."""
-    if out.exists() and os.path.samefile(out, file.path):
-        raise OutputError(f"output {out} is the model itself; name another file with --out")
-    check_file(out, overwrite=options.overwrite)
-
-
-def check_whole(path: Path) -> None:
-    """Read a file that was written, as a reader would."""
-    try:
-        open_gguf(path)
-    except ModelError as error:  # the disk, or a mistake of this program
-        raise OutputError(f"what was written can't be read again ({error}); nothing is left of it") from error
-
-
-def _new_head(file: GgufFile, jobs: dict[str, list[Target]], keep_tied: bool) -> dict[str, NewTensor]:
+def _new_head(file: GgufFile, jobs: Mapping[str, Sequence[Target]], keep_tied: bool) -> dict[str, NewTensor]:
     """The head as a tensor of its own, when the file has none and its embedding will change."""
     if EMBEDDING not in jobs or HEAD in file.tensors or keep_tied:
         return {}
@@ -192,83 +138,60 @@ def _new_head(file: GgufFile, jobs: dict[str, list[Target]], keep_tied: bool) ->
             "editing one edits both; pass --keep-tied to do that, or take the embedding out of the recipe"
         )
     embedding = file.tensors[EMBEDDING]
-
-    def write(output: int, start: int) -> None:
-        with open(file.path, "rb") as source:
-            copy_range(source.fileno(), embedding.start, output, start, embedding.size)
-
-    return {HEAD: NewTensor(embedding.shape, embedding.kind, write)}
+    return {HEAD: NewTensor(embedding.shape, embedding.kind, lambda into: np.copyto(into, file.raw(embedding)))}
 
 
-def _bytes(file: GgufFile, added: dict[str, NewTensor]) -> int:
-    sizes = (padded(bytes_of(t.shape, t.kind), file.alignment) for t in added.values())
-    return file.size + sum(sizes) + (file.alignment if added else 0)
-
-
-def _planned(jobs: dict[str, list[Target]]) -> list[str]:
+def _planned(jobs: Mapping[str, Sequence[Target]]) -> list[str]:
     sizes: dict[str, list[int]] = {}
-    for targets_ in jobs.values():
-        sizes.setdefault(targets_[0].tensor.kind, []).append(targets_[0].tensor.size)
+    for todo in jobs.values():
+        sizes.setdefault(todo[0].tensor.kind, []).append(todo[0].tensor.size)
     return [
         f"edits {len(bytes_)} tensors of type {kind}, {sum(bytes_) / 2**20:,.1f} MiB" for kind, bytes_ in sizes.items()
     ]
 
 
-def _workers() -> int:
+def _edits(file: GgufFile, jobs: Mapping[str, Sequence[Target]], account: Account, tick: Tick) -> dict[str, NewTensor]:
+    """The tensors with their directions taken out; how well that goes is added to the account."""
+
+    def editor(todo: Sequence[Target]) -> Writer:
+        def write(into: np.ndarray) -> None:
+            _edit(file, todo, into, account)
+            tick(1)
+
+        return write
+
+    return {name: NewTensor(todo[0].tensor.shape, todo[0].tensor.kind, editor(todo)) for name, todo in jobs.items()}
+
+
+def _edit(file: GgufFile, todo: Sequence[Target], into: np.ndarray, account: Account) -> None:
+    """Write a tensor's new data, matrix by matrix."""
+    # a vector is a matrix of one row, and so is each expert's bias
+    shape = (-1, 1 if todo[0].bias else into.shape[-2], into.shape[-1])
+    changed = {index: target for target in todo for index in target.experts or (0,)}
+    raw = file.raw(todo[0].tensor).reshape(shape)
+    for index, (matrix, output) in enumerate(zip(raw, into.reshape(shape), strict=True)):
+        if index in changed:
+            _edit_matrix(matrix, changed[index], output, account)
+        else:
+            output[:] = matrix
+
+
+def _edit_matrix(matrix: np.ndarray, target: Target, output: np.ndarray, account: Account) -> None:
+    """Edit one matrix in parts: by themselves, several at a time."""
     import torch
 
-    return max(1, torch.get_num_threads())
-
-
-def _edit(file: GgufFile, todo: Sequence[Target], output: int, start: int, workers: int) -> Account:
-    """Write a tensor's new data into the output, matrix by matrix."""
-    tensor = todo[0].tensor
-    account = Account()
-    raw = file.raw(tensor)
-    # a vector is a matrix of one row, and so is each expert's bias
-    matrices = raw.reshape(-1, 1 if todo[0].bias else raw.shape[-2], raw.shape[-1])
-    changed = {index: target for target in todo for index in target.experts or (0,)}
-    for index, matrix in enumerate(matrices):
-        at = start + index * matrix.size
-        if index not in changed:
-            with open(file.path, "rb") as source:
-                copy_range(source.fileno(), tensor.start + index * matrix.size, output, at, matrix.size)
-            continue
-        target = changed[index]
-        account += _edit_matrix(matrix, target, output, at, workers)
-    return account
-
-
-def _edit_matrix(matrix: np.ndarray, target: Target, output: int, at: int, workers: int) -> Account:
-    """Edit one matrix in parts: by themselves, several at a time, none but its packed bytes held whole."""
     kind = target.tensor.kind
     axis = 1 if target.bias else target.axis
-    row_bytes = matrix.shape[-1]
-    account = Account()
 
-    def part(where: tuple[slice, slice]) -> tuple[tuple[slice, slice], np.ndarray, Account]:
-        raw = np.ascontiguousarray(matrix[where])
-        new, done = edited(raw, kind, axis, target.change)
+    def part(where: tuple[slice, slice]) -> Account:
+        new, done = edited(np.ascontiguousarray(matrix[where]), kind, axis, target.change)
         if not (np.isfinite(done.values) and np.isfinite(unpack(new, kind)).all()):
             raise NonFiniteError(
                 f"editing {target.tensor.name} ({kind}) gives NaN or infinite values; is the file damaged?"
             )
-        return where, new, done
+        output[where] = new
+        return done
 
-    whole = np.empty(matrix.shape, np.uint8) if axis == 0 else None
-    with ThreadPoolExecutor(workers) as pool:
-        for where, new, done in _in_turn(pool, part, list(chunks(matrix, kind, axis)), workers):
-            account += done
-            if whole is not None:
-                whole[where] = new
-            else:
-                write_at(output, at + where[0].start * row_bytes, new.tobytes())
-    if whole is not None:
-        write_at(output, at, whole.data.cast("B"))
-    return account
-
-
-def _in_turn(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence[Any], ahead: int) -> Iterator[Any]:
-    """The results in order, with no more parts in work than there are workers."""
-    for first in range(0, len(items), ahead):
-        yield from pool.map(work, items[first : first + ahead])
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for done in pool.map(part, chunks(matrix, kind, axis)):
+            account.add(done)

@@ -10,18 +10,21 @@ in a GGUF what it multiplies by: the converter has added the 1 of Gemma's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from gguf import get_tensor_name_map
+from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS
 
 from abliterate.apply.gguf.file import GgufFile, GgufTensor
+from abliterate.apply.gguf.types import unpack
 from abliterate.common.errors import ModelError, RecipeError, WriterError
+from abliterate.edit.algebra import ArrayFactors, taken_out
+from abliterate.edit.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
-    from abliterate.apply.gguf.requantise import Change
     from abliterate.edit.recipe import Recipe
-    from abliterate.models.stored import StoredTensor
 
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
@@ -47,7 +50,7 @@ class Target(NamedTuple):
         experts: which of the matrices stacked in it; None where it is one.
         bias: whether it is a bias: d_model runs along its last dimension.
         axis: of one matrix, 0 where d_model runs down the columns, 1 where along the rows.
-        change: what is taken out.
+        change: what is taken out of it, with d_model first.
     """
 
     writer: str
@@ -55,7 +58,7 @@ class Target(NamedTuple):
     experts: tuple[int, ...] | None
     bias: bool
     axis: int
-    change: Change
+    change: ArrayFactors
 
 
 class Names:
@@ -66,9 +69,6 @@ class Names:
     """
 
     def __init__(self, architecture: str, blocks: int) -> None:
-        from gguf import get_tensor_name_map
-        from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS
-
         known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
         if architecture not in known:
             raise ModelError(
@@ -126,6 +126,14 @@ def targets(recipe: Recipe, file: GgufFile, *, force: bool = False) -> list[Targ
     return found
 
 
+def by_tensor(found: Iterable[Target]) -> dict[str, list[Target]]:
+    """Targets by the names of their tensors: a weight and experts of it may be several."""
+    jobs: dict[str, list[Target]] = {}
+    for target in found:
+        jobs.setdefault(target.tensor.name, []).append(target)
+    return jobs
+
+
 def check_model(recipe: Recipe, file: GgufFile, *, force: bool = False) -> None:
     """Raise RecipeError when the recipe is for a model of another width, number of blocks or architecture."""
     about = recipe.model
@@ -155,8 +163,6 @@ def check_model(recipe: Recipe, file: GgufFile, *, force: bool = False) -> None:
 def _may_be(kind: str, architecture: str) -> bool:
     """Whether a class of transformers may be converted to an architecture: it may unless llama.cpp has another one
     of the class's own name (Mistral has none and is a llama there)."""
-    from gguf.constants import MODEL_ARCH_NAMES
-
     for ending in _CLASS_ENDINGS:
         kind = kind.removesuffix(ending)
     bare = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in MODEL_ARCH_NAMES.values()}
@@ -170,8 +176,6 @@ def _guessed(writer: str, names: Names, file: GgufFile) -> Iterator[StoredTensor
     Raises:
         WriterError: when the block has a norm that may stand between the weight and the stream.
     """
-    from abliterate.models.stored import StoredTensor
-
     yield StoredTensor(writer, (1,), 0)
     place = names.place(writer)
     if place is None:
@@ -217,21 +221,15 @@ def _target(writer: str, part: Any, stored: list[StoredTensor], names: Names, fi
     return Target(writer, tensor, experts, along_last and axis == 0, axis, _change(part, first, names, file, writer))
 
 
-def _change(part: Any, stored: StoredTensor, names: Names, file: GgufFile, writer: str) -> Change:
-    import torch
-
-    from abliterate.apply import factors
-    from abliterate.apply.gguf.requantise import Change
-    from abliterate.apply.gguf.types import unpack
-
+def _change(part: Any, stored: StoredTensor, names: Names, file: GgufFile, writer: str) -> ArrayFactors:
     gain = None
     if stored.gain is not None:
         norm = _tensor(stored.gain.name, names, file, f"the norm behind writer {writer}")
-        gain = torch.from_numpy(unpack(np.array(file.raw(norm)), norm.kind))
+        gain = unpack(np.array(file.raw(norm)), norm.kind).astype(np.float64)
         if gain.shape != part.directions.shape[-1:]:
             raise WriterError(f"GGUF {file.path}: norm {norm.name} has shape {list(norm.shape)}; nothing was changed")
-    change = factors(part, gain, stored.gain.centred if stored.gain else False)
-    return Change(change.left.numpy(), change.right.numpy())
+    centred = stored.gain.centred if stored.gain else False
+    return taken_out(np.asarray(part.directions), np.asarray(part.strengths), gain, centred)
 
 
 def _tensor(name: str, names: Names, file: GgufFile, what: str) -> GgufTensor:

@@ -15,26 +15,18 @@ the best. What is left is as large as the quantisation error along any other dir
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from abliterate.apply.gguf.file import Layout, layout_of
-from abliterate.apply.gguf.types import PLAIN, pack, unpack
+from abliterate.apply.gguf.types import PLAIN, Layout, layout_of, pack, unpack
+from abliterate.edit.algebra import ArrayFactors
 
 ROUNDS = 8
 # Stop when a round betters what is left by less than this share.
 ENOUGH = 0.03
 # Values worked on at a time: 16 MiB in float32, of which some copies are needed.
 CHUNK = 1 << 22
-
-
-class Change(NamedTuple):
-    """W <- W - left^T (right W) for a W whose first dimension is d_model; both [k, d_model] float32."""
-
-    left: np.ndarray
-    right: np.ndarray
 
 
 @dataclass
@@ -63,10 +55,9 @@ class Account:
         """Error of packing the edited values again, relative to them."""
         return (self.moved / self.values) ** 0.5 if self.values else 0.0
 
-    def __iadd__(self, other: Account) -> Account:
-        self.before, self.off = self.before + other.before, self.off + other.off
-        self.moved, self.values = self.moved + other.moved, self.values + other.values
-        return self
+    def add(self, other: Account) -> None:
+        for sum_ in fields(self):
+            setattr(self, sum_.name, getattr(self, sum_.name) + getattr(other, sum_.name))
 
 
 def chunks(raw: np.ndarray, kind: str, axis: int) -> Iterator[tuple[slice, slice]]:
@@ -83,7 +74,9 @@ def chunks(raw: np.ndarray, kind: str, axis: int) -> Iterator[tuple[slice, slice
     yield from ((slice(None), slice(i, min(i + step, row_bytes))) for i in range(0, row_bytes, step))
 
 
-def edited(raw: np.ndarray, kind: str, axis: int, change: Change, rounds: int = ROUNDS) -> tuple[np.ndarray, Account]:
+def edited(
+    raw: np.ndarray, kind: str, axis: int, change: ArrayFactors, rounds: int = ROUNDS
+) -> tuple[np.ndarray, Account]:
     """The packed matrix with the change made, in the same type, and how well that went.
 
     Blocks whose values the change leaves as they are keep their bytes.
@@ -118,7 +111,7 @@ def edited(raw: np.ndarray, kind: str, axis: int, change: Change, rounds: int = 
 
 
 def _constrained(
-    packed: Callable[[np.ndarray], np.ndarray], kind: str, axis: int, change: Change, target: np.ndarray,
+    packed: Callable[[np.ndarray], np.ndarray], kind: str, axis: int, change: ArrayFactors, target: np.ndarray,
     asked: np.ndarray, rounds: int, layout: Layout,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Packed values whose component along change.right is as asked; see the module."""
@@ -157,7 +150,7 @@ def _take(into: np.ndarray, source: np.ndarray, better: np.ndarray, axis: int, w
 
 
 def _products(
-    change: Change, axis: int
+    change: ArrayFactors, axis: int
 ) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray, np.ndarray], np.ndarray]]:
     """The component of values along change.right, and what a component along other vectors is as values."""
     if axis == 1:

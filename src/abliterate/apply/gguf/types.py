@@ -10,18 +10,44 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from abliterate.apply.gguf.file import layout_of, number_of
 from abliterate.common.errors import ModelError
 
 EXTRA = "gguf"
 # Stored as plain numbers: the nearest number of the type is as good as it gets.
 PLAIN = ("F32", "F16", "BF16")
+
+
+class Layout(NamedTuple):
+    """Values a block, and bytes a block, of a tensor type."""
+
+    block: int
+    size: int
+
+
+def layout_of(kind: str) -> Layout:
+    """Values and bytes a block of a ggml type, by name."""
+    return Layout(*GGML_QUANT_SIZES[GGMLQuantizationType[kind]])
+
+
+def byte_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:
+    """The shape of a tensor's bytes: its last dimension, a multiple of the type's block, packed."""
+    layout = layout_of(kind)
+    return (*shape[:-1], shape[-1] // layout.block * layout.size)
+
+
+def bytes_of(shape: Sequence[int], kind: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(byte_shape(shape, kind))
 
 
 def unpack(raw: np.ndarray, kind: str) -> np.ndarray:
@@ -34,19 +60,18 @@ def unpack(raw: np.ndarray, kind: str) -> np.ndarray:
     Raises:
         ModelError: when the `gguf` package can't unpack the type.
     """
-    from gguf import quants
-
     raw = np.ascontiguousarray(raw)
     if kind == "F32":
         return raw.view(np.float32)
-    native = None if kind in PLAIN else getattr(_ggml(), f"dequantize_row_{_in_c(kind)}", None)
+    in_c = kind.lower().replace("_k", "_K")  # ggml's functions say q4_K, q8_0
+    native = None if kind in PLAIN else getattr(_ggml(), f"dequantize_row_{in_c}", None)
     if native is not None:
         layout = layout_of(kind)
         values = np.empty((*raw.shape[:-1], raw.shape[-1] // layout.size * layout.block), np.float32)
         native(ctypes.c_void_p(raw.ctypes.data), ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(values.size))
         return values
     try:
-        return quants.dequantize(raw, _type(kind)).astype(np.float32, copy=False)
+        return quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float32, copy=False)
     except NotImplementedError:
         raise ModelError(f"tensors of type {kind} can't be unpacked by the gguf package") from None
 
@@ -70,13 +95,12 @@ def pack(values: np.ndarray, kind: str) -> np.ndarray:
     library = _ggml()
     if library is None or kind in PLAIN:
         return _packed_in_python(values, kind)
-    if library.ggml_quantize_requires_imatrix(number_of(kind)):
+    number, row = GGMLQuantizationType[kind].value, values.shape[-1]
+    if library.ggml_quantize_requires_imatrix(number):
         raise ModelError(f"tensors of type {kind} can't be packed without an importance matrix; take another GGUF")
-    layout = layout_of(kind)
-    row = values.shape[-1]
-    packed = np.empty((*values.shape[:-1], row // layout.block * layout.size), np.uint8)
+    packed = np.empty(byte_shape(values.shape, kind), np.uint8)
     written = library.ggml_quantize_chunk(
-        number_of(kind), values.ctypes.data, packed.ctypes.data, 0, values.size // row, row, None
+        number, values.ctypes.data, packed.ctypes.data, 0, values.size // row, row, None
     )
     if written != packed.nbytes:
         raise ModelError(f"ggml packed {written:,} bytes of type {kind} where {packed.nbytes:,} were due")
@@ -89,27 +113,14 @@ def check_packs(kind: str) -> None:
 
 
 def _packed_in_python(values: np.ndarray, kind: str) -> np.ndarray:
-    from gguf import quants
-
     try:
-        packed = quants.quantize(values, _type(kind)).view(np.uint8)
+        packed = quants.quantize(values, GGMLQuantizationType[kind]).view(np.uint8)
     except NotImplementedError:
         raise ModelError(
             f"tensors of type {kind} are packed by llama.cpp's own library, which isn't installed: "
             f"pip install 'abliterate[{EXTRA}]'"
         ) from None
     return packed.reshape(*values.shape[:-1], -1)
-
-
-def _in_c(kind: str) -> str:
-    """A type's name in ggml's functions: q4_K, q8_0."""
-    return kind.lower().replace("_k", "_K")
-
-
-def _type(kind: str) -> Any:
-    from gguf.constants import GGMLQuantizationType
-
-    return GGMLQuantizationType[kind]
 
 
 @cache
