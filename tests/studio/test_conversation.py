@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from abliterate.apply import hooks
 from abliterate.common.errors import AbliterateError
 from abliterate.edit.edit import Edit
 from abliterate.measure.decode import decode
@@ -67,6 +68,20 @@ def test_strength_scales_the_edit_and_zero_is_the_original(handle):
     talk.messages.clear()
     talk.strength = 1.0
     assert talk.reply("Tell me about boats") == edited  # nothing of the other strength's cache is used
+
+
+def test_an_edit_is_made_ready_once_for_each_answer(handle, monkeypatch):
+    made = []
+    factors = hooks.weight_factors
+    monkeypatch.setattr(hooks, "weight_factors", lambda *given: (made.append(1), factors(*given))[1])
+    talk = Conversation(handle, an_edit(handle), 1.0, Sampling(max_new_tokens=6))
+    talk.reply("Tell me about boats")
+    assert len(made) == 1
+    talk.reply("And the sea?")
+    assert len(made) == 2
+    talk.compare("Tell me about boats")  # the original needs none
+    assert len(made) == 3
+    assert not any(module._forward_hooks for module in handle.model.modules())
 
 
 def test_two_conversations_dont_mix_strengths(handle):

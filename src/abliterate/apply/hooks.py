@@ -16,40 +16,53 @@ from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 
 
-@contextlib.contextmanager
-def attached(handle: Handle, edit: Edit) -> Iterator[None]:
-    """Take the edit's directions out of what each writer gives, for as long as the context lasts; and add its shifts.
+class Attachment:
+    """An edit made ready for a model once; inside a `with`, which may be entered again and again, it is in force.
 
     Since the output of a writer is W x + b, taking r out of the output is taking it out of W and b, so the
     stream is the same at every site as with the edit baked, up to rounding. The output of fused experts is a
     sum of such outputs, so the same holds for it. A writer without a module to hook is swapped for its baked
     copy meanwhile.
     """
-    modules = {name: module for module, name in handle.module_names.items()}
-    parameters = dict(handle.model.named_parameters())
-    check_shifts(handle, edit.shifts)
-    hooks = []
-    originals: list[tuple[nn.Parameter, Tensor]] = []
-    try:
+
+    def __init__(self, handle: Handle, edit: Edit) -> None:
+        modules = {name: module for module, name in handle.module_names.items()}
+        parameters = dict(handle.model.named_parameters())
+        check_shifts(handle, edit.shifts)
+        self._hooks: list[tuple[nn.Module, Any]] = []
+        self._swaps: list[tuple[nn.Parameter, Tensor]] = []
+        self._undo = contextlib.ExitStack()
         for writer, change in weight_factors(handle, edit.parts):
             parameter = parameters[writer.name]
             if not writer.module:
-                originals.append((parameter, parameter.data))
-                parameter.data = removed(parameter, change, writer.axis)
+                self._swaps.append((parameter, removed(parameter, change, writer.axis)))
                 continue
             dtype = parameter.dtype if parameter.is_floating_point() else handle.dtype
             left, right = (factor.to(parameter.device, dtype) for factor in change)
             same_for_all = parameter.ndim == 1  # a norm's bias adds the same to every token
             hook = _shift(-left.T @ (right @ parameter)) if same_for_all else _projector(Factors(left, right))
-            hooks.append(modules[writer.module].register_forward_hook(hook))
+            self._hooks.append((modules[writer.module], hook))
         for shift in edit.shifts:
-            hooks.append(handle.blocks[shift.layer].register_forward_hook(_shift(shift.vector)))
+            self._hooks.append((handle.blocks[shift.layer], _shift(shift.vector)))
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as undo:
+            for parameter, edited in self._swaps:
+                undo.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = edited
+            for module, hook in self._hooks:
+                undo.callback(module.register_forward_hook(hook).remove)
+            self._undo = undo.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+
+@contextlib.contextmanager
+def attached(handle: Handle, edit: Edit) -> Iterator[None]:
+    """Take the edit's directions out of what each writer gives, for as long as the context lasts; and add its shifts."""
+    with Attachment(handle, edit):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, original in reversed(originals):
-            parameter.data = original
 
 
 def _projector(change: Factors) -> Any:

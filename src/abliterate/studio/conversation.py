@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from abliterate.apply.hooks import Attachment
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import whole_file
 from abliterate.edit.edit import Edit
@@ -118,8 +119,10 @@ class Conversation:
         generator = torch.Generator().manual_seed(self.sampling.seed)
         self._past = None  # what a token's exception leaves behind is not to be built on
         new = past.cut(ids)
+        # Made ready once, in force for each token alone: others may ask the same model in between.
+        edited = Attachment(self.handle, self.edit * strength) if self.edit and strength else nullcontext()
         for _ in range(max(1, min(self.sampling.max_new_tokens, room))):
-            with self._attached(strength), torch.inference_mode():
+            with edited, torch.inference_mode():
                 inputs = torch.tensor([new], device=self.handle.device)
                 logits, cache = self.handle.last_logits(input_ids=inputs, cache=past.cache, use_cache=True)
             token = _drawn(logits[0, -1], self.sampling, generator)
@@ -129,11 +132,6 @@ class Conversation:
                 return
             new = [token]
             yield token
-
-    def _attached(self, strength: float) -> AbstractContextManager[Any]:
-        if self.edit is None or strength == 0:
-            return nullcontext()
-        return self.handle.attached(self.edit * strength)
 
     def save(self, path: str | Path) -> None:
         """Write the turns to a JSON file.
