@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 from abliterate.common.errors import AbliterateError, NonFiniteError, OutputError
 from abliterate.heal.dpo import answer_log_probs, held_out_document
 from abliterate.heal.launch import train
-from abliterate.heal.trainer import last_checkpoint, memory_advised
+from abliterate.heal.surroundings import memory_advised
+from abliterate.heal.trainer import FORCE_VALUES, WHOLE, last_checkpoint, run_trainer
 from abliterate.settings.heal import HealSettings
 from models import save_tiny, tiny_tokenizer
 from preference_pairs import colours
@@ -210,6 +212,43 @@ def test_only_the_same_training_is_resumed(job):
         train(job(max_steps=2, beta=0.5, resume=True))
     anew = train(job(max_steps=2, beta=0.5))  # without --resume the old one is gone
     assert anew.resolved["beta"] == 0.5
+
+
+class Harmful:
+    """Runs code where its pickle is read: it makes a file."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return (open, (str(self.made), "w"))
+
+
+class ReadsAnything:
+    """A trainer that reads its checkpoint as DeepSpeed does."""
+
+    def remove_callback(self, _kind):
+        pass
+
+    def train(self, resume_from_checkpoint):
+        torch.load(f"{resume_from_checkpoint}/optimizer.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("its_own", [True, False])
+def test_a_checkpoint_that_would_run_code_is_refused(job, tmp_path, its_own):
+    work = job(max_steps=2, save_steps=1)
+    if its_own:
+        train(work)
+        shutil.rmtree(work.checkpoints / "checkpoint-2")
+    checkpoint = work.checkpoints / "checkpoint-1"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / WHOLE).touch()
+    torch.save({"state": Harmful(tmp_path / "made")}, checkpoint / "optimizer.pt")
+    resumed = work.model_copy(update={"resume": True})
+    with pytest.raises(OutputError, match=r"checkpoint-1 can't be read.*holds what could run code.*without --resume"):
+        train(resumed) if its_own else run_trainer(ReadsAnything(), resumed)
+    assert not (tmp_path / "made").exists()
+    assert FORCE_VALUES not in os.environ
 
 
 # --- Failures --------------------------------------------------------------------------------------

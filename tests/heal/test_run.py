@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -310,10 +311,8 @@ def test_preferences_that_cant_be_read(refuses, ran, tmp_path):
 
 
 def test_dpo_without_trl(refuses, ran, tmp_path, pairs_file, monkeypatch):
-    found = heal_run.importlib.util.find_spec
-    monkeypatch.setattr(
-        heal_run.importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else found(name, *rest)
-    )
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else found(name, *rest))
     given = settings(heal={"preset": "dpo", "data": str(pairs_file)})
     assert "pip install 'abliterate[heal]'" in refuses(ran, tmp_path / "out", settings=given)
 

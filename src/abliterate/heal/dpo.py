@@ -6,18 +6,14 @@ that the loss compares with, so no second model is in memory.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.common.errors import AbliterateError
-from abliterate.common.files import whole_file
+from abliterate.cards.card import public_name
 from abliterate.common.reporting import Reporter, Silent
-from abliterate.heal.preferences import Preferences, as_row, load_preferences
-from abliterate.heal.training import Job, Training
+from abliterate.heal.preferences import as_row, load_preferences
+from abliterate.heal.training import Job, Training, write_configuration
 from abliterate.measure.judges import make_judge
 from abliterate.measure.rates import Rate
 
@@ -26,7 +22,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CONFIGURATION_FILE = "heal.json"
 CHUNK = 256  # positions whose logits are in float32 at once
 
 
@@ -48,58 +43,53 @@ def train(job: Job, *, reporter: Reporter | None = None) -> Training:
     Raises:
         AbliterateError: TRL isn't installed, the data or the model can't be used, or memory ran out.
     """
-    if importlib.util.find_spec("trl") is None:
-        raise AbliterateError("preference tuning needs trl, which isn't installed: pip install 'abliterate[heal]'")
-    from abliterate.heal.trainer import (
-        history_of,
-        is_main,
-        lora_config,
-        open_for_training,
-        processes,
-        resolve_auto,
-        run_trainer,
-        save_adapter,
-        trainer_arguments,
-        watched,
-        without_dropout,
-    )
+    from abliterate.heal import trainer as common
 
-    said: Reporter = (reporter or Silent()) if is_main() else Silent()
-    heal = resolve_auto(job.settings.heal)
-    with watched(job, said) as watch:
-        handle = open_for_training(job, said)
+    common.check_packages(job.settings.heal)
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    said: Reporter = (reporter or Silent()) if common.is_main() else Silent()
+    heal = common.resolve_auto(job.settings.heal)
+    with common.watched(job, said) as callbacks:
+        handle = common.open_for_training(job, said)
         judge = make_judge(job.settings.measure.judge)
         data = load_preferences(heal, handle, seed=job.settings.seed, judge=judge, reporter=said)
-        without_dropout(handle.model)
+        common.without_dropout(handle.model)
+        # The LoRA's dropout is wanted; the model's own was turned off before.
+        arguments = {**common.trainer_arguments(job), "beta": heal.beta, "max_length": heal.max_length}
         trainer = _trainer_class()(
             model=handle.model,
-            args=_configuration(trainer_arguments(job), heal.beta, heal.max_length),
-            train_dataset=_dataset([as_row(pair, handle) for pair in data.train]),
-            eval_dataset=_dataset([as_row(pair, handle) for pair in data.held_out]) if data.held_out else None,
+            args=DPOConfig(**arguments, disable_dropout=False),
+            train_dataset=Dataset.from_list([as_row(pair, handle) for pair in data.train]),
+            eval_dataset=Dataset.from_list([as_row(pair, handle) for pair in data.held_out]) if data.held_out else None,
             processing_class=handle.tokenizer,
-            peft_config=lora_config(heal),
-            callbacks=watch.callbacks,
+            peft_config=common.lora_config(heal),
+            callbacks=callbacks,
         )
-        seconds = run_trainer(trainer, job)
-        adapter = save_adapter(trainer, job)
+        seconds = common.run_trainer(trainer, job)
+        adapter = common.save_adapter(trainer, job)
         results: dict[str, Any] = {"data": data.to_json(), "steps": trainer.state.global_step}
         if data.held_out:
             said.say(f"asking for preferences between {len(data.held_out)} held-out pairs")
             results["held_out"] = held_out_document(trainer.preferences(), heal.beta)
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     resolved = {
         **heal.model_dump(mode="json"),
         "seed": job.settings.seed,
-        "processes": processes(),
+        "processes": common.processes(),
         "distributed": str(trainer.accelerator.distributed_type.value),
-        "global_batch": heal.micro_batch * heal.accumulation * processes(),
+        "global_batch": heal.micro_batch * heal.accumulation * common.processes(),
         "chat_template": handle.chat_template or "the model's own",
         "dtype": str(handle.dtype).removeprefix("torch."),
-        "lora_modules": _lora_modules(trainer.model),
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "lora_modules": sorted({name.split(".lora_A")[0].rpartition(".")[2] for name in trained if "lora_A" in name}),
+        "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
     }
-    history = history_of(trainer)
-    if is_main():
-        _write_configuration(job.folder / CONFIGURATION_FILE, job, resolved, data)
+    history = common.history_of(trainer)
+    if common.is_main():
+        source = public_name(data.source)
+        shown = {**resolved, "data": public_name(resolved["data"])}
+        write_configuration(job, {**data.to_json(), "source": source}, shown, packages=("trl", "accelerate"))
     return Training(adapter, history, resolved, seconds, results)
 
 
@@ -187,44 +177,3 @@ def _trainer_class() -> Any:
             return found
 
     return PreferenceTrainer
-
-
-def _configuration(arguments: dict[str, Any], beta: float, max_length: int) -> Any:
-    from trl import DPOConfig
-
-    # The LoRA's dropout is wanted; the model's own was turned off before.
-    return DPOConfig(**arguments, beta=beta, max_length=max_length, disable_dropout=False)
-
-
-def _dataset(rows: list[dict[str, Any]]) -> Any:
-    import datasets
-
-    return datasets.Dataset.from_list(rows)
-
-
-def _lora_modules(model: Any) -> list[str]:
-    """The kinds of modules that have a LoRA: last parts of their names."""
-    found = {
-        name.partition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name
-    }
-    return sorted(found)
-
-
-def _write_configuration(path: Path, job: Job, resolved: dict[str, Any], data: Preferences) -> None:
-    from abliterate.common.names import public_name
-
-    document = {
-        "preset": job.settings.heal.preset,
-        "model": public_name(job.model),
-        "data": {**data.to_json(), "source": public_name(data.source)},
-        "settings": {**resolved, "data": public_name(resolved["data"])},
-        "versions": _versions(),
-    }
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("abliterate", "torch", "transformers", "trl", "peft", "accelerate")}

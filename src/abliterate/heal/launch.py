@@ -134,7 +134,7 @@ def _free_port() -> int:
 def _launched(job: Job, reporter: Reporter) -> Training:
     import yaml
 
-    from abliterate.heal.trainer import resolve_auto
+    from abliterate.heal.surroundings import resolve_auto
 
     heal = resolve_auto(job.settings.heal)
     for left in (*job.folder.glob("error-*.json"), job.folder / RESULT_FILE):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,7 +23,8 @@ from abliterate.common.errors import AbliterateError, ModelError, OutputError, P
 from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.heal.self_taught import open_lessons, open_teacher
-from abliterate.heal.training import ADAPTER, Job, Training
+from abliterate.heal.surroundings import check_packages
+from abliterate.heal.training import ADAPTER, CONFIGURATION, Job, Training
 from abliterate.measure import Measurement
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.models.handle import Handle, config_hash
@@ -37,7 +37,6 @@ from abliterate.run.saving import bytes_to_write, save_model
 from abliterate.run.stages import check_same_tokens, measured
 from abliterate.settings.heal import HealRunSettings
 
-CONFIGURATION = "heal.json"
 RESULTS = "results.json"
 TENSORBOARD = "tensorboard"
 FROM_RUN = ("recipe.safetensors",)  # what the edit's run wrote and the healed model's folder shows too
@@ -212,12 +211,7 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
             f"--preset self wins quality back where refusals were taken out, and the run in {sources.folder} {what}: "
             "the original would teach that away; use --preset dpo"
         )
-    needed = ("trl", "tensorboard") if options.preset == "dpo" else ()
-    for package in needed:
-        if importlib.util.find_spec(package) is None:
-            raise AbliterateError(
-                f"--preset {options.preset} needs {package}, which isn't installed: pip install 'abliterate[heal]'"
-            )
+    check_packages(options)
     if options.preset == "dpo":
         from abliterate.heal.preferences import SUFFIXES, read_pairs
 

@@ -326,7 +326,7 @@ def train(
         NonFiniteError: when the loss isn't finite.
         OutputError: when `job.resume` and what is there is of another training.
     """
-    from abliterate.heal.trainer import memory_advised
+    from abliterate.heal.surroundings import memory_advised
 
     reporter = reporter or Silent()
     settings = job.settings

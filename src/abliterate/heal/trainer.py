@@ -1,10 +1,10 @@
-"""What both presets need of transformers' Trainer: loading, LoRA, arguments, checkpoints, progress, curves, memory.
+"""What a preset needs of transformers' Trainer: loading, LoRA, arguments, checkpoints, progress, curves.
 
 Use, in a preset:
 
-    with watched(job, reporter) as watch:
+    with watched(job, reporter) as callbacks:
         handle = open_for_training(job, reporter)
-        trainer = SomeTrainer(handle.model, SomeConfig(**trainer_arguments(job)), ..., callbacks=watch.callbacks)
+        trainer = SomeTrainer(handle.model, SomeConfig(**trainer_arguments(job)), ..., callbacks=callbacks)
         seconds = run_trainer(trainer, job)
         save_adapter(trainer, job)
 """
@@ -12,23 +12,23 @@ Use, in a preset:
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from abliterate.common.errors import AbliterateError, NonFiniteError, OutputError
+from abliterate.common.errors import NonFiniteError, OutputError, shorten
 from abliterate.common.files import whole_file, whole_folder
 from abliterate.common.reporting import Reporter, Tick, untold
+from abliterate.heal.surroundings import check_packages, resolve_auto, surroundings
 from abliterate.heal.training import Job
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
@@ -44,12 +44,9 @@ SHOWN = {
     "loss": "loss", "rewards/margins": "reward margin", "rewards/accuracies": "accuracy",
     "divergence": "divergence", "learning_rate": "learning rate",
 }  # fmt: skip
-MEMORY_WORDS = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
+FORCE_VALUES = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # What may differ between the training that is resumed and the one that resumes it.
 FREE_ON_RESUME = ("launch", "processes", "report_to", "log_steps", "save_steps")
-
-
-# --- What "auto" comes to ------------------------------------------------------------------------
 
 
 def processes() -> int:
@@ -60,28 +57,6 @@ def processes() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes and speaks."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def resolve_auto(heal: HealSettings) -> HealSettings:
-    """The settings with each "auto" replaced by what it comes to on this machine.
-
-    Raises:
-        AbliterateError: 4 bits were asked for without bitsandbytes.
-    """
-    cuda = torch.cuda.is_available()
-    bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-    if heal.quantise == "4bit" and not bitsandbytes:
-        raise AbliterateError("--quantise 4bit needs bitsandbytes: pip install 'abliterate[quantised]'; or pass none")
-    quantise = heal.quantise
-    if quantise == "auto":
-        quantise = "4bit" if cuda and bitsandbytes else "none"
-    optimizer = heal.optimizer
-    if optimizer == "auto":
-        optimizer = "paged_adamw_8bit" if cuda and bitsandbytes else "adamw_torch"
-    bf16 = heal.bf16
-    if bf16 == "auto":
-        bf16 = "yes" if cuda and torch.cuda.is_bf16_supported() else "no"
-    return heal.model_copy(update={"quantise": quantise, "optimizer": optimizer, "bf16": bf16})
 
 
 def _shards_parameters() -> bool:
@@ -244,46 +219,80 @@ def _what_matters(job: Job) -> dict[str, Any]:
 # --- Watching a training -------------------------------------------------------------------------
 
 
-@dataclass
-class Watch:
-    """Callbacks for a Trainer."""
-
-    callbacks: list[TrainerCallback]
-
-
 @contextlib.contextmanager
-def watched(job: Job, reporter: Reporter) -> Iterator[Watch]:
+def watched(job: Job, reporter: Reporter) -> Iterator[list[TrainerCallback]]:
     """Callbacks that report, draw TensorBoard's curves and mark whole checkpoints; the libraries' own bars off.
 
     Raises:
         AbliterateError: out of memory, in one line with what helps; TensorBoard or the tracker asked for is missing.
     """
-    heal = job.settings.heal
-    _check_packages(heal)
+    check_packages(job.settings.heal)
     callbacks: list[TrainerCallback] = [_Progress(reporter), _MarkWhole()]
-    writer = None
-    if is_main():
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
+    with contextlib.ExitStack() as after:
+        if is_main():
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.integrations import TensorBoardCallback
 
-        last = last_checkpoint(job) if job.resume else None
-        writer = SummaryWriter(str(job.curves), purge_step=_step(last) + 1 if last else None)
-        callbacks.append(TensorBoardCallback(writer))
-    try:
-        with _quiet_libraries(), _offline_trackers(heal), memory_advised(heal):
-            yield Watch(callbacks)
-    finally:
-        if writer is not None:
-            writer.close()
+            last = last_checkpoint(job) if job.resume else None
+            writer = SummaryWriter(str(job.curves), purge_step=_step(last) + 1 if last else None)
+            after.callback(writer.close)
+            callbacks.append(TensorBoardCallback(writer))
+        after.enter_context(surroundings(job.settings.heal))
+        yield callbacks
 
 
 def run_trainer(trainer: Any, job: Job) -> float:
-    """Train, from the last checkpoint when the job resumes; returns the seconds it took."""
+    """Train, from the last checkpoint when the job resumes; returns the seconds it took.
+
+    Raises:
+        OutputError: the checkpoint is damaged, or holds more than tensors and plain values.
+    """
     trainer.remove_callback(PrinterCallback)
     last = last_checkpoint(job) if job.resume else None
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with _values_alone(last):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def _values_alone(checkpoint: Path | None) -> Iterator[None]:
+    """Have torch read nothing from a checkpoint's .pt files but tensors and plain values, whoever reads them.
+
+    A pickle can run code when it is read. transformers and accelerate ask torch for `weights_only` themselves,
+    DeepSpeed asks for the opposite; the environment variable outweighs both.
+
+    Raises:
+        OutputError: a file is damaged or holds anything else.
+    """
+    if checkpoint is None:
+        yield
+        return
+    before = os.environ.get(FORCE_VALUES)
+    os.environ[FORCE_VALUES] = "1"
+    try:
+        with torch.serialization.safe_globals(_of_deepspeed()):
+            yield
+    except pickle.UnpicklingError as error:
+        raise OutputError(
+            f"{checkpoint} can't be read, to go on from: it is damaged, or holds what could run code "
+            f"({shorten(str(error), 120)}); start anew without --resume"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[FORCE_VALUES]
+        else:
+            os.environ[FORCE_VALUES] = before
+
+
+def _of_deepspeed() -> list[Any]:
+    """The classes of DeepSpeed whose values stand in its checkpoints: plain numbers with a name."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
+        return []
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum]
 
 
 def save_adapter(trainer: Any, job: Job) -> Path:
@@ -341,94 +350,3 @@ class _MarkWhole(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
-
-
-# --- Surroundings --------------------------------------------------------------------------------
-
-
-def _check_packages(heal: HealSettings) -> None:
-    needed = {"tensorboard": "abliterate[heal]"} | (
-        {} if heal.report_to == "none" else {heal.report_to: heal.report_to}
-    )
-    for package, install in needed.items():
-        if importlib.util.find_spec(package) is None:
-            raise AbliterateError(f"curves need {package}, which isn't installed: pip install '{install}'")
-
-
-@contextlib.contextmanager
-def memory_advised(heal: HealSettings) -> Iterator[None]:
-    """Turn running out of memory, on a GPU or the CPU, into one error with what makes the training smaller.
-
-    Raises:
-        AbliterateError: in place of torch's, or MemoryError.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise AbliterateError(_advice(heal)) from error
-    except RuntimeError as error:
-        if any(words in str(error).lower() for words in MEMORY_WORDS):
-            raise AbliterateError(_advice(heal)) from error
-        raise
-
-
-def _advice(heal: HealSettings) -> str:
-    advice = [f"--max-length {max(heal.max_length // 2, 8)}"]
-    if heal.micro_batch > 1:
-        advice.append(f"--micro-batch {heal.micro_batch // 2} --accumulation {heal.accumulation * 2}")
-    if not heal.gradient_checkpointing:
-        advice.append("--gradient-checkpointing")
-    if resolve_auto(heal).quantise != "4bit":
-        missing = importlib.util.find_spec("bitsandbytes") is None
-        advice.append(f"--quantise 4bit{' (pip install abliterate[quantised])' if missing else ''}")
-    advice.append(f"--rank {max(heal.rank // 4, 1)}")
-    return (
-        f"out of memory: training with sequences of {heal.max_length} tokens, {heal.micro_batch} at once, doesn't fit; "
-        f"try, in this order: {', '.join(advice)}, or several GPUs with --launch"
-    )
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No bars, warnings or telemetry of datasets, transformers, peft and trl; put back afterwards."""
-    import logging
-    import warnings
-
-    import datasets
-    from huggingface_hub import constants
-    from transformers.utils import logging as hf_logging
-
-    had_bars, verbosity, telemetry = (
-        datasets.are_progress_bars_disabled(), hf_logging.get_verbosity(), constants.HF_HUB_DISABLE_TELEMETRY,
-    )  # fmt: skip
-    loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "peft", "bitsandbytes", "torch.distributed")]
-    levels = [logger.level for logger in loggers]
-    try:
-        datasets.disable_progress_bars()
-        hf_logging.set_verbosity_error()
-        constants.HF_HUB_DISABLE_TELEMETRY = True
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if not had_bars:
-            datasets.enable_progress_bars()
-        hf_logging.set_verbosity(verbosity)
-        constants.HF_HUB_DISABLE_TELEMETRY = telemetry
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _offline_trackers(heal: HealSettings) -> Iterator[None]:
-    """W&B writes to disk only, unless WANDB_MODE says otherwise; trackio is local by itself."""
-    if heal.report_to != "wandb" or "WANDB_MODE" in os.environ:
-        yield
-        return
-    os.environ["WANDB_MODE"] = "offline"
-    try:
-        yield
-    finally:
-        del os.environ["WANDB_MODE"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from abliterate.cards.card import public_name
+from abliterate.common.files import whole_file
 from abliterate.settings.heal import HealRunSettings
 
 if TYPE_CHECKING:
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 CURVES = "runs"
+CONFIGURATION = "heal.json"
 
 
 class Job(BaseModel):
@@ -71,7 +76,7 @@ class Training:
 
 
 class Preset(Protocol):
-    """`train` of `heal.dpo` and `heal.own`."""
+    """`train` of `heal.dpo` and `heal.self_taught`."""
 
     def __call__(self, job: Job, *, reporter: Reporter | None = None) -> Training:
         """Train as the job says.
@@ -84,3 +89,31 @@ class Preset(Protocol):
             AbliterateError: on bad data, out of memory, a missing package; says what to do.
         """
         ...
+
+
+def write_configuration(
+    job: Job, data: dict[str, Any], settings: dict[str, Any], *, packages: Sequence[str] = (), **more: Any
+) -> None:
+    """Write heal.json, the resolved configuration, into the job's folder.
+
+    Args:
+        job: what was trained.
+        data: what was learnt from, without paths of this machine.
+        settings: as they were used.
+        packages: whose versions count beside those that every preset needs.
+        more: further fields.
+    """
+    from importlib.metadata import version
+
+    original = {"original": public_name(job.original)} if job.original else {}
+    document = {
+        "preset": job.settings.heal.preset,
+        "model": public_name(job.model),
+        **original,
+        "data": data,
+        "settings": settings,
+        **more,
+        "versions": {name: version(name) for name in ("abliterate", "torch", "transformers", "peft", *packages)},
+    }
+    with whole_file(job.folder / CONFIGURATION) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
