@@ -60,7 +60,7 @@ class Attachment:
 
 @contextlib.contextmanager
 def attached(handle: Handle, edit: Edit) -> Iterator[None]:
-    """Take the edit's directions out of what each writer gives, and add its shifts, for as long as the context lasts."""
+    """Take an edit's directions out of what each writer gives, and add its shifts, for as long as the context lasts."""
     with Attachment(handle, edit):
         yield
 
