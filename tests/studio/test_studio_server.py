@@ -25,7 +25,7 @@ def studio(served, tmp_path, monkeypatch):
     from abliterate.models.loading import load
     from abliterate.studio.folder import Folder
     from abliterate.studio.models import Models
-    from abliterate.studio.page import Studio
+    from abliterate.studio.shared import Studio
 
     return Studio(Folder(served), Models(load), tmp_path / "gradio" / "downloads")
 
@@ -95,12 +95,13 @@ def test_uploads_are_limited_in_size(client):
 
 
 def test_uploads_are_checked_and_not_kept(studio, tmp_path):
-    from abliterate.studio.page import _Page, build
+    from abliterate.studio.page import build
     from abliterate.studio.session import Session
+    from abliterate.studio.tabs.controls import Controls
+    from abliterate.studio.tabs.talk import Grid
 
-    page = _Page.__new__(_Page)
-    page.studio = studio
-    for name, event in (("x.pkl", lambda f: page.uploaded(Session(), f)), ("x.exe", page.prompts_uploaded)):
+    recipe, prompts = part(Controls, studio).uploaded, part(Grid, studio).uploaded
+    for name, event in (("x.pkl", lambda f: recipe(Session(), f)), ("x.exe", prompts)):
         file = tmp_path / name
         file.write_bytes(b"x")
         with pytest.raises(AbliterateError, match="is not a"):
@@ -108,18 +109,22 @@ def test_uploads_are_checked_and_not_kept(studio, tmp_path):
         assert not file.exists()
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps({"text": f"Name {i}\nrivers."}) + "\n" for i in range(20)))
-    assert page.prompts_uploaded(str(file)).splitlines()[:2] == ["Name 0 rivers.", "Name 1 rivers."]
+    assert prompts(str(file)).splitlines()[:2] == ["Name 0 rivers.", "Name 1 rivers."]
     assert not file.exists()
     assert build(studio)
 
 
-def handler(studio):
-    """What the page's events call, without a page."""
-    from abliterate.studio.page import _Page
+def part(kind, studio):
+    """What a part's events call, without a page."""
+    made = kind.__new__(kind)
+    made.studio = studio
+    return made
 
-    page = _Page.__new__(_Page)
-    page.studio = studio
-    return page
+
+def handler(studio):
+    from abliterate.studio.tabs.keep import Keep
+
+    return part(Keep, studio)
 
 
 @pytest.fixture
@@ -140,7 +145,7 @@ def test_an_export_tells_how_far_it_is(studio, session, served):
 
 def test_a_bar_shows_what_an_export_was_told(studio, served):
     from abliterate.studio.exporting import Export
-    from abliterate.studio.page import progress_view
+    from abliterate.studio.views import progress_view
 
     export = Export()
     export.say(f"looking at {served / 'model'}")
@@ -158,9 +163,9 @@ def test_a_bar_shows_what_an_export_was_told(studio, served):
 
 
 def test_an_export_is_stopped_and_leaves_nothing(studio, session, served, monkeypatch):
-    from abliterate.studio import page
+    from abliterate.studio import shared
 
-    apply, before = page.apply_recipe, sorted(served.iterdir())
+    apply, before = shared.apply_recipe, sorted(served.iterdir())
 
     def begin(recipe, source, path, form, options, reporter):
         handler(studio).export_stopped(session)
@@ -168,8 +173,8 @@ def test_an_export_is_stopped_and_leaves_nothing(studio, session, served, monkey
 
     with pytest.raises(AbliterateError, match="no export of yours"):
         handler(studio).export_stopped(session)
-    monkeypatch.setattr(page, "apply_recipe", begin)
-    for form in page.FORMS:
+    monkeypatch.setattr(shared, "apply_recipe", begin)
+    for form in shared.FORMS:
         if "gguf" not in form and form != "control-vector":
             shown = handler(studio).export_form(session, form, "", "edited")
             with pytest.raises(AbliterateError, match="was stopped; nothing of it is left"):
@@ -178,15 +183,15 @@ def test_an_export_is_stopped_and_leaves_nothing(studio, session, served, monkey
 
 
 def test_exports_end_with_the_studio(studio, session, served, monkeypatch):
-    from abliterate.studio import page
+    from abliterate.studio import shared
 
-    apply, before = page.apply_recipe, sorted(served.iterdir())
+    apply, before = shared.apply_recipe, sorted(served.iterdir())
 
     def begin(*arguments):
         studio.end()
         return apply(*arguments)
 
-    monkeypatch.setattr(page, "apply_recipe", begin)
+    monkeypatch.setattr(shared, "apply_recipe", begin)
     with pytest.raises(AbliterateError, match="was stopped"):
         list(handler(studio).export_form(session, "checkpoint", "", "edited"))
     assert sorted(served.iterdir()) == before
@@ -194,8 +199,9 @@ def test_exports_end_with_the_studio(studio, session, served, monkeypatch):
 
 def test_the_page_names_no_folder_of_this_machine(studio, served, tmp_path):
     from abliterate.common.watching import Progress
-    from abliterate.studio.page import run_view, told
+    from abliterate.studio.page import told
     from abliterate.studio.runs import View
+    from abliterate.studio.views import run_view
 
     studio.folder.granted["theirs"] = str(tmp_path / "some where" / "else")
     lines = [
@@ -228,10 +234,13 @@ def test_the_page_names_no_folder_of_this_machine(studio, served, tmp_path):
 
 
 def test_the_lists_show_what_is_loaded(studio, session, served, tmp_path):
-    from abliterate.studio.page import NO_RECIPE
     from abliterate.studio.session import Session
+    from abliterate.studio.shared import NO_RECIPE
+    from abliterate.studio.tabs.controls import Controls
+    from abliterate.studio.tabs.frontier import Frontier
+    from abliterate.studio.tabs.run import Run
 
-    page = handler(studio)
+    page, frontier = part(Controls, studio), part(Frontier, studio)
 
     def shown(update):
         assert update["value"] in update["choices"]
@@ -249,10 +258,10 @@ def test_the_lists_show_what_is_loaded(studio, session, served, tmp_path):
     assert session.recipe is uploaded
     with pytest.raises(AbliterateError):
         page.loaded(Session(), "model", "mine.safetensors (uploaded)")  # nobody else has it
-    point = page.points("out")[0]["choices"][1]
-    assert shown(page.took(session, "out", point)[0]) == "out/frontier/01.safetensors"
+    point = frontier.points("out")[0]["choices"][1]
+    assert shown(frontier.took(session, "out", point)[0]) == "out/frontier/01.safetensors"
     studio.first = ("model", "recipe.safetensors")
-    (opened,) = page.opened(fresh := Session())
+    (opened,) = part(Run, studio).opened(fresh := Session())
     assert (opened[0]["value"], shown(opened[1])) == ("model", "recipe.safetensors")
     assert fresh.recipe_name == "recipe.safetensors"
 
@@ -280,8 +289,8 @@ def test_an_unforeseen_error_is_one_line_without_a_trace(capfd):
 
 
 def test_the_grid_escapes_what_models_and_users_write():
-    from abliterate.studio.page import grid_table
     from abliterate.studio.session import Answers
+    from abliterate.studio.views import grid_table
 
     table = grid_table(
         ["<script>x</script>"], [Answers("<img src=x>", "I'm sorry, but I can't help with that.", whole=True)]

@@ -173,8 +173,7 @@ def test_the_grid_answers_each_prompt(session, handle, edit):
 
 
 def test_a_grid_that_was_stopped_is_not_counted(session):
-    pytest.importorskip("gradio", reason="gradio isn't installed")
-    from abliterate.studio.page import grid_table
+    from abliterate.studio.views import grid_table
 
     texts = ["Name a river.", "Name a colour."]
     stream = session.grid(texts, "", SAMPLING)
@@ -190,7 +189,7 @@ def test_a_grid_that_was_stopped_is_not_counted(session):
 
 def test_the_note_says_when_answers_are_whole(session):
     pytest.importorskip("gradio", reason="gradio isn't installed")
-    from abliterate.studio.page import growing
+    from abliterate.studio.tabs.talk import growing
 
     shown = list(growing(session, session.ask(QUESTION)))
     notes = [note for _, _, note in shown]
@@ -206,8 +205,8 @@ def test_the_note_says_when_answers_are_whole(session):
 
 def test_what_an_earlier_question_still_says_does_not_reach_the_page(session):
     pytest.importorskip("gradio", reason="gradio isn't installed")
-    from abliterate.studio.page import growing
     from abliterate.studio.session import Answers
+    from abliterate.studio.tabs.talk import growing
 
     early = session.answers
 
@@ -221,13 +220,13 @@ def test_what_an_earlier_question_still_says_does_not_reach_the_page(session):
 
 def test_a_slider_leaves_the_page_to_the_stream_that_goes_on(session):
     pytest.importorskip("gradio", reason="gradio isn't installed")
-    from abliterate.studio.page import _Page
+    from abliterate.studio.tabs.talk import Talk
 
     stream = session.ask(QUESTION)
     next(stream)
     session.strengths = Strengths.of(0.5, 1, 1, 1)
     next(stream)  # which has taken the new strength up
-    (only,) = list(_Page.again(_Page.__new__(_Page), session))
+    (only,) = list(Talk.again(Talk.__new__(Talk), session))
     assert all(update == {"__type__": "update"} for update in only)  # nothing: gradio's way to say so
     last(stream)
 

@@ -39,6 +39,14 @@ class Progress:
     lines: list[tuple[float, str]] = field(default_factory=list)
     ended: str | None = None
 
+    def say(self, text: str) -> None:
+        """Keep a line; the oldest goes when there are many."""
+        self.lines = [*self.lines, (time.time() - self.started, text)][-LINES:]
+
+    def begin(self, stage: str, total: int) -> None:
+        """Begin a stage of so many steps."""
+        self.stage, self.done, self.total, self.stage_started = stage, 0, total, time.time()
+
 
 class ProgressFile:
     """Writes a run's progress beside its output, at most twice a second; a watcher never sees half a file.
@@ -54,14 +62,12 @@ class ProgressFile:
         self.has_place = path.parent.is_dir()  # no folder is made for it: a failed run must leave none
 
     def say(self, text: str) -> None:
-        progress = self.progress
-        progress.lines = [*progress.lines, (time.time() - progress.started, text)][-LINES:]
+        self.progress.say(text)
         if self.written:
             self._write()
 
     def stage(self, name: str, total: int) -> None:
-        progress = self.progress
-        progress.stage, progress.done, progress.total, progress.stage_started = name, 0, total, time.time()
+        self.progress.begin(name, total)
         if self.has_place:
             self._write()
 

@@ -31,17 +31,16 @@ class Export:
             AbliterateError: when the export is to stop; so does `progress`, and the tick it returns.
         """
         self._check()
-        self.state.lines.append((time.time() - self.state.started, text))
+        self.state.say(text)
 
     def progress(self, stage: str, total: int) -> Tick:
         """A stage of `total` steps; call what it returns with the number done."""
         self._check()
-        state = self.state
-        state.stage, state.done, state.total, state.stage_started = stage, 0, total, time.time()
+        self.state.begin(stage, total)
 
         def tick(done: int) -> None:
             self._check()
-            state.done += done
+            self.state.done += done
 
         return tick
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from abliterate.common.errors import AbliterateError, OutputError, RecipeError, shorten
 from abliterate.edit.recipe import KEY, MOST_BYTES
+from abliterate.measure.document import load_document
 from abliterate.report.document import public
 
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".csv")
@@ -144,13 +145,12 @@ class Folder:
         path = self.within(name)
         results = self.within(str(path / "results.json"))
         try:
-            document = json.loads(results.read_text(encoding="utf-8"))
-            points = document.get("frontier") or []
-            recipes = ["recipe.safetensors", *(str(point["recipe"]) for point in points if point.get("recipe"))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            document = load_document(results)
+        except AbliterateError:
             raise AbliterateError(f"{shorten(name)} holds no results of `abliterate run`") from None
-        for recipe in (*recipes, "report-data.json", "report.html"):
-            self.within(str(path / recipe))
+        recipes = [point.recipe for point in document.frontier if point.recipe]
+        for file in ("recipe.safetensors", *recipes, "report-data.json", "report.html"):
+            self.within(str(path / file))
         return path
 
     def _check_leads_inside(self, path: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from abliterate.common.errors import AbliterateError
+from abliterate.measure.document import Share, load_document
 
 WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 640, 260, 62, 44, 16
 
@@ -46,23 +45,22 @@ def frontier_points(out: Path) -> list[Point]:
         AbliterateError: when results.json says nothing of the kind.
     """
     try:
-        document: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        points = [_point(f"{n + 1}", entry, out) for n, entry in enumerate(document.get("frontier") or [])]
-        if points:
-            return points
-        edited = document["edited"]
-        only = {"refusal": edited["refusal"], "divergence": edited["divergence"]["first_token"], "chosen": True}
-        return [_point("the run's edit", {**only, "recipe": "recipe.safetensors"}, out)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AbliterateError(f"{out.name}/results.json holds no frontier that can be shown") from error
+        run = load_document(out / "results.json")
+        points = [(f"{n}", p.refusal, p.divergence, p.recipe, p.chosen) for n, p in enumerate(run.frontier, 1)]
+        if not points and run.edited and run.edited.divergence:
+            divergence = run.edited.divergence.first_token
+            points = [("the run's edit", run.edited.refusal, divergence, "recipe.safetensors", True)]
+    except AbliterateError:
+        points = []
+    if not points or not all(recipe for *_, recipe, _ in points):
+        raise AbliterateError(f"{out.name}/results.json holds no frontier that can be shown")
+    return [_point(*point, out) for point in points]
 
 
-def _point(name: str, entry: dict[str, Any], out: Path) -> Point:
-    refusal, divergence = entry["refusal"], float(entry["divergence"])
-    refused = next(int(refusal[key]) for key in ("refused", "count") if key in refusal)
-    total, chosen = max(1, int(refusal["total"])), bool(entry.get("chosen"))
+def _point(name: str, refusal: Share, divergence: float, recipe: str | None, chosen: bool | None, out: Path) -> Point:
+    refused, total = refusal.counted, max(1, refusal.total)
     label = f"{name}: {refused} of {total} refused, divergence {divergence:.3g} nats" + (" (chosen)" if chosen else "")
-    return Point(label, refused, total, divergence, out / entry["recipe"], chosen)
+    return Point(label, refused, total, divergence, out / str(recipe), bool(chosen))
 
 
 def drawing(points: Sequence[Point], picked: int | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from abliterate.common.files import check_folder
 from abliterate.common.watching import Progress, read_progress
 
 PASSWORD_VARIABLE = "ABLITERATE_STUDIO_PASSWORD"
+METHODS = ("fit", "sweep", "article", "tpe")
 PATIENCE = 60.0  # seconds a run gets to clean up before it is killed
 LOST = 120.0  # after so many a stop was lost on it (a callback may swallow one): it is asked again
 
@@ -71,9 +71,8 @@ class Runs:
         """
         check_folder(out)
         with self._lock:
-            going = [path.name for path, run in self._started.items() if run.process.poll() is None]
-            if going:
-                raise AbliterateError(f"the run of {going[0]} goes on; stop it, or wait until it is done")
+            if (going := self.going()) is not None:
+                raise AbliterateError(f"the run of {going.name} goes on; stop it, or wait until it is done")
             command = [sys.executable, "-m", "abliterate.cli", "run", f"--out={out}", "--quiet", *options, "--", model]
             environment = {name: value for name, value in os.environ.items() if name != PASSWORD_VARIABLE}
             errors = tempfile.TemporaryFile()  # noqa: SIM115  read when the run has ended
@@ -95,7 +94,7 @@ class Runs:
         run = self._started.get(out)
         if run is None or run.process.poll() is not None:
             raise AbliterateError(f"no run of {out.name} that was started from this page goes on")
-        run.process.send_signal(signal.SIGTERM)
+        run.process.terminate()
         run.stopped = time.monotonic()
 
     def view(self, out: Path) -> View:
@@ -107,7 +106,7 @@ class Runs:
                 return View(out, "done" if (out / "results.json").is_file() else "nothing")
             return View(out, "failed" if progress.ended else "running", progress, "killed" if progress.ended else "")
         if run.stopped and time.monotonic() - run.stopped > LOST:
-            run.process.send_signal(signal.SIGTERM)  # nothing, when it has ended
+            run.process.terminate()  # nothing, when it has ended
             run.stopped = time.monotonic()
         code = run.process.poll()
         if progress is not None:
@@ -115,12 +114,8 @@ class Runs:
         if code is None:
             state = "stopping" if run.stopped else "running" if progress else "starting"
             return View(out, state, progress, ours=True)
-        last = Progress(lines=run.lines)
-        if code == 0:
-            return View(out, "done", last, ours=True)
-        if run.stopped:
-            return View(out, "stopped", last, ours=True)
-        return View(out, "failed", last, _why(run.errors, code), ours=True)
+        state = "done" if code == 0 else "stopped" if run.stopped else "failed"
+        return View(out, state, Progress(lines=run.lines), _why(run.errors, code) if state == "failed" else "", True)
 
     def going(self) -> Path | None:
         """The output of the run that was started from here and goes on."""
@@ -129,18 +124,13 @@ class Runs:
     def end(self) -> None:
         """Stop what goes on and wait until it has cleaned up."""
         for run in self._started.values():
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                if run.process.poll() is not None:
-                    break
-                run.process.send_signal(number)
-                _wait(run.process, PATIENCE)
+            run.process.terminate()  # nothing, when it has ended
+            try:
+                run.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                run.process.kill()
+                run.process.wait()
             run.errors.close()
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
 
 
 def _why(errors: IO[bytes], code: int) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import importlib.util
 import ipaddress
 import os
 import re
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from abliterate.edit.recipe import MOST_BYTES
 
 if TYPE_CHECKING:
     from abliterate.models.handle import Handle
-    from abliterate.studio.page import Studio
+    from abliterate.studio.shared import Studio
 
 INSTALL = "pip install 'abliterate[studio]'"
 FIRST_PORT, PORTS = 7860, 20
@@ -44,8 +46,6 @@ HEADERS = {
 
 def check_installed() -> None:
     """Raise AbliterateError, naming the extra, when gradio isn't installed."""
-    import importlib.util
-
     if importlib.util.find_spec("gradio") is None:
         raise AbliterateError(f"the studio needs gradio, which isn't installed; {INSTALL}")
 
@@ -75,25 +75,17 @@ def listening(host: str, port: int | None) -> socket.socket:
     Raises:
         AbliterateError: when the host isn't this machine's, or no port is free.
     """
-    ports = [port] if port is not None else range(FIRST_PORT, FIRST_PORT + PORTS)
     reason = ""
-    for number in ports:
+    for number in [port] if port is not None else range(FIRST_PORT, FIRST_PORT + PORTS):
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM)[
-                0
-            ]
-        except OSError as error:
+            family, *_, address = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM)[0]
+            return socket.create_server(address[:2], family=family)
+        except socket.gaierror as error:
             raise AbliterateError(
                 f"host {host} isn't known here: {error.strerror}; give an address of --host"
             ) from None
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            found.bind(address)
-            return found
         except OSError as error:
-            found.close()
-            reason = error.strerror or str(error)
+            reason = os.strerror(error.errno) if error.errno else str(error)
     named = f"port {port}" if port is not None else f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
     raise AbliterateError(f"can't serve on {host}, {named}: {reason}; name another with --port")
 
@@ -132,8 +124,6 @@ def make_app(studio: Studio, *, host: str = "127.0.0.1", password: str | None = 
 
 
 def _auth(password: str) -> Callable[[str, str], Any]:
-    import asyncio
-
     async def check(_user: str, given: str) -> bool:
         if hmac.compare_digest(given.encode(), password.encode()):
             return True
@@ -146,31 +136,34 @@ def _auth(password: str) -> Callable[[str, str], Any]:
 class Guarded:
     """An ASGI application behind the checks that gradio leaves to others.
 
-    Requests for another host's name are refused, as are addresses that the page doesn't need and uploads that say they
-    are too large. Answers carry HEADERS: the browser fetches nothing from elsewhere either.
+    Requests for another host's name are refused, as are addresses that the page doesn't need, uploads that say they
+    are too large, and websockets. Answers carry HEADERS: the browser fetches nothing from elsewhere either.
     """
 
     def __init__(self, app: Any, names: tuple[str, ...] | None) -> None:
         self.app, self.names = app, names
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
-            return
-        given = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refusal(scope, given)
-        if refusal and scope["type"] == "http":
-            await _answer(send, *refusal)
-        elif refusal:
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            await self.app(scope, receive, _with_headers(send))
+        from starlette.datastructures import Headers, MutableHeaders
+        from starlette.responses import PlainTextResponse
+        from starlette.websockets import WebSocketClose
 
-    def _refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, str] | None:
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        if scope["type"] == "websocket":
+            await WebSocketClose(1008)(scope, receive, send)
+        elif scope["type"] == "http" and (refusal := self._refusal(scope["path"], Headers(scope=scope))):
+            await PlainTextResponse(refusal[1], refusal[0])(scope, receive, send)
+        else:
+            await self.app(scope, receive, with_headers)
+
+    def _refusal(self, path: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self.names is not None and host not in self.names:
             return 421, "this studio serves its own machine alone"
-        path = scope["path"]
         if not ROUTES.fullmatch(path):
             return 404, "the studio has no such page"
         if path.rstrip("/").endswith("/upload"):
@@ -182,32 +175,10 @@ class Guarded:
         return None
 
 
-def _with_headers(send: Any) -> Any:
-    """The same sender, HEADERS added to each answer."""
-
-    async def sender(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            given = [pair for pair in message["headers"] if pair[0].decode("latin-1").lower() not in HEADERS]
-            message = {**message, "headers": [*given, *((k.encode(), v.encode()) for k, v in HEADERS.items())]}
-        await send(message)
-
-    return sender
-
-
-async def _answer(send: Any, code: int, text: str) -> None:
-    body = text.encode()
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": code, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
 def quiet_gradio(temporary: Path) -> None:
     """Have gradio tell nobody and write nowhere else; before it is imported."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["GRADIO_TEMP_DIR"] = str(temporary)
-    os.environ["GRADIO_RUN_HISTORY"] = "False"
-    os.environ["GRADIO_SHARE"] = "False"
+    off = ("GRADIO_ANALYTICS_ENABLED", "GRADIO_RUN_HISTORY", "GRADIO_SHARE")
+    os.environ.update(dict.fromkeys(off, "False"), HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(temporary))
 
 
 def serve(
@@ -245,8 +216,8 @@ def serve(
 
         from abliterate.studio.folder import Folder
         from abliterate.studio.models import Models
-        from abliterate.studio.page import NO_RECIPE, Studio
         from abliterate.studio.session import Session
+        from abliterate.studio.shared import NO_RECIPE, Studio
 
         named = {**(granted or {}), **dict(pair for pair in (model, recipe) if pair)}
         recipe_name = recipe[0] if recipe else NO_RECIPE
