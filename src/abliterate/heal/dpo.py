@@ -10,7 +10,7 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from abliterate.cards.card import public_name
+from abliterate.common.names import public_name
 from abliterate.common.reporting import Reporter, Silent
 from abliterate.heal.preferences import as_row, load_preferences
 from abliterate.heal.training import Job, Training, write_configuration

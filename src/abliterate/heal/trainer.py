@@ -291,8 +291,9 @@ def _of_deepspeed() -> list[Any]:
         return []
     from deepspeed.runtime.fp16 import loss_scaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum]
+    return [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def save_adapter(trainer: Any, job: Job) -> Path:

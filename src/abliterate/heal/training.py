@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from abliterate.cards.card import public_name
 from abliterate.common.files import whole_file
+from abliterate.common.names import public_name
 from abliterate.settings.heal import HealRunSettings
 
 if TYPE_CHECKING:
