@@ -26,8 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.apply import Factors, factors
-from abliterate.apply.checkpoint.parameters import Parameters, open_parameters
 from abliterate.apply.norms import removed_keeping_norms
+from abliterate.apply.parameters import Parameters, open_parameters
 from abliterate.apply.weights import removed
 from abliterate.cards.card import adapter_card
 from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError, shorten

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from abliterate.apply.checkpoint import blocks
-from abliterate.apply.checkpoint.blocks import RAW, Block, HeldRows, add, take_out
+from abliterate.apply.checkpoint.blocks import FLOATS, take_out
 from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.removal import Factors, factors
 from abliterate.apply.weights import removed
@@ -27,12 +28,12 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 SIXTEEN = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def bits_of(tensor: torch.Tensor, dtype: str) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy().view(RAW[dtype]).reshape(tensor.shape).copy()
+def array_of(tensor: torch.Tensor, dtype: str) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy().view(FLOATS[dtype]).reshape(tensor.shape).copy()
 
 
-def tensor_of(bits: np.ndarray, dtype: str) -> torch.Tensor:
-    return torch.from_numpy(bits.view(np.uint8)).view(DTYPES[dtype]).view(bits.shape)
+def tensor_of(array: np.ndarray, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(array.view(np.uint8)).view(DTYPES[dtype]).view(array.shape)
 
 
 def drawn(dtype: str, *shape: int) -> torch.Tensor:
@@ -46,28 +47,33 @@ def change_of(d_model: int, k: int) -> tuple[Factors, ArrayFactors]:
     return found, ArrayFactors(found.left.numpy(), found.right.numpy())
 
 
-def edited(weight: torch.Tensor, dtype: str, change: ArrayFactors, **options: bool) -> torch.Tensor:
+def edited(weight: torch.Tensor, dtype: str, change: ArrayFactors, **options: Any) -> torch.Tensor:
     """`take_out` of a stack [outer, d_model, inner]."""
     outer, d_model, inner = weight.shape
-    rows = HeldRows(bits_of(weight, dtype).reshape(-1, d_model if inner == 1 else inner))
-    take_out(rows, dtype, (outer, d_model, inner), change, **options)
-    return tensor_of(rows.values, dtype).view(weight.shape)
+    rows = array_of(weight, dtype).reshape(-1, d_model if inner == 1 else inner)
+    new: list[np.ndarray] = []
+    take_out(
+        lambda low, into: np.copyto(into, rows[low : low + len(into)]), lambda block: new.append(block.copy()),
+        FLOATS[dtype], (outer, d_model, inner), change, **options,
+    )  # fmt: skip
+    return tensor_of(np.concatenate(new), dtype).view(weight.shape)
+
+
+NOTHING = ArrayFactors(np.zeros((0, 1), np.float32), np.zeros((0, 1), np.float32))
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_every_number_of_sixteen_bits_widens_to_itself(dtype):
-    bits = np.arange(2**16).astype(np.uint16)[None]
-    wanted = tensor_of(bits, dtype).float().numpy()
-    block = Block(dtype, bits.shape[1])
-    wide = block.load(HeldRows(bits), 0, 1)
-    finite = np.isfinite(wanted)
-    assert np.array_equal(wide[finite].view(np.uint32), wanted[finite].view(np.uint32))
-    assert block.finite == (dtype == "BF16")  # float16's infinities are told apart here, bfloat16's stay what they are
+    every = tensor_of(np.arange(2**16).astype(np.uint16).view(FLOATS[dtype]), dtype)
+    every = every[every.isfinite()]
+    new = edited(every.view(1, 1, -1), dtype, NOTHING).view(-1)
+    assert torch.equal(new.view(torch.int16), every.view(torch.int16))
+    assert np.array_equal(array_of(every, dtype).astype(np.float32), every.float().numpy())
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_rounding_is_to_the_nearest_and_ties_go_to_even(dtype):
-    every = tensor_of(np.arange(2**16).astype(np.uint16), dtype).float()
+    every = tensor_of(np.arange(2**16).astype(np.uint16).view(FLOATS[dtype]), dtype).float()
     every = every[every.isfinite()].sort().values
     ties = every[:-1] / 2 + every[1:] / 2
     drawn = torch.randn(10**5) * torch.randn(10**5).mul(3).exp()
@@ -75,20 +81,10 @@ def test_rounding_is_to_the_nearest_and_ties_go_to_even(dtype):
     if dtype == "F16":  # what rounds to infinity is refused
         numbers = numbers[numbers.abs() < 65504]
     wanted = numbers.to(DTYPES[dtype])
-    raw = np.empty((1, len(numbers)), np.uint16)
-    wide = numbers.numpy()[None].copy()
-    Block(dtype, len(numbers)).narrow(wide, raw, np.empty_like(wide))
-    differ = tensor_of(raw[0], dtype).float() != wanted.float()
-    assert torch.equal(raw_signs(raw), raw_signs(bits_of(wanted, dtype)[None]))
-    if dtype == "BF16":
-        assert not differ.any()
-    else:  # of its smallest numbers, a few in a million are rounded twice
-        assert (numbers[differ].abs() < 2.0**-14).all()
-        assert differ.float().mean() < 1e-4
-
-
-def raw_signs(raw: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy((raw >> 15).astype(np.int64))
+    new = edited(torch.zeros(1, 1, len(numbers)).to(DTYPES[dtype]), dtype, NOTHING, addition=numbers.numpy()[None])
+    assert torch.equal(new.view(-1), wanted)
+    rounded = array_of(wanted, dtype)
+    assert np.array_equal(numbers.numpy().astype(FLOATS[dtype]).view(np.uint16), rounded.view(np.uint16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,9 +143,9 @@ def test_a_value_that_is_not_finite_is_found(dtype, value, shape, keep_norms):
 
 
 def test_a_shift_that_overflows_is_found():
-    rows = HeldRows(bits_of(torch.full((1, 8), 65000.0).half(), "F16"))
+    bias, addition = torch.full((1, 8, 1), 65000.0).half(), np.full((1, 8), 1000, np.float32)
     with pytest.raises(NonFiniteError, match="bias"):
-        add(rows, "F16", np.full((1, 8), 1000, np.float32), name="bias")
+        edited(bias, "F16", change_of(8, 1)[1], addition=addition, name="bias")
 
 
 @pytest.mark.parametrize("centred", [False, True])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.apply import factors
 from abliterate.apply.checkpoint import blocks, pieces
-from abliterate.apply.checkpoint.form import local_folder
+from abliterate.apply.checkpoint.folder import local_folder
 from abliterate.apply.checkpoint.shards import read_shard
 from abliterate.apply.weights import bake, removed
 from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, OutputError, RecipeError, WriterError
@@ -125,7 +125,7 @@ def test_small_pieces_give_the_same_bytes(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "model", small_shards(torch.float32))
     for name, options in (("plain", {}), ("norms", {"norm_preserving": True})):
         apply_to(small_recipe(), folder, tmp_path / f"{name}-whole", **options)
-    monkeypatch.setattr(pieces, "PIECE", 100)
+    monkeypatch.setattr(pieces, "EDITED", 100)
     monkeypatch.setattr(blocks, "BLOCK", 20)
     for name, options in (("plain", {}), ("norms", {"norm_preserving": True})):
         apply_to(small_recipe(), folder, tmp_path / f"{name}-parts", **options)

@@ -164,10 +164,8 @@ def test_a_header_of_nothing_but_noise_is_the_projects_own_error(tmp_path):
 
 
 def test_a_shard_that_shrinks_while_it_is_read(tmp_path, folder, monkeypatch):
-    begin = pieces.begin
-    monkeypatch.setattr(
-        "abliterate.apply.checkpoint.form.begin", lambda *a: (begin(*a), os.truncate(folder / FIRST, 500))[0]
-    )
+    begin = pieces.Output.begin
+    monkeypatch.setattr(pieces.Output, "begin", lambda *a: (list(begin(*a)), os.truncate(folder / FIRST, 500))[0])
     with pytest.raises(ModelError, match="became shorter"):
         apply_to(small_recipe(), folder, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -1,127 +1,40 @@
-"""An edit's arithmetic on a stored weight, block by block, in numpy: memory stays in a core's cache. No files here.
+"""An edit's arithmetic on a stored weight, block by block: memory stays in a core's cache. No files here.
 
-A weight is read row by row, as often as it takes, widened to float32, changed, rounded once and handed on. What
-numpy has no dtype for (bfloat16) or is slow at (float16) is widened and rounded by shifting bits.
+A weight is read block by block, as often as it takes; each is widened to float32, changed, and rounded once, to the
+nearest and ties to even.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from abliterate.common.errors import NonFiniteError
+from abliterate.common.ranges import spans
 from abliterate.edit.algebra import LEAST_LEFT, ArrayFactors
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 Array = np.ndarray[Any, Any]
+Read = Callable[[int, Array], None]
+Blocks = Callable[[], Iterator[tuple[slice, Array, Array]]]  # which rows, they, and as much room
 
 BLOCK = 2**16  # elements at a time: widened, and once more for what is subtracted, they stay in a core's L2 cache
-# How each dtype of safetensors that can be edited lies in memory.
-RAW = {"F64": np.float64, "F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
-
-
-class Rows(Protocol):
-    """Rows of stored numbers that lie one after the other, as bits (`RAW`)."""
-
-    def load(self, low: int, high: int, into: Array) -> None:
-        """Read the rows from `low` up to `high`."""
-
-    def store(self, low: int, high: int, values: Array) -> None:
-        """Write them."""
-
-
-@dataclass
-class HeldRows:
-    """Rows in memory, [row, width]."""
-
-    values: Array
-
-    def load(self, low: int, high: int, into: Array) -> None:
-        into[...] = self.values[low:high]
-
-    def store(self, low: int, high: int, values: Array) -> None:
-        self.values[low:high] = values
-
-
-class Block:
-    """Room for some rows of a stored weight, and what takes them there and back.
-
-    Attributes:
-        step: how many rows it holds.
-    """
-
-    def __init__(self, dtype: str, width: int) -> None:
-        """For rows of `width` numbers of a safetensors dtype."""
-        self.dtype, self.step = dtype, max(1, BLOCK // max(1, width))
-        self.raw: Array = np.empty((self.step, width), RAW[dtype])
-        self.wide: Array = np.empty((self.step, width), np.float64 if dtype == "F64" else np.float32)
-        self.other: Array = np.empty_like(self.wide)
-        self.finite = True  # whether all that was read or written in a dtype without room for more was
-
-    def load(self, rows: Rows, low: int, high: int) -> Float[Array, "row width"]:
-        """Rows, widened; good until the next."""
-        raw, wide = self.raw[: high - low], self.wide[: high - low]
-        rows.load(low, high, raw)
-        self.widen(raw, wide)
-        return wide
-
-    def store(self, rows: Rows, low: int, high: int) -> None:
-        """Round what `load` gave, changed since, and write it."""
-        raw, wide = self.raw[: high - low], self.wide[: high - low]
-        self.narrow(wide, raw, self.other[: high - low])
-        rows.store(low, high, raw)
-
-    def widen(self, raw: Array, wide: Array) -> None:
-        if self.dtype == "BF16":  # the upper half of a float32
-            bits = wide.view(np.uint32)
-            np.copyto(bits, raw)
-            np.left_shift(bits, 16, out=bits)
-        elif self.dtype == "F16":  # sign to its place, the rest to where it is 2^-112 times its value
-            signed = wide.view(np.int32)
-            np.copyto(signed, raw.view(np.int16))
-            np.left_shift(signed, 13, out=signed)
-            np.bitwise_and(wide.view(np.uint32), np.uint32(0x8FFFE000), out=wide.view(np.uint32))
-            np.multiply(wide, np.float32(2.0**112), out=wide)
-            self.finite &= bool(np.max(wide, initial=0) < 2.0**16 and np.min(wide, initial=0) > -(2.0**16))
-        else:
-            np.copyto(wide, raw)
-
-    def narrow(self, wide: Array, raw: Array, other: Array) -> None:
-        """Round to nearest, ties to even; `wide` and `other` are used up."""
-        if self.dtype == "BF16":
-            _drop(wide.view(np.uint32), 16, other.view(np.uint32))
-            np.copyto(raw, wide.view(np.uint32), casting="unsafe")
-        elif self.dtype == "F16":
-            self.finite &= bool(np.max(wide, initial=0) < 65520 and np.min(wide, initial=0) > -65520)  # rounded: inf
-            np.multiply(wide, np.float32(2.0**-112), out=wide)
-            bits, spare = wide.view(np.uint32), other.view(np.uint32)
-            np.right_shift(bits, 16, out=spare)
-            np.bitwise_and(spare, np.uint32(0x8000), out=spare)
-            np.copyto(raw, spare, casting="unsafe")
-            _drop(bits, 13, spare)
-            np.bitwise_and(bits, np.uint32(0x7FFF), out=bits)
-            np.copyto(spare, raw)
-            np.bitwise_or(bits, spare, out=bits)
-            np.copyto(raw, bits, casting="unsafe")
-        else:
-            np.copyto(raw, wide)
-
-
-def _drop(bits: Array, count: int, spare: Array) -> None:
-    """Shift `count` bits out on the right, rounding to the nearest, ties to even."""
-    np.right_shift(bits, count, out=spare)
-    np.bitwise_and(spare, np.uint32(1), out=spare)
-    np.add(spare, np.uint32(2 ** (count - 1) - 1), out=spare)
-    np.add(bits, spare, out=bits)
-    np.right_shift(bits, count, out=bits)
+# The dtypes of safetensors that can be edited, as numpy has them.
+FLOATS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}  # fmt: skip
 
 
 def take_out(
-    rows: Rows, dtype: str, shape: tuple[int, int, int], change: ArrayFactors, *, keep_norms: bool = False,
+    read: Read, write: Callable[[Array], None], dtype: np.dtype[Any], shape: tuple[int, int, int],
+    change: ArrayFactors, *, keep_norms: bool = False, addition: Float[Array, "row width"] | None = None,
     name: str = "a weight",
 ) -> None:  # fmt: skip
     """W <- W - left^T (right W) for every matrix W [d_model, inner] of a stack [outer, d_model, inner].
@@ -129,126 +42,101 @@ def take_out(
     The arithmetic runs in float32 (float64 for float64), and the result is rounded once.
 
     Args:
-        rows: of the stack, `inner` numbers each; where `inner` is 1, d_model numbers each.
-        dtype: safetensors' name, of `RAW`.
+        read: fills an array with the stack's rows from one on, `inner` numbers each; where `inner` is 1, rows are the
+            vectors along d_model.
+        write: takes the new rows, in their order, some at a time; what it is given is good until the next.
+        dtype: of `FLOATS`.
         shape: outer, d_model, inner.
         change: left and right [k, d_model], from `algebra.taken_out`.
         keep_norms: rescale each column of W to the norm it had (see `apply.norms`).
+        addition: what is then added to the rows, float32: a shift in a bias.
         name: for the error.
 
     Raises:
         NonFiniteError: when a value is, or becomes, NaN or infinite.
     """
     outer, d_model, inner = shape
-    block = Block(dtype, d_model if inner == 1 else inner)
-    left, right = (np.ascontiguousarray(factor, block.wide.dtype) for factor in change)
+    room = _Room(dtype, d_model if inner == 1 else inner)
+    left, right = (np.ascontiguousarray(factor, room.wide.dtype) for factor in change)
+    at = 0
     with np.errstate(all="ignore"):  # said below, once
-        if inner == 1:
-            finite = _along_rows(rows, block, outer, left, right, keep_norms)
+        for blocks in room.matrices(read, outer, d_model, inner):
+            for block in _changed(blocks, left, right, keep_norms, name):
+                rows = block if inner > 1 else block.T
+                if addition is not None:
+                    np.add(rows, addition[at : at + len(rows)], out=rows)
+                new = room.stored[: len(rows)]
+                np.copyto(new, rows, casting="unsafe")
+                if dtype == np.float16 or addition is not None:
+                    _check_finite(new, name)
+                write(new)
+                at += len(rows)
+
+
+class _Room:
+    """Arrays for a block of rows, made once: as stored, widened, and for what is subtracted."""
+
+    def __init__(self, dtype: np.dtype[Any], width: int) -> None:
+        self.step = max(1, BLOCK // max(1, width))
+        self.stored: Array = np.empty((self.step, width), dtype)
+        self.wide: Array = np.empty((self.step, width), np.float64 if dtype == np.float64 else np.float32)
+        self.spare: Array = np.empty_like(self.wide)
+
+    def matrices(self, read: Read, outer: int, d_model: int, inner: int) -> Iterator[Blocks]:
+        """For each matrix W [d_model, inner], what gives its rows, widened, block by block, as often as it is asked.
+
+        Where `inner` is 1, some vectors along d_model are a matrix of which they are the columns, in one block.
+        """
+
+        def widened(count: int) -> tuple[Array, Array]:
+            np.copyto(self.wide[:count], self.stored[:count])
+            return self.wide[:count], self.spare[:count]
+
+        def across(first: int) -> Iterator[tuple[slice, Array, Array]]:
+            for low, high in spans(0, d_model, self.step):
+                read(first + low, self.stored[: high - low])
+                yield slice(low, high), *widened(high - low)
+
+        def along(count: int) -> Iterator[tuple[slice, Array, Array]]:
+            wide, spare = widened(count)
+            yield slice(None), wide.T, spare.T
+
+        if inner > 1:
+            for index in range(outer):
+                yield partial(across, index * d_model)
         else:
-            across = _keeping_norms if keep_norms else _across_rows
-            finite = all(across(rows, block, i * d_model, left, right) for i in range(outer))
-    if not (finite and block.finite):
+            for low, high in spans(0, outer, self.step):
+                read(low, self.stored[: high - low])
+                yield partial(along, high - low)
+
+
+def _changed(blocks: Blocks, left: Array, right: Array, keep_norms: bool, name: str) -> Iterator[Array]:
+    """A matrix's rows without what is taken out: first through all of it for right W, then for what is left."""
+    inside: Array = reduce(np.add, (right[:, rows] @ wide for rows, wide, _ in blocks()))
+    _check_finite(inside, name)
+
+    def without() -> Iterator[Array]:
+        for rows, wide, share in blocks():
+            for column, row in zip(left[:, rows], inside, strict=True):
+                np.subtract(wide, np.multiply(column[:, None], row, out=share), out=wide)
+            yield wide
+
+    if not keep_norms:
+        return without()
+    before, after = _norms(wide for _, wide, _ in blocks()), _norms(without())
+    keep = after > LEAST_LEFT * before  # `norms.rescaled` says why
+    factor = np.where(keep, before / np.where(keep, after, 1), 1).astype(left.dtype)
+    return (np.multiply(wide, factor, out=wide) for wide in without())
+
+
+def _norms(blocks: Iterator[Array]) -> Array:
+    """Of the columns of a matrix, summed in float64."""
+    norms: Array = np.sqrt(reduce(np.add, (np.einsum("ij,ij->j", wide, wide).astype(np.float64) for wide in blocks)))
+    return norms
+
+
+def _check_finite(values: Array, name: str) -> None:
+    if not np.isfinite(values).all():
         raise NonFiniteError(
             f"editing {name} gives NaN or infinite values: it holds some, or its dtype overflows; nothing was written"
         )
-
-
-def add(rows: Rows, dtype: str, addition: Float[Array, "row width"], *, name: str = "a weight") -> None:
-    """Add float32 numbers to rows.
-
-    Raises:
-        NonFiniteError: when a float16 overflows.
-    """
-    block = Block(dtype, addition.shape[1])
-    with np.errstate(all="ignore"):
-        for low in range(0, len(addition), block.step):
-            high = min(low + block.step, len(addition))
-            np.add(block.load(rows, low, high), addition[low:high], out=block.wide[: high - low])
-            block.store(rows, low, high)
-    if not block.finite:
-        raise NonFiniteError(f"a shift in {name} overflows its dtype; nothing was written")
-
-
-def _along_rows(rows: Rows, block: Block, count: int, left: Array, right: Array, keep: bool) -> bool:
-    """For rows that are the vectors along d_model; whether all stayed finite."""
-    finite = True
-    for low in range(0, count, block.step):
-        high = min(low + block.step, count)
-        wide = block.load(rows, low, high)
-        norms = np.sqrt(np.einsum("ij,ij->i", wide, wide)) if keep else None
-        inside = np.stack([wide @ row for row in right]) if len(right) else np.empty((0, len(wide)), wide.dtype)
-        _subtract(wide, inside, left, block)
-        if norms is not None:
-            wide *= _factor(norms, np.sqrt(np.einsum("ij,ij->i", wide, wide)))[:, None]
-        finite &= bool(np.isfinite(inside).all())
-        block.store(rows, low, high)
-    return finite
-
-
-def _across_rows(rows: Rows, block: Block, first: int, left: Array, right: Array) -> bool:
-    """For a matrix of which each row holds one feature of the stream: right W first, then W less its share of it."""
-    inside, _ = _inside(rows, block, first, right, squares=False)
-    if not np.isfinite(inside).all():
-        return False
-    for low, high in _steps(block, right):
-        wide = block.load(rows, first + low, first + high)
-        _subtract(wide, left[:, low:high], inside, block)
-        block.store(rows, first + low, first + high)
-    return True
-
-
-def _keeping_norms(rows: Rows, block: Block, first: int, left: Array, right: Array) -> bool:
-    """The same, and each column gets the norm it had: once more through the matrix, for the norms that are left."""
-    inside, before = _inside(rows, block, first, right, squares=True)
-    if not np.isfinite(inside).all():
-        return False
-    after = np.zeros_like(before)
-    for low, high in _steps(block, right):
-        wide = block.load(rows, first + low, first + high)
-        _subtract(wide, left[:, low:high], inside, block)
-        after += np.einsum("ij,ij->j", wide, wide)
-    factor = _factor(np.sqrt(before), np.sqrt(after)).astype(block.wide.dtype)
-    for low, high in _steps(block, right):
-        wide = block.load(rows, first + low, first + high)
-        _subtract(wide, left[:, low:high], inside, block)
-        np.multiply(wide, factor, out=wide)
-        block.store(rows, first + low, first + high)
-    return True
-
-
-def _inside(rows: Rows, block: Block, first: int, right: Array, *, squares: bool) -> tuple[Array, Array]:
-    """right W [k, inner], and with `squares` the sums of squares of W's columns, in float64."""
-    width = block.wide.shape[1]
-    inside, part = np.zeros((len(right), width), block.wide.dtype), np.empty(width, block.wide.dtype)
-    sums = np.zeros(width if squares else 0)
-    for low, high in _steps(block, right):
-        wide = block.load(rows, first + low, first + high)
-        for total, row in zip(inside, right, strict=True):
-            np.add(total, np.dot(row[low:high], wide, out=part), out=total)
-        if squares:
-            sums += np.einsum("ij,ij->j", wide, wide)
-    return inside, sums
-
-
-def _steps(block: Block, right: Array) -> list[tuple[int, int]]:
-    d_model = right.shape[1]
-    return [(low, min(low + block.step, d_model)) for low in range(0, d_model, block.step)]
-
-
-def _subtract(wide: Array, first: Array, second: Array, block: Block) -> None:
-    """wide <- wide - first^T second; first [k, row], second [k, width]."""
-    if not len(first):
-        return
-    product = block.other[: len(wide)]
-    if len(first) == 1:  # faster than a matrix product
-        np.multiply(first[0][:, None], second[0], out=product)
-    else:
-        np.matmul(first.T, second, out=product)
-    np.subtract(wide, product, out=wide)
-
-
-def _factor(norms: Array, left: Array) -> Array:
-    """What gives vectors the norms they had: `norms.rescaled`, where the why of the exception is."""
-    keep = left > LEAST_LEFT * norms
-    return np.where(keep, norms / np.where(keep, left, 1), 1)

@@ -14,24 +14,27 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
-from abliterate.apply.checkpoint.form import check_config, other_files, prepare, read_config, stored_parts, tied_names
+from abliterate.apply.checkpoint.folder import check_config, config_levels, other_files, read_config
 from abliterate.apply.checkpoint.pieces import WORKERS, Change, Piece, run_pieces
-from abliterate.apply.checkpoint.shards import StoredRange, read_index, read_shard, steps
+from abliterate.apply.checkpoint.shards import StoredRange, read_index, read_shard
+from abliterate.apply.checkpoint.work import prepare, stored_parts, tied_names
 from abliterate.common.errors import ModelError, OutputError
+from abliterate.common.ranges import spans
 from abliterate.common.reporting import Silent
 from abliterate.edit.algebra import ArrayFactors
-from abliterate.edit.recipe_file import RecipeFile, as_arrays
+from abliterate.edit.recipe_file import RecipeFile
 from abliterate.edit.stored_tensor import Shape
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
-    from abliterate.edit.recipe import Recipe
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 PROBE_BYTES = 64 * 2**20
@@ -61,16 +64,7 @@ class Amounts:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Bytes a second of this machine: copied, edited, and synced to the disk."""
-
-    copied: float
-    edited: float
-    synced: float
-
-
-def plan_checkpoint(recipe: Recipe | RecipeFile, folder: Path, out: Path, options: ApplyOptions) -> dict[str, Any]:
+def plan_checkpoint(recipe: RecipeFile, folder: Path, out: Path, options: ApplyOptions) -> dict[str, Any]:
     """Say what `apply_checkpoint` would do; nothing is left on the disk.
 
     Args:
@@ -86,21 +80,22 @@ def plan_checkpoint(recipe: Recipe | RecipeFile, folder: Path, out: Path, option
     Raises:
         As `apply_checkpoint`; ModelError too when neither shards nor index tell how much there is.
     """
-    recipe = as_arrays(recipe)
-    amounts = _exact(recipe, folder, options) if _shards_there(folder) else estimate(recipe, folder, options)
+    check_config(recipe, folder, force=options.force)
+    amounts = (_exact if _shards_there(folder) else _estimate)(recipe, folder, options)
     place = out.absolute()
     while not place.is_dir():
         place = place.parent
-    rates = probe(place if os.access(place, os.W_OK) else Path(tempfile.gettempdir()), recipe.edit.d_model)
+    rates = _probe(place if os.access(place, os.W_OK) else Path(tempfile.gettempdir()), recipe.edit.d_model)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "form": "checkpoint",
         "plan": True,
         "out": str(out),
         **asdict(amounts),
-        "seconds": round(seconds(amounts, rates, free_memory()), 1),
-        "memory_bytes": peak_resident() + SCRATCH,
+        "seconds": round(_seconds(amounts, rates), 1),
+        "memory_bytes": peak + SCRATCH,
         "free_bytes": shutil.disk_usage(place).free,
-        "rates": {name: round(value) for name, value in asdict(rates).items()},
+        "rates": {name: round(value) for name, value in rates.items()},
     }
 
 
@@ -111,24 +106,20 @@ def _shards_there(folder: Path) -> bool:
 
 
 def _exact(recipe: RecipeFile, folder: Path, options: ApplyOptions) -> Amounts:
-    check_config(recipe, folder, force=options.force)
     work = prepare(recipe, folder, options, source=folder.name)
-    written = work.total_bytes(in_place=options.in_place)
-    outputs = [o for o in work.outputs.values() if o.touched or not options.in_place]
-    return Amounts(
-        written, written, work.edited_bytes(), work.tensors, work.writers, len(outputs), True,
-        work.notes,
-    )  # fmt: skip
+    total, outputs, told = work.total_bytes(options.in_place), work.written(options.in_place), work.summary
+    edited = sum(o.shard.tensors[name].nbytes for o in outputs.values() for name in o.changes)
+    return Amounts(total, total, edited, told["tensors"], told["writers"], len(outputs), True, told["notes"])
 
 
-def estimate(recipe: RecipeFile, folder: Path, options: ApplyOptions) -> Amounts:
+def _estimate(recipe: RecipeFile, folder: Path, options: ApplyOptions) -> Amounts:
     """The same from config.json and the index alone."""
     config, index = read_config(folder), read_index(folder)
     if index is None:
         raise ModelError(f"model folder {folder} holds neither safetensors nor their index; a plan needs one of them")
-    check_config(recipe, folder, force=options.force)
-    stored = stored_parts(recipe, folder, config, _shapes(folder, index["weight_map"]))
-    entries = {tensor.name: tensor for tensors in stored.values() for tensor in tensors}
+    files: dict[str, str] = index["weight_map"]
+    stored = stored_parts(recipe, folder, config, _shapes(folder, files))
+    edited = {tensor.name: math.prod(tensor.shape) for tensors in stored.values() for tensor in tensors}
     item, dtype = _item_bytes(config)
     notes = [f"the shards are not here: sizes are those of {dtype}, which config.json says the weights are"]
     total = (index.get("metadata") or {}).get("total_size")
@@ -138,22 +129,18 @@ def estimate(recipe: RecipeFile, folder: Path, options: ApplyOptions) -> Amounts
         total = sum(p.numel() for p in skeleton(folder).model.parameters()) * item
         notes.append("the index doesn't say how large the weights are; the model's shapes do")
     more = 0
-    names = tied_names(recipe, folder, config, set(index["weight_map"]), set(entries))
-    if names is not None and not options.keep_tied and names[1] not in index["weight_map"]:
-        more = math.prod(entries[names[0]].shape) * item
-        notes.append(f"embedding and head are tied; the head is written as {names[1]}, unedited")
+    tied = tied_names(recipe, folder, config, set(files), set(edited))
+    if tied is not None and not options.keep_tied and tied[1] not in files:
+        more = edited[tied[0]] * item
+        notes.append(f"embedding and head are tied; the head is written as {tied[1]}, unedited")
     if recipe.edit.shifts:
         notes.append("shifts go into biases, which the plan doesn't count")
-    files = set(index["weight_map"].values())
     if options.in_place:
-        files = {index["weight_map"][name] for name in entries}
         notes.append("in place, only shards with edited tensors are written; without them here, all are counted")
-    copies, _ = other_files(folder, set())
-    others = sum((folder / path).stat().st_size for path in copies)
-    edited = {name: math.prod(t.shape) * item for name, t in entries.items()}
+    written = {files[name] for name in (edited if options.in_place else files)}
+    total += sum((folder / path).stat().st_size for path in other_files(folder, set())[0])
     return Amounts(
-        total + others, total + more + others, sum(edited.values()), len(entries), len(stored), len(files), False,
-        notes,
+        total, total + more, sum(edited.values()) * item, len(edited), len(stored), len(written), False, notes,
     )  # fmt: skip
 
 
@@ -168,77 +155,58 @@ def _shapes(folder: Path, weight_map: dict[str, str]) -> dict[str, Shape | None]
 
 def _item_bytes(config: dict[str, Any]) -> tuple[int, str]:
     """Bytes per weight and its dtype, as the config has it; bfloat16 where it doesn't say."""
-    for level in (config, *(value for value in config.values() if isinstance(value, dict))):
-        name = level.get("dtype") or level.get("torch_dtype")
-        if name in ITEM_BYTES:
-            return ITEM_BYTES[name], name
-    return 2, "bfloat16"
+    named = [level.get("dtype") or level.get("torch_dtype") for level in config_levels(config)]
+    dtype = next((name for name in named if name in ITEM_BYTES), "bfloat16")
+    return ITEM_BYTES[dtype], dtype
 
 
-def probe(folder: Path, d_model: int) -> Rates:
-    """Time the same code on some MiB in a folder; they are removed again.
+def _probe(folder: Path, d_model: int) -> dict[str, float]:
+    """Bytes a second of this machine, `copied`, `edited` and `synced` to the disk: the same code is timed on some MiB
+    in a folder, which are removed again.
 
     Raises:
         OutputError: when the folder can't hold them.
     """
-    size = PROBE_BYTES
+    inner = max(1, PROBE_BYTES // 8 // 2 // d_model)
+    tensor = StoredRange("probe", "BF16", (d_model, inner), 0, 2 * d_model * inner)
+    vector = np.full((1, d_model), d_model**-0.5, np.float32)
+    change = Change(0, ArrayFactors(vector, vector))
+    values = np.random.default_rng(0).standard_normal((d_model, inner), np.float32).astype(ml_dtypes.bfloat16)
     try:
         with tempfile.TemporaryDirectory(prefix=".abliterate-probe-", dir=folder) as temporary:
             source, target = Path(temporary) / "source", Path(temporary) / "target"
-            source.write_bytes(os.urandom(2**20) * (size // 2**20))
+            source.write_bytes(values.tobytes() * 8)
             target.touch()
-            copied = _timed([Piece(source, target, low, low, high - low) for low, high in steps(0, size, size // 8)])
-            d_model = max(1, d_model)
-            inner = max(1, size // 8 // 2 // d_model)
-            vector = np.full((1, d_model), d_model**-0.5, np.float32)
-            tensor = StoredRange("probe", "BF16", (d_model, inner), 0, 2 * d_model * inner)
-            bits = np.random.default_rng(0).standard_normal((d_model, inner), np.float32).view(np.uint32)
-            values = (bits >> 16).astype(np.uint16).tobytes()
-            source.write_bytes(values * 8)
-            change = Change(0, ArrayFactors(vector, vector))
-            pieces = [Piece(source, target, i * len(values), i * len(values), len(values), tensor, change)
-                      for i in range(8)]  # fmt: skip
-            _timed(pieces[:WORKERS])  # the first product of a process sets things up
-            edited = _timed(pieces)
-            started = time.perf_counter()
+            places = list(spans(0, 8 * tensor.nbytes, tensor.nbytes))
+            copies = [Piece(source, target, low, low, high - low) for low, high in places]
+            edits = [Piece(source, target, low, low, high - low, tensor, change) for low, high in places]
+            taken = {"copied": _timed(lambda: run_pieces(copies, Silent()))}
+            run_pieces(edits[:WORKERS], Silent())  # the first product of a process sets things up
+            taken["edited"] = _timed(lambda: run_pieces(edits, Silent()))
             with target.open("r+b") as file:
-                os.fsync(file.fileno())
-            synced = time.perf_counter() - started
+                taken["synced"] = _timed(lambda: os.fsync(file.fileno()))
     except OSError as error:
         raise OutputError(
             f"can't try how fast {folder} is: {error.strerror}; name another folder with --out"
         ) from error
-    return Rates(size / copied, 8 * len(values) / edited, size / max(synced, 1e-6))
+    return {name: 8 * tensor.nbytes / seconds for name, seconds in taken.items()}
 
 
-def _timed(pieces: list[Piece]) -> float:
+def _timed(work: Callable[[], None]) -> float:
     started = time.perf_counter()
-    run_pieces(pieces, Silent())
+    work()
     return max(1e-6, time.perf_counter() - started)
 
 
-def seconds(amounts: Amounts, rates: Rates, memory: int) -> float:
+def _seconds(amounts: Amounts, rates: dict[str, float]) -> float:
     """How long it takes: what fits in memory goes as fast as in the probe, the rest as fast as the disk syncs.
 
-    Args:
-        amounts: what there is to do.
-        rates: of this machine.
-        memory: bytes of it that are free; a fifth of it is written to before a writer has to wait for the disk.
+    A fifth of the free memory is written to before a writer has to wait for the disk.
     """
-    copying = (amounts.bytes_written - amounts.bytes_edited) / rates.copied + amounts.bytes_edited / rates.edited
-    waiting = max(0, amounts.bytes_written - memory // 5) / rates.synced
-    return max(copying, waiting)
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be had."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
-        return 0
-
-
-def peak_resident() -> int:
-    """Most bytes that this process has held resident so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        free = 0
+    edited = amounts.bytes_edited
+    copying = (amounts.bytes_written - edited) / rates["copied"] + edited / rates["edited"]
+    return max(copying, max(0, amounts.bytes_written - free // 5) / rates["synced"])

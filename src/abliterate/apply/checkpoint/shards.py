@@ -1,4 +1,4 @@
-"""Safetensors checkpoints on disk: strict headers, the index, byte ranges read and written. No arithmetic here.
+"""Safetensors checkpoints on disk: strict headers, the index, and where each tensor's bytes are. No arithmetic here.
 
 A checkpoint is a folder with `model.safetensors`, or with shards and `model.safetensors.index.json`. Everything
 is checked before the first byte is written: a header that lies about its file would otherwise be found out
@@ -7,21 +7,20 @@ half-way through.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abliterate.common.errors import ModelError, shorten
+from abliterate.common.ranges import read_into
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
-COPY_STEP = 64 * 2**20
 # Bits per element of every dtype the format has.
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
@@ -51,6 +50,25 @@ class StoredRange:
 
 
 @dataclass(frozen=True)
+class NewTensor:
+    """A tensor that a shard is given.
+
+    Attributes:
+        name, dtype, shape: for the header.
+        content: its bytes, or the tensor of the same shard that it is a copy of.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    content: bytes | StoredRange
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
+
+
+@dataclass(frozen=True)
 class Shard:
     """A safetensors file whose header has been read and checked.
 
@@ -68,30 +86,18 @@ class Shard:
     header: dict[str, Any]
     tensors: dict[str, StoredRange]
 
-    def with_tensors(self, added: Sequence[StoredRange]) -> tuple[bytes, dict[str, StoredRange]]:
-        """The head of a file that holds these tensors too, after its own.
-
-        Args:
-            added: name, dtype, shape and size are taken; where they lie is not.
-
-        Returns:
-            The new file's first bytes (length and header), and where each added tensor goes in the new file.
-        """
-        header = dict(self.header)
-        end = self.size - self.data_start
+    def with_tensors(self, added: Sequence[NewTensor]) -> tuple[bytes, list[StoredRange]]:
+        """The first bytes (length and header) of a file that holds these tensors too, after its own; and where each
+        goes in that file."""
+        header, end = dict(self.header), self.size - self.data_start
         for tensor in added:
-            header[tensor.name] = {
-                "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes],
-            }  # fmt: skip
+            offsets = [end, end + tensor.nbytes]
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
             end += tensor.nbytes
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         head = len(text).to_bytes(8, "little") + text
-        places = {}
-        for tensor in added:
-            start, stop = (len(head) + offset for offset in header[tensor.name]["data_offsets"])
-            places[tensor.name] = StoredRange(tensor.name, tensor.dtype, tensor.shape, start, stop)
-        return head, places
+        return head, [_range(self.path, tensor.name, header[tensor.name], len(head)) for tensor in added]
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,12 @@ class Checkpoint:
         shards: file name -> shard, in the order of the files' names.
         index: the index's JSON, or None for a single file.
         files: tensor name -> name of the file that loading takes it from.
-        beside: safetensors files of the folder that loading doesn't take (copies in another layout).
     """
 
     folder: Path
     shards: dict[str, Shard]
     index: dict[str, Any] | None
     files: dict[str, str]
-    beside: tuple[str, ...]
 
     def tensor(self, name: str) -> StoredRange:
         """Where a tensor lies in its file.
@@ -121,6 +125,14 @@ class Checkpoint:
         if name not in self.files:
             raise ModelError(f"model folder {self.folder} has no tensor {name}")
         return self.shards[self.files[name]].tensors[name]
+
+    def raw(self, name: str) -> bytearray:
+        """A tensor's bytes."""
+        place = self.tensor(name)
+        data = bytearray(place.nbytes)
+        with self.shards[self.files[name]].path.open("rb") as file:
+            read_into(file.fileno(), place.start, memoryview(data))
+        return data
 
 
 def read_shard(path: Path) -> Shard:
@@ -251,7 +263,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for tensor, file in files.items():
         if tensor not in shards[file].tensors:
             raise ModelError(f"model folder {folder}: {INDEX} says that {file} holds {tensor}, and it doesn't")
-    return Checkpoint(folder, shards, index, files, tuple(name for name in there if name not in shards))
+    return Checkpoint(folder, shards, index, files)
 
 
 def _no_weights(folder: Path, there: list[str]) -> str:
@@ -264,73 +276,18 @@ def _no_weights(folder: Path, there: list[str]) -> str:
     return "there are no weights (*.safetensors) in it; get the model's files again"
 
 
-def read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill the buffer from a file at an offset.
-
-    Raises:
-        ModelError: when the file ends before (it was changed since its header was checked).
-    """
-    done = 0
-    while done < len(buffer):
-        got = os.preadv(fd, [buffer[done : done + 2**30]], offset + done)
-        if got == 0:
-            raise ModelError("a shard became shorter while it was read; is something else writing to it?")
-        done += got
-
-
-def write_from(fd: int, buffer: memoryview, offset: int) -> None:
-    """Write the whole buffer to a file at an offset."""
-    done = 0
-    while done < len(buffer):
-        done += os.pwrite(fd, buffer[done : done + 2**30], offset + done)
-
-
-def copy_range(source: int, target: int, start: int, at: int, count: int) -> None:
-    """Copy bytes from file to file, in the kernel where it can.
-
-    Args:
-        source, target: open file descriptors.
-        start: offset in the source.
-        at: offset in the target.
-        count: bytes.
-    """
-    in_kernel = getattr(os, "copy_file_range", None)
-    while count and in_kernel:
-        try:
-            done = in_kernel(source, target, count, start, at)
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY):
-                break  # other file systems, old kernels, sandboxes: copied by hand
-            raise
-        if done == 0:
-            break  # some file systems copy nothing and say so; a file cut short is found below
-        start, at, count = start + done, at + done, count - done
-    buffer = memoryview(bytearray(min(count, 4 * 2**20)))
-    while count:
-        part = buffer[: min(count, len(buffer))]
-        read_into(source, part, start)
-        write_from(target, part, at)
-        start, at, count = start + len(part), at + len(part), count - len(part)
-
-
-def steps(start: int, end: int, step: int = COPY_STEP) -> Iterator[tuple[int, int]]:
-    """A range cut into pieces of at most `step`."""
-    for low in range(start, end, step):
-        yield low, min(low + step, end)
-
-
-def index_with(index: Mapping[str, Any], added: Mapping[str, tuple[str, StoredRange]]) -> dict[str, Any]:
+def index_with(index: Mapping[str, Any], added: Mapping[str, Sequence[NewTensor]]) -> dict[str, Any]:
     """An index that also names these tensors.
 
     Args:
         index: the index's JSON.
-        added: tensor name -> (file that holds it, the tensor).
+        added: file -> the tensors that it is given.
     """
-    weight_map = {**index["weight_map"], **{name: file for name, (file, _) in added.items()}}
-    metadata = dict(index.get("metadata") or {})
+    weight_map = {**index["weight_map"], **{tensor.name: file for file in added for tensor in added[file]}}
+    metadata, tensors = dict(index.get("metadata") or {}), [tensor for held in added.values() for tensor in held]
     totals = {
-        "total_size": sum(tensor.nbytes for _, tensor in added.values()),
-        "total_parameters": sum(math.prod(tensor.shape) for _, tensor in added.values()),
+        "total_size": sum(tensor.nbytes for tensor in tensors),
+        "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
     }
     for key, more in totals.items():
         if isinstance(metadata.get(key), int | float):

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.apply.checkpoint.folder import local_folder
 from abliterate.apply.checkpoint.shards import open_checkpoint
 from abliterate.common.errors import ModelError, WriterError, shorten
 from abliterate.models.handle import Handle
+from abliterate.models.loading import load
 from abliterate.models.stored import StoredTensor, checkpoint_shapes, names_in, resolved, skeleton, stored_tensors
 from abliterate.models.writers import Writer, layout
 
@@ -140,9 +142,6 @@ def open_parameters(model: str, revision: str | None = None) -> Parameters:
         model: folder, Hub id or GGUF file.
         revision: of a Hub model.
     """
-    from abliterate.apply.checkpoint.form import local_folder
-    from abliterate.models.loading import load
-
     path = Path(model).expanduser()
     if path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors"))):
         return Parameters(load(model, revision=revision))
