@@ -11,8 +11,7 @@ from huggingface_hub import ModelCard
 
 from abliterate.bench.cards import model_index, write_cards, write_index
 from abliterate.bench.models import Contestant
-from abliterate.bench.run import BenchResult
-from abliterate.bench.table import Table
+from abliterate.bench.table import BenchResult, Table
 from abliterate.cards.card import with_benchmark
 
 ROWS: list[dict[str, Any]] = [

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from abliterate.bench.harness import Row
 from abliterate.bench.store import TaskScores
-from abliterate.bench.table import cells_as_text, make_table, markdown
+from abliterate.bench.table import Row, cells_as_text, make_table, markdown
 
 
 def scores(task: str, values: list[float] | None, **more: Any) -> TaskScores:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.bench.models import Contestant
-from abliterate.bench.run import BenchResult
-from abliterate.bench.table import AVERAGE
+from abliterate.bench.table import AVERAGE, BenchResult
 from abliterate.common.files import whole_file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import math
@@ -10,36 +11,18 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from abliterate.bench.quick import QUICK_TASKS, quick_task
 from abliterate.bench.store import TaskScores
-from abliterate.bench.suites import METRICS, Suite, SuiteTask
+from abliterate.bench.suites import SUITES, Suite, SuiteTask
+from abliterate.bench.table import Row
 from abliterate.common.errors import AbliterateError, shorten
 
 if TYPE_CHECKING:
     from abliterate.bench.scoring import ScoredModel
 
 SEED = 1234  # of the choice of worked examples and of what is sampled, as the harness has it
-
-
-@dataclass
-class Row:
-    """A row of the table: a task, or a group of tasks whose items are counted together.
-
-    Attributes:
-        name: what was asked for.
-        tasks: names of the tasks it is made of.
-        metric, filter: what it is read by; None where it is found when scores are there.
-        chat: whether its questions become a user's turn where nothing else is asked for.
-    """
-
-    name: str
-    tasks: list[str]
-    metric: str | None
-    filter: str | None
-    chat: bool = False
 
 
 def check_installed() -> str:
@@ -144,10 +127,6 @@ def _check_runs(tasks: dict[str, Any]) -> None:
 
 def unknown(name: str) -> str:
     """The error for a name that the harness doesn't have, with those that look like it."""
-    import difflib
-
-    from abliterate.bench.suites import SUITES
-
     close = difflib.get_close_matches(name, [*SUITES, *QUICK_TASKS, *manager().all_tasks], n=3)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
     return (
@@ -289,24 +268,6 @@ def _item_scores(samples: Sequence[dict[str, Any]], metric: str, name: str) -> l
                 return None
             scores.append(float(value))
     return scores or None
-
-
-def metric_of(scores: TaskScores, row: Row) -> str:
-    """The "metric,filter" that a row is read by.
-
-    Raises:
-        AbliterateError: the task gives no such metric.
-    """
-    names = [row.metric] if row.metric else [*METRICS, *(key.split(",")[0] for key in scores.metrics)]
-    for name in names:
-        for key in scores.metrics:
-            metric, extraction = key.split(",", 1)
-            if metric == name and row.filter in (None, extraction):
-                return key
-    raise AbliterateError(
-        f"task {scores.task} gives no metric {row.metric or ''} (it gives: {', '.join(scores.metrics) or 'none'}); "
-        "the installed lm-evaluation-harness has another version of it"
-    )
 
 
 def config_of(task: Any) -> dict[str, Any]:

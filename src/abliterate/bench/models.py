@@ -206,9 +206,9 @@ def has_template(source: str, settings: LoadSettings) -> bool:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        from gguf import GGUFReader
+        from abliterate.apply.gguf.file import open_gguf
 
-        return GGUFReader(str(path)).get_field("tokenizer.chat_template") is not None
+        return "tokenizer.chat_template" in open_gguf(path, part=True).metadata
     from transformers import AutoTokenizer
 
     try:

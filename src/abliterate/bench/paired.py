@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 FLIPS = 10_000
 EXACT = 14  # differences whose signs are all tried: 2^14 sums
@@ -32,12 +31,6 @@ class Comparison:
     better: int
     worse: int
     items: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "difference": self.difference, "stderr": self.stderr, "p": self.p, "test": self.test,
-            "better": self.better, "worse": self.worse, "items": self.items,
-        }  # fmt: skip
 
 
 def compare(model: Sequence[float], reference: Sequence[float]) -> Comparison:

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterate.bench.cards import write_index
 from abliterate.bench.models import Contestant, describe, fingerprint, has_template, opened
 from abliterate.bench.store import Store, TaskScores, default_folder, key_of
 from abliterate.bench.suites import Suite, suite_of
-from abliterate.bench.table import Table, make_table, markdown
+from abliterate.bench.table import BenchResult, Row, Table, make_table, markdown
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import check_folder, whole_folder
 from abliterate.common.reporting import Reporter, Silent, Tick
 from abliterate.settings.run import LoadSettings
 
 if TYPE_CHECKING:
-    from abliterate.bench.harness import Row
     from abliterate.models.handle import Handle
 
 SCHEMA = 1
@@ -51,21 +51,6 @@ class BenchOptions:
     fresh: bool = False
     force: bool = False
     store: str | os.PathLike[str] | None = None
-
-
-@dataclass
-class BenchResult:
-    """What a benchmark found.
-
-    Attributes:
-        document: results.json.
-        table: the rows, with their comparisons.
-        text: the table as Markdown.
-    """
-
-    document: dict[str, Any]
-    table: Table
-    text: str
 
 
 @dataclass
@@ -116,7 +101,6 @@ def bench(
         >>> found.table.rows[0].name
         'quick_knowledge'
     """
-    from abliterate.bench.cards import write_index
     from abliterate.bench.harness import build, check_installed, override_shots, quiet
 
     version = check_installed()

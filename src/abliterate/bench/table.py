@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from abliterate.bench.paired import LEVEL, Comparison, compare, holm, mean, sign_flips, stderr
 from abliterate.bench.store import TaskScores
-
-if TYPE_CHECKING:
-    from abliterate.bench.harness import Row
+from abliterate.bench.suites import METRICS
+from abliterate.common.errors import AbliterateError
 
 AVERAGE = "average"
 BETTER, WORSE = "▲", "▼"
+
+
+@dataclass
+class Row:
+    """A row of the table: a task, or a group of tasks whose items are counted together.
+
+    Attributes:
+        name: what was asked for.
+        tasks: names of the tasks it is made of.
+        metric, filter: what it is read by; None where it is found when scores are there.
+        chat: whether its questions become a user's turn where nothing else is asked for.
+    """
+
+    name: str
+    tasks: list[str]
+    metric: str | None
+    filter: str | None
+    chat: bool = False
 
 
 @dataclass
@@ -80,7 +97,7 @@ class Table:
                     label: {
                         "score": cell.score, "stderr": cell.stderr,
                         "against_reference": None if cell.comparison is None else
-                        {**cell.comparison.to_json(), "p_holm": None if row is self.average else cell.p_corrected,
+                        {**asdict(cell.comparison), "p_holm": None if row is self.average else cell.p_corrected,
                          "more_than_chance": bool(cell.mark)},
                     }
                     for label, cell in zip(self.labels, row.cells, strict=True)
@@ -88,6 +105,21 @@ class Table:
             }
             for row in (*self.rows, *([self.average] if self.average else []))
         ]  # fmt: skip
+
+
+@dataclass
+class BenchResult:
+    """What a benchmark found.
+
+    Attributes:
+        document: results.json.
+        table: the rows, with their comparisons.
+        text: the table as Markdown.
+    """
+
+    document: dict[str, Any]
+    table: Table
+    text: str
 
 
 def make_table(rows: Sequence[Row], labels: Sequence[str], scores: Sequence[dict[str, TaskScores]]) -> Table:
@@ -98,46 +130,58 @@ def make_table(rows: Sequence[Row], labels: Sequence[str], scores: Sequence[dict
         labels: the models' names.
         scores: per model, by task.
     """
-    made = [_row(row, scores) for row in rows]
     per_item = [[_items(row, found) for found in scores] for row in rows]
+    made = [_row(row, scores, own) for row, own in zip(rows, per_item, strict=True)]
     for column in range(1, len(labels)):
-        tested = [row for row in made if row.cells[column].comparison is not None]
-        corrected = holm([cell.comparison.p for row in tested if (cell := row.cells[column]).comparison is not None])
-        for row, p in zip(tested, corrected, strict=True):
-            row.cells[column].p_corrected = p
+        cells = [row.cells[column] for row in made]
+        compared = [(cell, cell.comparison.p) for cell in cells if cell.comparison is not None]
+        for (cell, _), p in zip(compared, holm([p for _, p in compared]), strict=True):
+            cell.p_corrected = p
     return Table(list(labels), made, _average(made, per_item))
 
 
-def _row(row: Row, scores: Sequence[dict[str, TaskScores]]) -> TableRow:
-    from abliterate.bench.harness import metric_of
-
+def _row(row: Row, scores: Sequence[dict[str, TaskScores]], own: Sequence[list[float] | None]) -> TableRow:
     first = scores[0][row.tasks[0]]
     metric = metric_of(first, row)
-    own = [_items(row, found) for found in scores]
+    hashes = [[found[task].hashes for task in row.tasks] for found in scores]
     shown = TableRow(
         row.name,
         metric,
         max(scores[0][task].shots for task in row.tasks),
         first.chat,
-        sum(len(scores[0][task].hashes) for task in row.tasks),
+        sum(map(len, hashes[0])),
         first.higher_is_better.get(metric.split(",")[0], True),
     )
-    for found, values in zip(scores, own, strict=True):
+    for found, values, asked in zip(scores, own, hashes, strict=True):
         cell = Cell(*found[row.tasks[0]].metrics[metric]) if values is None else Cell(mean(values), stderr(values))
-        same = all(found[task].hashes == scores[0][task].hashes for task in row.tasks)
-        reference = own[0]
-        if shown.cells and same and values is not None and reference is not None:
-            cell.comparison = compare(values, reference)
+        if shown.cells and asked == hashes[0] and values is not None and own[0] is not None:
+            cell.comparison = compare(values, own[0])
         shown.cells.append(cell)
     return shown
 
 
 def _items(row: Row, found: dict[str, TaskScores]) -> list[float] | None:
     """Scores of all items of a row; None where one of its tasks has none per item."""
-    from abliterate.bench.harness import metric_of
-
     parts = [found[task].items.get(metric_of(found[task], row)) for task in row.tasks]
     return None if any(part is None for part in parts) else [value for part in parts for value in part or ()]
+
+
+def metric_of(scores: TaskScores, row: Row) -> str:
+    """The "metric,filter" that a row is read by.
+
+    Raises:
+        AbliterateError: the task gives no such metric.
+    """
+    names = [row.metric] if row.metric else [*METRICS, *(key.split(",")[0] for key in scores.metrics)]
+    for name in names:
+        for key in scores.metrics:
+            metric, extraction = key.split(",", 1)
+            if metric == name and row.filter in (None, extraction):
+                return key
+    raise AbliterateError(
+        f"task {scores.task} gives no metric {row.metric or ''} (it gives: {', '.join(scores.metrics) or 'none'}); "
+        "the installed lm-evaluation-harness has another version of it"
+    )
 
 
 def _average(rows: Sequence[TableRow], per_item: Sequence[Sequence[list[float] | None]]) -> TableRow | None:

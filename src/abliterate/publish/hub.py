@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
@@ -26,7 +26,7 @@ FIRST_WAIT = 1.0  # seconds, doubled each time
 # What may be otherwise a moment later: the server's troubles, and its asking for patience.
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
-T = TypeVar("T")
+Pushed = tuple[str, str, "str | None"]  # the repository's name and address, and the commit that holds all
 
 
 class HubError(AbliterateError):
@@ -90,7 +90,7 @@ def push(
         # made once: they know the hashes of large files, which take long to compute
         operations = {item.path: CommitOperationAdd(item.path, item.content) for item in parcel.items}
 
-        def attempt() -> tuple[str, str, str | None]:
+        def attempt() -> Pushed:
             name, url = _opened(api, repo, private, revision)
             return name, url, _committed(api, name, revision, parcel, operations, sent, reporter)
 
@@ -176,7 +176,7 @@ def _token() -> str:
     return token
 
 
-def _tried(push_once: Callable[[], T], sent: set[str], say: Callable[[str], None]) -> T:
+def _tried(push_once: Callable[[], Pushed], sent: set[str], say: Callable[[str], None]) -> Pushed:
     """Push, and again after 1, 2, 4 ... seconds where the failure may pass.
 
     huggingface_hub tries most requests again by itself, but neither the making of a repository nor a commit. Whether

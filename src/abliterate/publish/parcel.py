@@ -91,11 +91,11 @@ def pack(path: Path) -> Parcel:
 
 
 def _of_file(path: Path) -> Parcel:
-    if path.suffix.lower() == ".gguf":
-        return Parcel("gguf", [Item(path.name, path), *_made_card([path])], made_card=True)
-    if path.suffix.lower() == ".safetensors":
-        return Parcel("recipe", [Item(path.name, path), Item("README.md", _recipe_card(path))], made_card=True)
-    raise OutputError(f"{path} is neither a recipe (.safetensors) nor a GGUF file; name one, or a folder")
+    if path.suffix.lower() not in (".gguf", ".safetensors"):
+        raise OutputError(f"{path} is neither a recipe (.safetensors) nor a GGUF file; name one, or a folder")
+    parcel = Parcel("gguf" if path.suffix.lower() == ".gguf" else "recipe", [Item(path.name, path)])
+    _add_card(parcel, [path])
+    return parcel
 
 
 def _of_folder(folder: Path) -> Parcel:
@@ -109,20 +109,38 @@ def _of_folder(folder: Path) -> Parcel:
         _check_adapter(folder, files)
     elif any(f.endswith(".gguf") for f in files) and not any(f.endswith(".safetensors") for f in files):
         parcel.kind = "gguf"
-        ggufs = [item.content for item in parcel.items if item.path.endswith(".gguf")]
-        cards = [] if "README.md" in files else _made_card([c for c in ggufs if isinstance(c, Path)])
-        parcel.items += cards
-        parcel.made_card = bool(cards)
+        _add_card(parcel, [folder / file for file in sorted(files) if file.endswith(".gguf")])
     elif "recipe.safetensors" in names and "config.json" not in names and not (names & {"model.safetensors", INDEX}):
         parcel.kind = "recipe"
-        if "README.md" not in files:
-            parcel.items.append(Item("README.md", _recipe_card(folder / "recipe.safetensors")))
-            parcel.made_card = True
+        _add_card(parcel, [folder / "recipe.safetensors"])
     else:
         _check_model(folder, files)
         if not files & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}:
             parcel.notes.append("there is no tokenizer in it; those who load it need the base model's")
     return parcel
+
+
+def _add_card(parcel: Parcel, paths: list[Path]) -> None:
+    """Make a card for a recipe or for GGUF files, from the header of the first, where there is none.
+
+    Raises:
+        OutputError: when one of them is damaged or something else.
+    """
+    from abliterate.apply.gguf.file import open_gguf
+    from abliterate.cards.card import gguf_card, recipe_card
+
+    if any(item.path == "README.md" for item in parcel.items):
+        return
+    if parcel.kind == "recipe":
+        text = recipe_card(_recipe_of(paths[0]), paths[0].name)
+    else:
+        try:
+            headers = [open_gguf(path, part=True).metadata for path in paths]
+        except ModelError as error:
+            raise OutputError(str(error)) from error
+        text = gguf_card(paths[0], headers[0])
+    parcel.items.append(Item("README.md", text.encode()))
+    parcel.made_card = True
 
 
 def _of_run(folder: Path) -> Parcel:
@@ -219,24 +237,6 @@ def _recipe_of(path: Path) -> Any:
         return load_recipe(path)
     except RecipeError as error:
         raise OutputError(f"{error}; only recipes, models, adapters and GGUF files are pushed") from error
-
-
-def _recipe_card(path: Path) -> bytes:
-    from abliterate.cards.card import recipe_card
-
-    return recipe_card(_recipe_of(path), path.name).encode()
-
-
-def _made_card(paths: list[Path]) -> list[Item]:
-    """A card for GGUF files, from the header of the first."""
-    from abliterate.apply.gguf.file import open_gguf
-    from abliterate.cards.card import gguf_card
-
-    try:
-        headers = [open_gguf(path, part=True).metadata for path in paths]
-    except ModelError as error:
-        raise OutputError(str(error)) from error
-    return [Item("README.md", gguf_card(paths[0], headers[0]).encode())]
 
 
 def _check_answers(item: Item) -> None:
