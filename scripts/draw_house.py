@@ -55,8 +55,8 @@ def drawing() -> str:
         for place, room in enumerate(row):
             x = MARGIN + place * (width + GAP)
             parts += _room(x, y, width, room, shade=number / len(rows))
-    y = height - MARGIN
-    parts.append(f'<text x="{MARGIN}" y="{y}" font-size="12" fill="#555555">A room imports only from rooms below it.</text>')
+    caption = "A room imports only from rooms below it."
+    parts.append(f'<text x="{MARGIN}" y="{height - MARGIN}" font-size="12" fill="#555555">{caption}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -79,7 +79,8 @@ def test_live_is_baked_for_a_plane_with_strengths_of_its_own_at_each_writer(name
     with edit.attached(handle):
         live = logits(handle)
     edit.bake(handle)
-    torch.testing.assert_close(logits(handle), live, atol=5e-5, rtol=5e-5)
+    # float32's rounding, which recurrent layers pile up, against the size of the logits
+    torch.testing.assert_close(logits(handle), live, atol=2e-5 * float(live.abs().max()), rtol=5e-5)
 
 
 @pytest.mark.parametrize("name", FUSED)
