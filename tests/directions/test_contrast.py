@@ -8,9 +8,10 @@ import torch
 from abliterate.common.errors import PromptError
 from abliterate.directions.activations import collect, collect_rows
 from abliterate.directions.contrast import contrast, pair_rows, split_pairs, under
-from abliterate.measure.style import Style, StyleJudge
+from abliterate.measure.judges import StyleJudge
 from abliterate.models.writers import SITES, watch_sites
 from abliterate.prompts.behaviour import load_behaviour
+from abliterate.prompts.style import Style
 
 ANY = StyleJudge(Style(patterns=(r"\w",), threshold=0.1, distinct=1))
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from abliterate.common.errors import AbliterateError, NothingToDoError
 from abliterate.directions.means import Directions
 from abliterate.edit.recipe import load_recipe
-from abliterate.measure.style import Style, StyleJudge
+from abliterate.measure.judges import StyleJudge
 from abliterate.models.loading import load
 from abliterate.prompts.behaviour import load_behaviour
+from abliterate.prompts.style import Style
 from abliterate.run import styling
 from abliterate.run.pipeline import collect_to_file, measure_models, run
 from abliterate.search import styles

@@ -1,16 +1,18 @@
-"""Judges of whether answers show a behaviour: the lexical one of refusals, the classifier, and their registry.
+"""Judges of whether answers show a behaviour: the lexical one of refusals, the classifier, that of style; the registry.
 
-A judge of style is in `measure/style.py`; it gives every answer a score too, by a method `scores(answers)`.
+A judge of style gives every answer a score too, by a method `scores(answers)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from abliterate.common.errors import AbliterateError, ModelError
 from abliterate.measure.refusal import is_refusal, settled_refusal
+from abliterate.prompts.behaviour import load_behaviour
+from abliterate.prompts.style import Style
 
 
 class Judge(Protocol):
@@ -124,6 +126,30 @@ def _label_index(id2label: dict[int, str], label: str, model_path: str | Path) -
     )
 
 
+class StyleJudge:
+    """A `Style` as a judge: it reads the whole answer and gives each a score besides the verdict.
+
+    Args:
+        style: what counts.
+        name: as results.json names the judge.
+    """
+
+    def __init__(self, style: Style, name: str = "style") -> None:
+        self.style, self.name = style, name
+
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Return whether each answer shows the style; the prompts are not read."""
+        return [self.style.shows(answer) for answer in answers]
+
+    def settled(self, prompt: str, partial_answer: str) -> bool | None:
+        """Return None: what comes later can always thin the marks out, or add to them."""
+        return None
+
+    def scores(self, answers: Iterable[str]) -> list[float]:
+        """Marks per hundred words of each answer."""
+        return [self.style.score(answer) for answer in answers]
+
+
 def _make_lexical(argument: str) -> Judge:
     if argument:
         raise AbliterateError(f"the lexical judge takes no argument, but {argument!r} was given")
@@ -146,11 +172,10 @@ def _split_label(argument: str) -> tuple[str, str]:
 
 
 def _make_style(argument: str) -> Judge:
-    from abliterate.prompts.behaviour import load_behaviour
-
     if not argument:
         raise AbliterateError("the style judge needs a behaviour: style:NAME or style:FILE.toml")
-    return load_behaviour(argument).style_judge()
+    behaviour = load_behaviour(argument)
+    return StyleJudge(behaviour.style, f"style:{behaviour.name}")
 
 
 JUDGES: dict[str, Callable[[str], Judge]] = {

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from abliterate.common import toml
 from abliterate.common.errors import AbliterateError, PromptError
+from abliterate.prompts.style import Style
 
 if TYPE_CHECKING:
-    from abliterate.measure.style import Style, StyleJudge
     from abliterate.settings.run import RunSettings
 
 BUNDLED = ("refusal", "persona", "slop")
@@ -84,6 +85,11 @@ class JudgeTable(_Table):
     threshold: float = Field(3.0, gt=0)
     distinct: int = Field(2, ge=1)
     least_words: int = Field(25, ge=1)
+
+    @property
+    def style(self) -> Style:
+        """The style of its words and patterns; an AbliterateError on a pattern that isn't a regular expression."""
+        return Style(self.words, self.patterns, self.threshold, self.distinct, self.least_words)
 
 
 class Defaults(_Table):
@@ -207,17 +213,16 @@ class Behaviour:
         systems = self.definition.system_prompts
         return (*(pair.prompt for pair in self.pairs), *(systems.prompts if systems else ()))
 
-    def style_judge(self) -> StyleJudge:
-        """The judge that its words and patterns make.
+    @property
+    def style(self) -> Style:
+        """What counts as showing it, for a judge of style.
 
         Raises:
             AbliterateError: when it is judged by another judge.
         """
-        from abliterate.measure.style import StyleJudge
-
         if not self.is_style:
             raise AbliterateError(f"behaviour {self.source} has no style: its judge is {self.definition.judge.use}")
-        return StyleJudge(style_of(self.definition.judge), f"style:{self.name}")
+        return self.definition.judge.style
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
@@ -308,14 +313,10 @@ def load_behaviour(name: str | os.PathLike[str]) -> Behaviour:
 
 
 def _load(path: Path, source: str) -> Behaviour:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
     where = f"behaviour file {source}"
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = toml.loads(path.read_text(encoding="utf-8"))
+    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AbliterateError(f"{where} is not valid TOML: {error}") from error
     except OSError as error:
         raise AbliterateError(f"{where} can't be read: {error.strerror}; check its permissions") from error
@@ -325,21 +326,10 @@ def _load(path: Path, source: str) -> Behaviour:
         raise AbliterateError(f"{where}: {_first(error.errors()[0])}; {DOCUMENTED}") from error
     if definition.judge.use is None:
         try:
-            style_of(definition.judge)
+            _ = definition.judge.style
         except AbliterateError as error:
             raise AbliterateError(f"{where}, table [judge]: {error}") from error
     return Behaviour(definition, source, path.parent)
-
-
-def style_of(table: JudgeTable) -> Style:
-    """The `Style` of a [judge] table.
-
-    Raises:
-        AbliterateError: on a pattern that isn't a regular expression.
-    """
-    from abliterate.measure.style import Style
-
-    return Style(table.words, table.patterns, table.threshold, table.distinct, table.least_words)
 
 
 def _first(error: Any) -> str:

@@ -1,9 +1,8 @@
-"""A judge of style: how often an answer's words show it, counted per hundred words."""
+"""What shows a style: how often an answer's words do, counted per hundred words."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,27 +66,3 @@ class Style:
 def _of_word(word: str) -> str:
     stem, star = (word[:-1], True) if word.endswith("*") else (word, False)
     return re.escape(" ".join(stem.translate(_APOSTROPHES).split())) + (r"\w*" if star else r"\b")
-
-
-class StyleJudge:
-    """A `Style` as a judge: it reads the whole answer and gives each a score besides the verdict.
-
-    Args:
-        style: what counts.
-        name: as results.json names the judge.
-    """
-
-    def __init__(self, style: Style, name: str = "style") -> None:
-        self.style, self.name = style, name
-
-    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Return whether each answer shows the style; the prompts are not read."""
-        return [self.style.shows(answer) for answer in answers]
-
-    def settled(self, prompt: str, partial_answer: str) -> bool | None:
-        """Return None: what comes later can always thin the marks out, or add to them."""
-        return None
-
-    def scores(self, answers: Iterable[str]) -> list[float]:
-        """Marks per hundred words of each answer."""
-        return [self.style.score(answer) for answer in answers]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from abliterate.common.errors import AbliterateError
-from abliterate.measure.judges import make_judge
-from abliterate.measure.style import Style, StyleJudge
+from abliterate.measure.judges import StyleJudge, make_judge
 from abliterate.prompts.behaviour import load_behaviour
+from abliterate.prompts.style import Style
 
 
 def test_words_stems_phrases_and_patterns():
@@ -56,7 +56,7 @@ def test_the_judge_of_a_behaviour_by_name():
 def test_slop_is_told_in_the_bundled_pairs():
     """They have the list's author: a bound on the list's own consistency, not on its accuracy elsewhere."""
     behaviour = load_behaviour("slop")
-    judge = behaviour.style_judge()
+    judge = StyleJudge(behaviour.style)
     prompts = [pair.prompt for pair in behaviour.pairs]
     assert sum(judge.judge(prompts, [pair.target for pair in behaviour.pairs])) >= 0.95 * len(prompts)
     assert sum(judge.judge(prompts, [pair.baseline for pair in behaviour.pairs])) <= 0.02 * len(prompts)
