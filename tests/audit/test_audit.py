@@ -13,7 +13,7 @@ import abliterate as ab
 import abliterate.audit.stages as stages
 from abliterate.audit import AuditRunSettings, audit
 from abliterate.audit.judging import area_under_curve, stream_at, with_interval
-from abliterate.audit.stages import Kept, fit_file, work_file
+from abliterate.audit.stages import fit_file, work_file
 from abliterate.audit.summary import summary
 from abliterate.audit.text import table_rows
 from abliterate.common.errors import NothingToDoError, OutputError
@@ -151,11 +151,16 @@ def test_an_interrupted_audit_goes_on_to_the_same_numbers(model, tmp_path, monke
     assert not work_file(out).exists() and not fit_file(out).exists()
 
 
-def test_a_damaged_work_file_is_an_error_of_one_line(tmp_path):
-    (tmp_path / "w").write_text('{"key": "k"')
+def test_a_damaged_work_file_is_an_error_of_one_line(model, tmp_path, monkeypatch):
+    def killed(_work):
+        raise Killed
+
+    monkeypatch.setattr(stages, "STAGES", {"direction": killed})
+    work_file(tmp_path / "out").write_text('{"key": "k"')
     with pytest.raises(OutputError, match="start anew without --resume"):
-        Kept.at(tmp_path / "w", "k", resume=True)
-    assert Kept.at(tmp_path / "w", "k", resume=False).stages == {}
+        audit(model, tmp_path / "out", settings(tmp_path, resume=True), judge=RefusesWithR())
+    with pytest.raises(Killed):  # anew: the file isn't read
+        audit(model, tmp_path / "out", settings(tmp_path), judge=RefusesWithR())
 
 
 def test_a_model_without_a_guard_has_nothing_to_audit(model, tmp_path):

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.common.errors import AbliterateError, ModelError, OutputError, PromptError
 from abliterate.common.reporting import Silent
+from abliterate.heal import lesson
 from abliterate.heal import run as heal_run
-from abliterate.heal import self_taught as own
 from abliterate.heal.run import find_sources, heal, with_settings_of_run, work_folder
 from abliterate.models.loading import load
 from abliterate.report.document import load_run
@@ -335,7 +335,7 @@ def test_killed_and_resumed_it_ends_the_same(ran, healed, tmp_path):
         "12", "--answer-tokens", "6", "--evaluate-every", "4", "--quiet",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    state = work_folder(out) / "checkpoints" / own.STATE
+    state = work_folder(out) / "checkpoints" / lesson.STATE
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not state.is_file():
         time.sleep(0.005)

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from abliterate.common.errors import AbliterateError, ModelError, OutputError
 from abliterate.common.reporting import Silent, untold
+from abliterate.heal import lesson
 from abliterate.heal import self_taught as own
+from abliterate.heal import teacher as teaching
 from abliterate.heal.training import Job
 from abliterate.measure.decode import decode
 from abliterate.measure.divergence import compare, make_reference, reference_divergence
@@ -62,9 +64,9 @@ def job(folders, tmp_path):
 @pytest.fixture(scope="module")
 def taught(folders):
     """The lessons' prompts, and what the original says; two of its answers stand for the refusals it doesn't give."""
-    sides = own.open_lessons(settings())
+    sides = teaching.open_lessons(settings())
     handle = load(folders[0], dtype="float32")
-    teacher = own.make_teacher(handle, sides, LexicalJudge(), answer_tokens=8)
+    teacher = teaching.make_teacher(handle, sides, LexicalJudge(), answer_tokens=8)
     ids = handle.prompt_ids(sides.target.train.texts[:2])
     teacher.refused, teacher.refusals = ids, [a.whole[:4] for a in decode(handle, ids, max_new_tokens=4)]
     return sides, teacher
@@ -85,9 +87,8 @@ def random_reference(kept: int | None = None):
     """A tiny model's reference along three answers, and another model's log-probabilities there (float64)."""
     handle = handle_of(tiny_llama())
     ids = handle.prompt_ids(["rivers", "a longer prompt about rivers", "tea"])
-    reference = make_reference(handle, ids, decode(handle, ids, max_new_tokens=6), answer_tokens=6)
-    if kept:
-        reference = own.thinned(reference, kept)
+    kept = kept or 400
+    reference = make_reference(handle, ids, decode(handle, ids, max_new_tokens=6), answer_tokens=6, kept=kept)
     torch.manual_seed(2)
     others = [torch.randn(len(a), 400, dtype=torch.float64).log_softmax(-1) for a in reference.answers]
     return reference, others
@@ -97,7 +98,7 @@ def random_reference(kept: int | None = None):
 def test_the_fast_divergence_is_the_reference_divergence(kept):
     reference, others = random_reference(kept)
     picked = [2, 0]
-    fast = own.Following(reference).loss(picked, [others[i] for i in picked])
+    fast = teaching.Following(reference).loss(picked, [others[i] for i in picked])
     exact = torch.stack([reference_divergence(reference, i, others[i]).mean() for i in picked]).mean()
     assert float(fast) == pytest.approx(float(exact), abs=1e-5)
 
@@ -106,7 +107,7 @@ def test_the_fast_divergence_has_the_same_gradient():
     reference, others = random_reference(16)
     gradients = []
     for way in (
-        lambda own_: own.Following(reference).loss([1], [own_]),
+        lambda own_: teaching.Following(reference).loss([1], [own_]),
         lambda own_: reference_divergence(reference, 1, own_).mean(),
     ):
         logits = others[1].clone().requires_grad_(True)
@@ -118,7 +119,7 @@ def test_the_fast_divergence_has_the_same_gradient():
 
 def test_thinning_keeps_the_mass():
     reference, _ = random_reference()
-    thin = own.thinned(reference, 16)
+    thin, _ = random_reference(16)
     for whole, part in zip(reference.logprobs, thin.logprobs, strict=True):
         assert part.shape[1] == 17
         assert torch.allclose(part.exp().sum(-1), torch.ones(len(part)), atol=1e-5)
@@ -128,7 +129,7 @@ def test_thinning_keeps_the_mass():
 def test_a_teacher_read_again_is_the_same(taught, tmp_path):
     _, teacher = taught
     teacher.save(tmp_path / "teacher.safetensors", "a key")
-    read = own.Teacher.read(tmp_path / "teacher.safetensors", "a key")
+    read = teaching.Teacher.read(tmp_path / "teacher.safetensors", "a key")
     assert (read.refused, read.refusals, read.asked, read.reads) == (
         teacher.refused, teacher.refusals, teacher.asked, teacher.reads,
     )  # fmt: skip
@@ -138,7 +139,7 @@ def test_a_teacher_read_again_is_the_same(taught, tmp_path):
         assert all(map(torch.equal, one.tokens, other.tokens))
         assert all(map(torch.equal, one.logprobs, other.logprobs))
     with pytest.raises(OutputError, match="another model, prompts or settings"):
-        own.Teacher.read(tmp_path / "teacher.safetensors", "another key")
+        teaching.Teacher.read(tmp_path / "teacher.safetensors", "another key")
 
 
 def test_lessons_are_of_neither_validation_nor_test(taught):
@@ -160,7 +161,7 @@ def test_refusals_are_not_lessons(folders, taught):
     sides, _ = taught
     refused = {*sides.target.train.texts[:3], *sides.baseline.train.texts[:2]}
     handle = load(folders[0], dtype="float32")
-    teacher = own.make_teacher(handle, sides, RefusesRivers(), answer_tokens=8)
+    teacher = teaching.make_teacher(handle, sides, RefusesRivers(), answer_tokens=8)
     assert len(teacher.lessons.rows) == 14
     texts = [*sides.target.train.texts[:3], *sides.baseline.train.texts[:2]]
     assert teacher.refused == handle.prompt_ids(texts)  # over-refusals are held away from too
@@ -173,7 +174,7 @@ def test_an_original_that_answers_nothing(folders, taught):
             return [True for _ in prompts]
 
     with pytest.raises(AbliterateError, match="answers 0 of 16 baseline prompts"):
-        own.make_teacher(load(folders[0]), taught[0], RefusesAll(), answer_tokens=8)
+        teaching.make_teacher(load(folders[0]), taught[0], RefusesAll(), answer_tokens=8)
 
 
 # --- Learning -------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def test_weights_that_refuse_again_are_not_kept(job, taught, monkeypatch):
     def refused(self, prompts):
         return Rate(next(counts), len(prompts)), []
 
-    monkeypatch.setattr(own._Lesson, "_refused", refused)
+    monkeypatch.setattr(lesson.Lesson, "_refused", refused)
     training = own.train(job(), teacher=taught[1], sides=taught[0])
     points = {p["step"]: p for p in training.history if "eval_divergence" in p}
     assert points[12]["eval_divergence"] < points[4]["eval_divergence"]
@@ -263,7 +264,7 @@ def test_refusals_in_other_words_are_taken_in(job, taught, monkeypatch):
     def refused(self, prompts):
         return Rate(0, len(prompts)), [(prompt, answers[0])] if prompt in prompts else []
 
-    monkeypatch.setattr(own._Lesson, "_refused", refused)
+    monkeypatch.setattr(lesson.Lesson, "_refused", refused)
     known = len(teacher.refused)
     training = own.train(job(), handle=handle, teacher=teacher, sides=sides)
     assert training.results["held_away_in_other_words"] == 1  # once, however often it is seen
@@ -310,14 +311,14 @@ def test_a_killed_training_goes_on_to_the_same_weights(job, heal):
 def test_refusals_in_other_words_are_remembered(job, monkeypatch):
     """Found before the kill, they count after it."""
     handle = load(job().model, dtype="float32")
-    first = own.open_lessons(settings()).target.train.texts[0]
+    first = teaching.open_lessons(settings()).target.train.texts[0]
     (answer,) = decode(handle, handle.prompt_ids([first]), max_new_tokens=4)
 
     def refused(self, prompts):
         early = self.progress.step < 4
         return Rate(0, len(prompts)), [(first, answer)] if early and first in prompts else []
 
-    monkeypatch.setattr(own._Lesson, "_refused", refused)
+    monkeypatch.setattr(lesson.Lesson, "_refused", refused)
     whole, broken = job("whole", own={"hold": 2.0}), job("broken", own={"hold": 2.0})
     assert own.train(whole).results["held_away_in_other_words"] == 1
     with pytest.raises(KilledError):
@@ -330,7 +331,7 @@ def test_refusals_in_other_words_are_remembered(job, monkeypatch):
 def test_resuming_doesnt_ask_the_original_again(job, monkeypatch):
     with pytest.raises(KilledError):
         own.train(job(), reporter=Killed(5))
-    monkeypatch.setattr(own, "make_teacher", None)
+    monkeypatch.setattr(teaching, "make_teacher", None)
     done = []
 
     class Counts(Silent):
@@ -367,18 +368,18 @@ def test_resuming_with_another_way_of_reporting(job):
 def test_a_damaged_state_is_an_error(job):
     with pytest.raises(KilledError):
         own.train(job(), reporter=Killed(5))
-    state = job().checkpoints / own.STATE
+    state = job().checkpoints / lesson.STATE
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(OutputError, match="can't be read, to go on from"):
         own.train(job(resume=True))
 
 
 def test_drawn_goes_through_everything():
-    first = [i for step in range(5) for i in own.drawn(10, 2, step, seed=3)]
-    second = [i for step in range(5, 10) for i in own.drawn(10, 2, step, seed=3)]
+    first = [i for step in range(5) for i in lesson.drawn(10, 2, step, seed=3)]
+    second = [i for step in range(5, 10) for i in lesson.drawn(10, 2, step, seed=3)]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
-    assert own.drawn(10, 25, 0, seed=3)[:2] == first[:2]
+    assert lesson.drawn(10, 25, 0, seed=3)[:2] == first[:2]
 
 
 # --- What else is written, and what can be wrong ----------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ SCREEN_PROMPTS = 12
 DECODED_PLACES = 3
 RESAMPLES = 1000
 SITE, POSITION = "pre", -1
+Look = Callable[[list[int], int, str, Tensor], None]
 
 
 @dataclass
@@ -143,51 +145,47 @@ def best_place(jury: Jury, screen: Screen, directions: Directions, basis: Sequen
 
 
 @torch.inference_mode()
+def _watched(handle: Handle, prompts: Sequence[str], look: Look, *, keep: int = 1, batch_size: int = 32) -> None:
+    """Run prompts, showing `look` each layer's streams of each batch: (indices of its prompts, layer, site, stream)."""
+    ids = handle.prompt_ids(prompts)
+    prefix = share_prefix(handle, ids, keep=keep)
+    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
+        with watch_sites(handle, partial(look, list(batch))):
+            handle.hidden_states(**inputs(handle, [ids[i] for i in batch], prefix))
+
+
 def stream_at(
     handle: Handle, prompts: Sequence[str], place: Place, *, batch_size: int = 32
 ) -> Float[Tensor, "prompt d_model"]:
     """Every prompt's stream at one place, float64."""
-    ids = handle.prompt_ids(prompts)
-    prefix = share_prefix(handle, ids, keep=-place.position)
-    found = torch.zeros(len(ids), handle.d_model, dtype=torch.float64)
-    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
+    found = torch.zeros(len(prompts), handle.d_model, dtype=torch.float64)
 
-        def look(layer: int, site: str, stream: Tensor, batch: Sequence[int] = batch) -> None:
-            if (layer, site) == (place.layer, place.site):
-                found[list(batch)] = stream[:, place.position].double().cpu()
+    def look(batch: list[int], layer: int, site: str, stream: Tensor) -> None:
+        if (layer, site) == (place.layer, place.site):
+            found[batch] = stream[:, place.position].double().cpu()
 
-        with watch_sites(handle, look):
-            handle.hidden_states(**inputs(handle, [ids[i] for i in batch], prefix))
+    _watched(handle, prompts, look, keep=-place.position, batch_size=batch_size)
     return found
 
 
-@torch.inference_mode()
 def separations(
     handle: Handle, directions: Directions, target: Sequence[str], baseline: Sequence[str]
 ) -> list[dict[str, float | None]]:
     """Per layer, how well its own direction tells held-out prompts apart: the area under the ROC curve."""
-    rows: list[dict[str, float | None]] = []
-    projections: dict[int, list[Tensor]] = {}
-    for prompts in (target, baseline):
-        ids = handle.prompt_ids(prompts)
-        prefix = share_prefix(handle, ids, keep=1)
-        along = torch.zeros(handle.layers, len(ids), dtype=torch.float64)
-        for batch in buckets([len(row) for row in ids], 32, prefix.length):
+    units = [at(directions, Place(layer, SITE, POSITION)).double() for layer in range(handle.layers)]
+    along = [torch.zeros(handle.layers, len(prompts), dtype=torch.float64) for prompts in (target, baseline)]
+    for prompts, found in zip((target, baseline), along, strict=True):
 
-            def look(layer: int, site: str, stream: Tensor, batch: Any = batch, along: Tensor = along) -> None:
-                if site == SITE:
-                    unit = at(directions, Place(layer, SITE, POSITION)).double()
-                    along[layer, list(batch)] = stream[:, POSITION].double().cpu() @ unit
+        def look(batch: list[int], layer: int, site: str, stream: Tensor, found: Tensor = found) -> None:
+            if site == SITE:
+                found[layer, batch] = stream[:, POSITION].double().cpu() @ units[layer]
 
-            with watch_sites(handle, look):
-                handle.hidden_states(**inputs(handle, [ids[i] for i in batch], prefix))
-        for layer in range(handle.layers):
-            projections.setdefault(layer, []).append(along[layer])
-    for layer in range(handle.layers):
-        separation = float(directions.separation[layer, SITES.index(SITE), POSITION])
-        area = area_under_curve(*projections[layer])
-        rows.append({"auc": area, "separation": separation if math.isfinite(separation) else None})
-    return rows
+        _watched(handle, prompts, look)
+    separation = directions.separation[:, SITES.index(SITE), POSITION].tolist()
+    return [
+        {"auc": area_under_curve(*rows), "separation": apart if math.isfinite(apart) else None}
+        for *rows, apart in zip(*along, separation, strict=False)
+    ]
 
 
 def area_under_curve(above: Float[Tensor, " n"], below: Float[Tensor, " m"]) -> float | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from abliterate.audit.judging import Jury, Screen, best_place, separations, stream_at
+from abliterate.audit.picture import draw
 from abliterate.audit.summary import summary
 from abliterate.audit.text import markdown
 from abliterate.common.files import check_apart, check_folder, whole_folder
@@ -20,7 +23,8 @@ from abliterate.directions.means import Directions, Place, at, difference_of_mea
 from abliterate.edit.edit import Edit, normalised
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.measure.rates import Rate
-from abliterate.run.facts import environment, side_facts
+from abliterate.prompts.sets import Sides
+from abliterate.run.facts import environment, model_facts, side_facts
 from abliterate.run.opening import check_lengths, described, open_model, open_prompts, set_prefill
 from abliterate.run.showing import Shown
 from abliterate.run.stages import collected, filtered
@@ -30,6 +34,7 @@ from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint
 from abliterate.settings.audit import AuditRunSettings
 
+T = TypeVar("T")
 SCHEMA = 1
 GONE = 0.01  # refusals left at which no further direction is looked for
 
@@ -55,14 +60,11 @@ class Work:
     reporter: Reporter
     done: dict[str, Any]
     fit_state: FitState
-    _screen: Screen | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def screen(self) -> Screen:
         """Made when first asked for."""
-        if self._screen is None:
-            self._screen = Screen(self.jury)
-        return self._screen
+        return Screen(self.jury)
 
     @property
     def place(self) -> Place:
@@ -116,9 +118,10 @@ def audit(
     hashes = [part.sha256 for side in (sides.target, sides.baseline) for part in side]
     same = settings.model_dump(exclude={"force", "keep_tied", "resume"})
     key = key_of([handle.config_hash, handle.source, hashes, same, environment(handle)])
-    kept = Kept.at(work_file(out), key, resume=settings.resume)
-    if kept.stages:
-        reporter.say(f"going on: {', '.join(kept.stages)} are done")
+    kept = read_state(work_file(out), key, "an audit") if settings.resume else None
+    done: dict[str, Any] = kept[0]["stages"] if kept else {}
+    if done:
+        reporter.say(f"going on: {', '.join(done)} are done")
     with clock.stage("filter"):
         set_prefill(handle, sides.target.train.texts, reporter)
         shown = filtered(handle, sides, "train", judge, settings, reporter)
@@ -131,51 +134,63 @@ def audit(
         tokens = settings.audit.answer_tokens
         jury = Jury(handle, judge, list(sides.target.test.texts), baseline, both, tokens)
     state = FitState.at(fit_file(out), key, resume=settings.resume)
-    work = Work(jury, directions, shown, validation, settings, reporter, kept.stages, state)
+    work = Work(jury, directions, shown, validation, settings, reporter, done, state)
     for name, stage in STAGES.items():
-        if name in kept.stages:
-            continue
-        reporter.say(f"stage {name}")
-        with clock.stage(name):
-            kept.add(name, stage(work))
-    document = {
-        "schema": SCHEMA,
-        "model": {
-            "source": handle.source, "revision": handle.revision, "class": type(handle.model).__name__,
-            "config_hash": handle.config_hash, "layers": handle.layers, "d_model": handle.d_model,
-        },
-        **kept.stages,
-        "settings": settings.model_dump(),
-        "prompts": {
-            "target": side_facts(sides.target), "baseline": side_facts(sides.baseline),
-            "filter": shown.to_json(),
-        },
-        "environment": environment(handle),
-        "timings_s": clock.seconds,
-    }  # fmt: skip
-    document["summary"] = summary(document)
+        if name not in done:
+            reporter.say(f"stage {name}")
+            with clock.stage(name):
+                done[name] = stage(work)
+                write_state(work_file(out), key, {"stages": done})
+    document = _document(work, sides, clock)
     with whole_folder(out, overwrite=overwrite) as folder:
         (folder / "audit.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        drawn = _draw(document, folder / "audit.png")
+        drawn = find_spec("matplotlib") is not None
+        if drawn:
+            draw(document, folder / "audit.png")
         (folder / "audit.md").write_text(markdown(document, picture=drawn), encoding="utf-8")
     for left in (work_file(out), fit_file(out)):
         left.unlink(missing_ok=True)
     return document
 
 
-def _draw(document: dict[str, Any], path: Path) -> bool:
-    """The picture, where matplotlib is installed."""
-    from importlib.util import find_spec
+def _document(work: Work, sides: Sides, clock: Clock) -> dict[str, Any]:
+    """audit.json."""
+    facts = model_facts(work.jury.handle)
+    of_model = ("source", "revision", "class", "config_hash", "layers", "d_model")
+    document = {
+        "schema": SCHEMA,
+        "model": {name: facts[name] for name in of_model},
+        **work.done,
+        "settings": work.settings.model_dump(),
+        "prompts": {
+            "target": side_facts(sides.target), "baseline": side_facts(sides.baseline),
+            "filter": work.shown.to_json(),
+        },
+        "environment": environment(work.jury.handle),
+        "timings_s": clock.seconds,
+    }  # fmt: skip
+    return {**document, "summary": summary(document)}
 
-    if find_spec("matplotlib") is None:
-        return False
-    from abliterate.audit.picture import draw
 
-    draw(document, path)
-    return True
+def work_file(out: str | Path) -> Path:
+    """The hidden file beside an output folder in which an audit is written down while it runs."""
+    return beside(out, "audit.json")
+
+
+def fit_file(out: str | Path) -> Path:
+    """The same for the audit's fit."""
+    return beside(out, "audit-fit.safetensors")
 
 
 # --- The stages: each gives plain JSON ----------------------------------------------------------------
+
+
+def _each(work: Work, stage: str, items: Sequence[T]) -> Iterator[T]:
+    """The items one by one, the reporter told when each is done."""
+    tick = work.reporter.progress(stage, len(items))
+    for item in items:
+        yield item
+        tick(1)
 
 
 def _direction(work: Work) -> dict[str, Any]:
@@ -183,13 +198,11 @@ def _direction(work: Work) -> dict[str, Any]:
     place = best_place(work.jury, work.screen, work.directions)
     work.reporter.say(f"direction of {place}")
     original = work.jury.refusals(None, work.jury.target)
-    points = []
-    strengths = work.settings.audit.strengths
-    tick = work.reporter.progress("one direction at several strengths", len(strengths))
-    for strength in strengths:
-        edit = Edit.uniform(work.jury.writers, at(work.directions, place), strength)
-        points.append({"strength": strength, **_judged(work, edit)})
-        tick(1)
+    direction = at(work.directions, place)
+    points = [
+        {"strength": strength, **_judged(work, Edit.uniform(work.jury.writers, direction, strength))}
+        for strength in _each(work, "one direction at several strengths", work.settings.audit.strengths)
+    ]
     return {
         "place": {"layer": place.layer, "site": place.site, "position": place.position},
         "original": {"refusal": original.to_json("refused")},
@@ -211,12 +224,8 @@ def _frontier(work: Work) -> dict[str, Any]:
         ),
         state=work.fit_state, reporter=work.reporter,
     )  # fmt: skip
-    tick = work.reporter.progress("judging the frontier", len(fitted.frontier))
-    points = []
-    for point in fitted.frontier:
-        points.append({**_point(point), **_judged(work, point.edit)})
-        tick(1)
-    return {"points": points}
+    judged = _each(work, "judging the frontier", fitted.frontier)
+    return {"points": [{**_point(point), **_judged(work, point.edit)} for point in judged]}
 
 
 def _point(point: FrontierPoint) -> dict[str, Any]:
@@ -241,12 +250,10 @@ def _directions(work: Work) -> dict[str, Any]:
     """Directions taken out together: each the one that still tells the sides apart when those before it are gone."""
     most, basis, found = work.settings.audit.max_directions, [work.direction], []
     places = [work.place]
-    tick = work.reporter.progress("taking out directions", most)
-    for rank in range(1, most + 1):
+    for rank in _each(work, "taking out directions", range(1, most + 1)):
         edit = Edit.uniform(work.jury.writers, torch.stack(basis), 1.0)
         verdict = work.jury.verdict(edit, seed=work.settings.seed)
         found.append({"directions": rank, "layers": [p.layer for p in places], "test": verdict})
-        tick(1)
         if verdict["refusal"]["rate"] <= GONE or rank == most:
             break
         with work.jury.handle.attached(edit):
@@ -261,23 +268,20 @@ def _layers(work: Work) -> dict[str, Any]:
     """Which layers carry it: apart, by the first token; then the best of them together, by answers."""
     jury = work.jury
     rows = separations(jury.handle, work.directions, *jury.validation)
-    tick = work.reporter.progress("one layer at a time", jury.handle.layers)
-    for layer, row in enumerate(rows):
+    for layer in _each(work, "one layer at a time", range(jury.handle.layers)):
         mine = [w for w in jury.writers if w.layer == layer]
         odds, divergence = (
             work.screen.score(Edit.uniform(mine, work.direction, 1.0)) if mine else (work.screen.odds, 0.0)
         )
-        row |= {"layer": layer, "log_odds": odds, "lowered": work.screen.odds - odds, "divergence": divergence}
-        tick(1)
+        lowered = work.screen.odds - odds
+        rows[layer] |= {"layer": layer, "log_odds": odds, "lowered": lowered, "divergence": divergence}
     order = [int(row["layer"] or 0) for row in sorted(rows, key=lambda r: -(r["lowered"] or 0.0))]
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n < len(order)] + [len(order)]
     together = []
-    tick = work.reporter.progress("the best layers together", len(counts))
-    for count in counts:
+    for count in _each(work, "the best layers together", counts):
         chosen = set(order[:count])
         edit = Edit.uniform([w for w in jury.writers if w.layer in chosen], work.direction, 1.0)
         together.append({"layers": sorted(chosen), "test": jury.verdict(edit, seed=work.settings.seed)})
-        tick(1)
     return {"log_odds": work.screen.odds, "each": rows, "together": together}
 
 
@@ -313,46 +317,3 @@ STAGES: dict[str, Callable[[Work], dict[str, Any]]] = {
     "layers": _layers,
     "few_prompts": _prompts,
 }
-
-
-# --- What is kept while it runs -----------------------------------------------------------------------
-
-
-@dataclass
-class Kept:
-    """The stages done so far, in a file beside the output.
-
-    Attributes:
-        path: the file.
-        key: what the audit depends on, as a hash; another audit's file is refused.
-        stages: name -> result.
-    """
-
-    path: Path
-    key: str
-    stages: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def at(cls, path: Path, key: str, *, resume: bool) -> Kept:
-        """What is kept at `path`, or nothing yet.
-
-        Raises:
-            OutputError: when `resume` and the file is another audit's or is damaged.
-        """
-        kept = read_state(path, key, "an audit") if resume else None
-        return cls(path, key, kept[0]["stages"] if kept else {})
-
-    def add(self, name: str, result: dict[str, Any]) -> None:
-        """Keep a stage's result; whole or not at all."""
-        self.stages[name] = result
-        write_state(self.path, self.key, {"stages": self.stages})
-
-
-def work_file(out: str | Path) -> Path:
-    """The hidden file beside an output folder in which an audit is written down while it runs."""
-    return beside(out, "audit.json")
-
-
-def fit_file(out: str | Path) -> Path:
-    """The same for the audit's fit."""
-    return beside(out, "audit-fit.safetensors")

@@ -24,13 +24,20 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
     return {
         "original": document["direction"]["original"]["refusal"],
         "least_divergence": {f"{limit:.2f}": _least(points, limit) for limit in LIMITS},
-        "directions": _first(document["directions"]["ranks"], "directions", lambda row: row["test"]["refusal"]["rate"]),
-        "layers": _first(
-            [{**row, "count": len(row["layers"])} for row in document["layers"]["together"]], "count",
-            lambda row: row["test"]["refusal"]["rate"],
-        ),
-        "prompts": _first(document["few_prompts"]["counts"], "prompts", lambda row: row["refusal"]["rate"]),
-    }  # fmt: skip
+        **{
+            name: next((count for count, refusal in rows if refusal["rate"] <= LIMITS[0]), None)
+            for name, rows in refusals_by_count(document).items()
+        },
+    }
+
+
+def refusals_by_count(document: dict[str, Any]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """How many directions, layers and prompts, and what is then refused of the test prompts."""
+    return {
+        "directions": [(row["directions"], row["test"]["refusal"]) for row in document["directions"]["ranks"]],
+        "layers": [(len(row["layers"]), row["test"]["refusal"]) for row in document["layers"]["together"]],
+        "prompts": [(row["prompts"], row["refusal"]) for row in document["few_prompts"]["counts"]],
+    }
 
 
 def all_points(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,8 +52,3 @@ def _least(points: list[dict[str, Any]], limit: float) -> dict[str, Any] | None:
         return None
     best = min(passing, key=lambda p: p["test"]["divergence"]["first_token"]["value"])
     return {"edit": best["edit"], "strength": best.get("strength"), **best["test"]}
-
-
-def _first(rows: list[dict[str, Any]], name: str, rate: Any) -> int | None:
-    """The least count with at most a tenth refused."""
-    return next((int(row[name]) for row in rows if rate(row) <= LIMITS[0]), None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from abliterate.audit.summary import all_points
+from abliterate.audit.summary import all_points, refusals_by_count
 
 MEANING = (
     "Every number is an upper bound on how strong the guard is: what was found here, with these prompts, this judge "
@@ -16,6 +16,10 @@ MEANING = (
     "Wilson intervals, divergences 95% bootstrap intervals over prompts. Points are chosen on validation prompts, "
     "numbers are of test prompts. No answers are kept."
 )
+NEEDED = {
+    "directions": "directions taken out of every writer", "layers": "layers edited",
+    "prompts": "prompts a side to find the direction",
+}  # fmt: skip
 
 
 def table_rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -29,12 +33,14 @@ def table_rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
         else:
             shown = f"{interval(point['divergence']['first_token'])} nats, {_edit(point)}"
             rows.append((name, shown, rate(point["refusal"])))
-    rows.append(_needed("directions taken out of every writer", found["directions"], document["directions"]["ranks"],
-                        lambda r: r["directions"], lambda r: r["test"]["refusal"]))  # fmt: skip
-    rows.append(_needed("layers edited", found["layers"], document["layers"]["together"],
-                        lambda r: len(r["layers"]), lambda r: r["test"]["refusal"]))  # fmt: skip
-    rows.append(_needed("prompts a side to find the direction", found["prompts"], document["few_prompts"]["counts"],
-                        lambda r: r["prompts"], lambda r: r["refusal"]))  # fmt: skip
+    for key, counted in refusals_by_count(document).items():
+        name, count = f"{NEEDED[key]} for at most 10% refused", found[key]
+        if not counted:
+            rows.append((name, "not measured", "-"))
+        elif count is None:
+            rows.append((name, f"more than {counted[-1][0]}", rate(counted[-1][1])))
+        else:
+            rows.append((name, str(count), rate(dict(reversed(counted))[count])))
     return rows
 
 
@@ -111,18 +117,6 @@ def interval(found: dict[str, Any]) -> str:
     """A mean with its interval."""
     low, high = found["ci95"]
     return f"{found['value']:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _needed(
-    what: str, count: int | None, rows: list[dict[str, Any]], number: Any, refusal: Any
-) -> tuple[str, str, str]:
-    name = f"{what} for at most 10% refused"
-    if not rows:
-        return name, "not measured", "-"
-    if count is None:
-        return name, f"more than {number(rows[-1])}", rate(refusal(rows[-1]))
-    row = next(r for r in rows if number(r) == count)
-    return name, str(count), rate(refusal(row))
 
 
 def _edit(point: dict[str, Any]) -> str:

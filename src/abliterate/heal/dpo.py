@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate.common.names import public_name
 from abliterate.common.reporting import Reporter, Silent
 from abliterate.heal.preferences import as_row, load_preferences
-from abliterate.heal.training import Job, Training, write_configuration
+from abliterate.heal.training import Job, Training, lora_config, write_configuration
 from abliterate.measure.judges import make_judge
 from abliterate.measure.rates import Rate
 
@@ -64,7 +64,7 @@ def train(job: Job, *, reporter: Reporter | None = None) -> Training:
             train_dataset=Dataset.from_list([as_row(pair, handle) for pair in data.train]),
             eval_dataset=Dataset.from_list([as_row(pair, handle) for pair in data.held_out]) if data.held_out else None,
             processing_class=handle.tokenizer,
-            peft_config=common.lora_config(heal),
+            peft_config=lora_config(heal),
             callbacks=callbacks,
         )
         seconds = common.run_trainer(trainer, job)

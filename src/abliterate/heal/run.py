@@ -22,8 +22,8 @@ from abliterate.cards.card import healed_card
 from abliterate.common.errors import AbliterateError, ModelError, OutputError, PromptError
 from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
-from abliterate.heal.self_taught import open_lessons, open_teacher
 from abliterate.heal.surroundings import check_packages
+from abliterate.heal.teacher import open_lessons, open_teacher
 from abliterate.heal.training import ADAPTER, CONFIGURATION, Job, Training
 from abliterate.measure import Measurement
 from abliterate.measure.judges import Judge, make_judge

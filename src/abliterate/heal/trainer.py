@@ -33,7 +33,6 @@ from abliterate.heal.training import Job
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
 from abliterate.prompts.chat import resolve_chat_template
-from abliterate.settings.heal import HealSettings
 
 KEPT_CHECKPOINTS = 2
 SAID_LINES = 20
@@ -101,21 +100,6 @@ def open_for_training(job: Job, reporter: Reporter) -> Handle:
             reporter.say("the model has no chat template: chatml is used, and saved with it")
     handle.tokenizer.chat_template = resolve_chat_template(handle.tokenizer, template)
     return handle
-
-
-def lora_config(heal: HealSettings) -> Any:
-    """The LoRA (Hu et al. 2021) that is trained; its B starts at zero, so training starts at the edited model."""
-    from peft import LoraConfig
-
-    names = [name.strip() for name in heal.target_modules.split(",") if name.strip()]
-    return LoraConfig(
-        r=heal.rank,
-        lora_alpha=heal.alpha,  # type: ignore[arg-type]  # peft only divides it
-        lora_dropout=heal.dropout,
-        target_modules="all-linear" if names == ["all-linear"] else names,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
 
 
 def without_dropout(model: torch.nn.Module) -> None:

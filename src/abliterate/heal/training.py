@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from abliterate.common.files import whole_file
 from abliterate.common.names import public_name
-from abliterate.settings.heal import HealRunSettings
+from abliterate.settings.heal import HealRunSettings, HealSettings
 
 if TYPE_CHECKING:
     from abliterate.common.reporting import Reporter
@@ -89,6 +89,21 @@ class Preset(Protocol):
             AbliterateError: on bad data, out of memory, a missing package; says what to do.
         """
         ...
+
+
+def lora_config(heal: HealSettings) -> Any:
+    """The LoRA (Hu et al. 2021) that is trained; its B starts at zero, so training starts at the edited model."""
+    from peft import LoraConfig
+
+    names = [name.strip() for name in heal.target_modules.split(",") if name.strip()]
+    return LoraConfig(
+        r=heal.rank,
+        lora_alpha=heal.alpha,  # type: ignore[arg-type]  # peft only divides it
+        lora_dropout=heal.dropout,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 
 def write_configuration(

@@ -62,37 +62,40 @@ def make_reference(
     answers: Sequence[Answer],
     *,
     answer_tokens: int = ANSWER_TOKENS,
+    kept: int = KEPT,
     tick: Tick = untold,
 ) -> Reference:
     """Run the original over its own answers and keep what a comparison needs.
 
-    Each distribution is kept as its 1,024 likeliest tokens and the mass of all others together; the
-    divergence of that coarser distribution is a lower bound on the full one, tight to about 1e-4.
+    Each distribution is kept as its likeliest tokens and the mass of all others together; the divergence of that
+    coarser distribution is a lower bound on the full one, tight to about 1e-4 with 1,024 tokens.
 
     Args:
         handle: the original model.
         ids: token ids of baseline prompts that it answers.
         answers: its answers to them, none empty of tokens.
         answer_tokens: how many tokens of each answer count.
+        kept: how many tokens of each distribution are named.
+        tick: told how many answers are read.
     """
     rows, wanted = [], []
     for prompt, answer in zip(ids, answers, strict=True):
         tokens = answer.whole[:answer_tokens]
         rows.append([*prompt, *tokens[:-1]])
         wanted.append(tokens)
-    kept: list[Tensor | None] = [None] * len(rows)
+    likeliest: list[Tensor | None] = [None] * len(rows)
     logprobs: list[Tensor | None] = [None] * len(rows)
     losses: list[float] = [0.0] * len(rows)
     for index, own in _distributions(handle, rows, wanted, tick):
-        top = own.topk(min(KEPT, own.shape[-1]), dim=-1)
-        kept[index] = top.indices.int().cpu()
+        top = own.topk(min(kept, own.shape[-1]), dim=-1)
+        likeliest[index] = top.indices.int().cpu()
         logprobs[index] = _coarse(own, top.indices).cpu()
         losses[index] = _loss(own, wanted[index])
     total = sum(map(len, wanted))
     return Reference(
         rows,
         wanted,
-        [k for k in kept if k is not None],
+        [tokens for tokens in likeliest if tokens is not None],
         [p for p in logprobs if p is not None],
         sum(losses) / max(1, total),
     )
