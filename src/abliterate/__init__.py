@@ -17,7 +17,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from abliterate.common.version import __version__ as __version__
 
 # Where each public name lives: imported when first used, so that `--help` needs no torch.
 _PUBLIC = {

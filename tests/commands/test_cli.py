@@ -170,14 +170,15 @@ def test_bad_environment_is_named(desk, tiny_folder, monkeypatch):
 
 
 def test_every_option_reaches_a_setting():
-    """An option whose name is missing from the table of fields would be taken and ignored."""
+    """Every option is one of the settings' or known to be the command's own."""
     import typer
 
-    from abliterate.commands.common import FIELDS as _FIELDS
+    from abliterate.settings.options import options_of
+    from abliterate.settings.run import RunSettings
 
-    names = {name for fields in _FIELDS.values() for name in fields}
+    names = {option.name for option in options_of(RunSettings).values()}
     not_settings = {
-        "model", "out", "config", "overwrite", "quiet", "json_", "show_completions", "activations", "original",
+        "model", "out", "config", "overwrite", "quiet", "json", "show_completions", "activations", "original",
         "keep_vectors", "plan", "log_file", "induce",
     }  # fmt: skip
     commands = typer.main.get_command(app).commands
@@ -187,13 +188,18 @@ def test_every_option_reaches_a_setting():
                 assert parameter.name in names | not_settings, f"{name}: {parameter.name}"
 
 
-def test_every_setting_has_a_field():
-    from abliterate.commands.common import FIELDS as _FIELDS
+def test_every_option_of_the_settings_is_one_of_run():
+    import typer
+
+    from abliterate.settings.options import options_of
     from abliterate.settings.run import RunSettings
 
-    for stage, names in _FIELDS.items():
-        fields = RunSettings.model_fields[stage].annotation.model_fields if stage else RunSettings.model_fields
-        assert set(names) <= set(fields)
+    options = options_of(RunSettings).values()
+    parameters = {p.name: p for p in typer.main.get_command(app).commands["run"].params}
+    assert len({option.name for option in options}) == len(options)  # else one would hide another
+    for option in options:
+        assert option.help in parameters[option.name].help
+        assert f"--{option.name.replace('_', '-')}" in parameters[option.name].opts
 
 
 # --- the other commands ---

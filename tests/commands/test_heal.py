@@ -7,8 +7,8 @@ import json
 import pytest
 import yaml
 
-from abliterate.commands.heal import HEAL_FIELDS, SELF_FIELDS
 from abliterate.settings.heal import HealSettings, SelfSettings
+from abliterate.settings.options import options_of
 from command import PROMPTS, abliterate, fails, succeeds
 from models import save_tiny, tiny_llama
 
@@ -33,10 +33,10 @@ def wide(monkeypatch):
 
 
 def test_every_setting_is_an_option():
-    assert set(HEAL_FIELDS) == set(HealSettings.model_fields) - {"self_teaching"}
-    assert set(SELF_FIELDS) == set(SelfSettings.model_fields)
+    fields = {*HealSettings.model_fields, *SelfSettings.model_fields} - {"self_teaching"}
+    assert fields == {option.name for option in options_of(HealSettings).values()}
     text = succeeds("heal", "--help").out
-    for name in (*HEAL_FIELDS, *SELF_FIELDS):
+    for name in fields:
         assert f"--{name.replace('_', '-')}" in text
     assert "Example: abliterate heal" in text
 
@@ -50,7 +50,7 @@ def test_help_names_the_defaults():
         assert f"[default: {getattr(plain, name):g}; self {getattr(own, name):g}]" in text
     assert (plain.learning_rate, own.learning_rate) == (5e-6, 2e-3)
     assert "[default: 5e-6; self 2e-3]" in text
-    for name in SELF_FIELDS:
+    for name in SelfSettings.model_fields:
         assert f"[default: {getattr(own.self_teaching, name):g}]" in text
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from abliterate.common.errors import AbliterateError, PromptError
-from abliterate.prompts.behaviour import BUNDLED, load_behaviour
+from abliterate.prompts.behaviour import BUNDLED, Defaults, load_behaviour
 from abliterate.prompts.behaviour_prompts import behaviour_sides
 from abliterate.prompts.sets import normalise
 from abliterate.settings.run import PromptSettings, RunSettings
@@ -129,3 +130,16 @@ def test_settings_are_resolved_and_said():
     asked = RunSettings.model_validate({"measure": {"judge": "classifier:x"}, "search": {"max_divergence": 0.7}})
     settings, _ = load_behaviour("slop").resolved(asked)
     assert settings.measure.judge == "classifier:x" and settings.search.max_divergence == 0.7
+
+
+def test_what_was_named_wins_also_where_it_is_the_programs_default():
+    slop, refusal = load_behaviour("slop"), load_behaviour("refusal")
+    asked = RunSettings.model_validate({"measure": {"judge": "lexical"}})
+    assert slop.resolved(asked)[0].measure.judge == "lexical"
+    by_article = refusal.definition.model_copy(update={"defaults": Defaults(method="article")})
+    refusal = replace(refusal, definition=by_article)
+    assert refusal.resolved(RunSettings())[0].search.method == "article"
+    asked = RunSettings.model_validate({"search": {"method": "fit"}})
+    assert refusal.resolved(asked) == (asked, [])
+    with pytest.raises(AbliterateError, match="slop can't be found by --method fit"):
+        slop.resolved(asked)

@@ -9,6 +9,7 @@ import pytest
 from abliterate.common.errors import AbliterateError
 from abliterate.heal.training import Job
 from abliterate.settings.heal import PRESET_DEFAULTS, HealRunSettings, HealSettings, resolve_heal
+from abliterate.settings.options import options_of
 
 # Labonne 2024, "Uncensor any LLM with abliteration"; 100 warm-up steps of about 4,900
 ARTICLE = {
@@ -25,8 +26,8 @@ def test_the_defaults_are_the_articles():
 
 
 def test_every_field_is_documented():
-    for name in HealSettings.model_fields:
-        assert name in (HealSettings.__doc__ or ""), name
+    for name, option in options_of(HealSettings).items():
+        assert option.help or option.default_said(), name  # a name that says all has its default at least
 
 
 def test_a_presets_defaults_give_way_to_what_is_said(monkeypatch):

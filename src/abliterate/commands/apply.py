@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from abliterate.commands.common import Json, LogFile, Overwrite, Quiet, Revision, app, print_result, reported, source_of
+from abliterate.commands.common import source_of
+from abliterate.commands.options import Given, Output, command
 from abliterate.common.errors import AbliterateError
+from abliterate.settings.run import RunSettings
 
 EXAMPLES = {
     "checkpoint": "abliterate apply recipe.safetensors Qwen/Qwen3-0.6B --out edited",
@@ -29,57 +31,23 @@ FORMS_HELP = (
 WRITING_PANEL = "How it is written"
 
 
-@app.command(epilog="\n\n".join(f"Example ({form}): {example}" for form, example in EXAMPLES.items()))
+@command("load.revision", *(f"Example ({form}): {example}" for form, example in EXAMPLES.items()))
 def apply(
-    recipe: Annotated[
-        Path, typer.Argument(help="recipe.safetensors, or the folder that `run` wrote.", show_default=False)
-    ],
-    model: Annotated[
-        str, typer.Argument(help="Model folder or Hub id; for the GGUF forms a GGUF file.", show_default=False)
-    ],
+    recipe: Annotated[Path, "recipe.safetensors, or the folder that `run` wrote."],
+    model: Annotated[str, "Model folder or Hub id; for the GGUF forms a GGUF file."],
+    *,
     form: Annotated[str, typer.Option("--as", metavar="FORM", help=FORMS_HELP)] = "checkpoint",
-    out: Annotated[Path | None, typer.Option(help="Folder or file to write.", show_default=False)] = None,
-    strength: Annotated[float, typer.Option(help="Factor on the recipe's strengths; negative strengthens.")] = 1.0,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what it would read, write, take and need; needs no weights.")
-    ] = False,
-    norm_preserving: Annotated[
-        bool,
-        typer.Option("--norm-preserving", help="Keep the norms of weights' columns.", rich_help_panel=WRITING_PANEL),
-    ] = False,
-    keep_tied: Annotated[
-        bool,
-        typer.Option(
-            "--keep-tied", help="Edit a tied embedding and head together instead of untying.",
-            rich_help_panel=WRITING_PANEL,
-        ),
-    ] = False,
-    skip_unsupported: Annotated[
-        bool,
-        typer.Option(
-            "--skip-unsupported", help="Leave out, and list, writers that the form can't hold.",
-            rich_help_panel=WRITING_PANEL,
-        ),
-    ] = False,
-    in_place: Annotated[
-        bool,
-        typer.Option(
-            "--in-place", help="Change the model's own files; all or none, also when killed.",
-            rich_help_panel=WRITING_PANEL,
-        ),
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bfloat16, float16 or float32, where the form can choose.", rich_help_panel=WRITING_PANEL),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Apply although the recipe was made for a model of another config.")
-    ] = False,
-    revision: Revision = None,
-    overwrite: Overwrite = False,
-    log_file: LogFile = None,
-    quiet: Quiet = False,
-    json_: Json = False,
+    out: Annotated[Path | None, "Folder or file to write."] = None,
+    strength: Annotated[float, "Factor on the recipe's strengths; negative strengthens."] = 1.0,
+    plan: Annotated[bool, "Say what it would read, write, take and need; needs no weights."] = False,
+    norm_preserving: Annotated[bool, "Keep the norms of weights' columns.", WRITING_PANEL] = False,
+    keep_tied: Annotated[bool, "Edit a tied embedding and head together instead of untying.", WRITING_PANEL] = False,
+    skip_unsupported: Annotated[bool, "Leave out, and list, writers that the form can't hold.", WRITING_PANEL] = False,
+    in_place: Annotated[bool, "Change the model's own files; all or none, also when killed.", WRITING_PANEL] = False,
+    dtype: Annotated[str | None, "bfloat16, float16 or float32, where the form can choose.", WRITING_PANEL] = None,
+    force: Annotated[bool, "Apply although the recipe was made for a model of another config."] = False,
+    given: Given[RunSettings],
+    io: Output,
 ) -> None:  # fmt: skip
     """Apply a recipe to a model: no prompts, no forward pass, no training.
 
@@ -87,21 +55,22 @@ def apply(
     """
     if form == "checkpoint":
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its pieces are dealt to two threads already
-    with reported(quiet, log_file) as terminal:
+    with io.reported() as terminal:
         from abliterate.apply.forms import ApplyOptions, apply_recipe
         from abliterate.edit.recipe_file import read_recipe
 
         target = _target(form, model, out, in_place, plan)
         file = recipe / "recipe.safetensors" if recipe.is_dir() else recipe
         loaded = read_recipe(file)
-        if overwrite and file.resolve().is_relative_to(target.resolve()):
+        if io.overwrite and file.resolve().is_relative_to(target.resolve()):
             raise AbliterateError(f"recipe {file} lies in {target}, which --overwrite would replace; move it first")
         options = ApplyOptions(
-            strength=strength, skip_unsupported=skip_unsupported, norm_preserving=norm_preserving, overwrite=overwrite,
-            in_place=in_place, keep_tied=keep_tied, force=force, dtype=dtype, plan=plan, revision=revision,
+            strength=strength, skip_unsupported=skip_unsupported, norm_preserving=norm_preserving,
+            overwrite=io.overwrite, in_place=in_place, keep_tied=keep_tied, force=force, dtype=dtype, plan=plan,
+            revision=given.flags.get("load.revision"),
         )  # fmt: skip
         summary = apply_recipe(loaded, source_of(model), target, form, options, terminal)
-    print_result(summary, json_, _planned(summary) if plan else _told(summary))
+    io.result(summary, _planned(summary) if plan else _told(summary))
 
 
 def _target(form: str, model: str, out: Path | None, in_place: bool, plan: bool) -> Path:

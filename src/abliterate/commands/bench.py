@@ -7,34 +7,17 @@ from typing import Annotated
 
 import typer
 
-from abliterate.commands.common import (
-    LOADING_PANEL,
-    Config,
-    DeviceMap,
-    Dtype,
-    Json,
-    LogFile,
-    Overwrite,
-    Prefill,
-    Quantise,
-    Quiet,
-    Revision,
-    SystemPrompt,
-    Trust,
-    app,
-    flags_of,
-    print_result,
-    reported,
-    settings_from,
-    source_of,
-)
+from abliterate.commands.common import source_of
+from abliterate.commands.options import Given, Output, command
 from abliterate.common.errors import AbliterateError
+from abliterate.settings.run import RunSettings
 
 
-@app.command(
-    epilog="Example: abliterate bench original=Qwen/Qwen3-0.6B edited=./Qwen3-0.6B-abliterated/model --out bench\n\n"
-    "Example: abliterate bench demo --recipe recipe.safetensors --suite quick --out bench\n\n"
-    "Example: abliterate bench ./model ./healed --suite openllm --limit 100 --out bench --card"
+@command(
+    "load -load.chat_template load.chat_template=template config",
+    "abliterate bench original=Qwen/Qwen3-0.6B edited=./Qwen3-0.6B-abliterated/model --out bench",
+    "abliterate bench demo --recipe recipe.safetensors --suite quick --out bench",
+    "abliterate bench ./model ./healed --suite openllm --limit 100 --out bench --card",
 )
 def bench(
     models: Annotated[
@@ -46,23 +29,21 @@ def bench(
             metavar="MODEL",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("bench-out"),
+    *,
+    out: Annotated[Path, "Output folder."] = Path("bench-out"),
     suite: Annotated[
         list[str] | None,
-        typer.Option(
-            help="quick, openllm, openllm2, nous, or any task of lm-evaluation-harness; several by commas or by "
-            "repeating. [default: quick]",
-        ),
+        "quick, openllm, openllm2, nous, or any task of lm-evaluation-harness; several by commas or by "
+        "repeating. [default: quick]",
     ] = None,
     recipe: Annotated[
-        list[str] | None,
-        typer.Option(help="The first model with this recipe, [NAME=]FILE, as one more column; may be repeated."),
+        list[str] | None, "The first model with this recipe, [NAME=]FILE, as one more column; may be repeated."
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first items of each task.")] = None,
     few_shot: Annotated[
         int | None, typer.Option(min=0, help="Worked examples before each question, instead of the suite's.")
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="Rows at a time; auto goes by tokens and memory.")] = "auto",
+    batch_size: Annotated[str, "Rows at a time; auto goes by tokens and memory."] = "auto",
     chat_template: Annotated[
         bool | None,
         typer.Option(
@@ -71,53 +52,31 @@ def bench(
             "openllm2 does where the reference has a template; quick does for its instructions.",
         ),
     ] = None,
-    card: Annotated[
-        bool, typer.Option("--card", help="Put the results into README.md of the models' folders, the reference's not.")
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run everything anew, whatever is in the cache.")] = False,
-    cache: Annotated[
-        Path | None, typer.Option(help="Where scores are kept. [default: ~/.cache/abliterate/bench]")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Apply a recipe made for a model of another config.")] = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    quantise: Quantise = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = None,
-    template: Annotated[
-        str | None,
-        typer.Option("--template", help="Jinja file, template text, or 'chatml'.", rich_help_panel=LOADING_PANEL),
-    ] = None,
-    system_prompt: SystemPrompt = None,
-    prefill: Prefill = None,
-    config: Config = None,
-    overwrite: Overwrite = False,
-    log_file: LogFile = None,
-    quiet: Quiet = False,
-    json_: Json = False,
+    card: Annotated[bool, "Put the results into README.md of the models' folders, the reference's not."] = False,
+    fresh: Annotated[bool, "Run everything anew, whatever is in the cache."] = False,
+    cache: Annotated[Path | None, "Where scores are kept. [default: ~/.cache/abliterate/bench]"] = None,
+    force: Annotated[bool, "Apply a recipe made for a model of another config."] = False,
+    given: Given[RunSettings],
+    io: Output,
 ) -> None:
     """Benchmark models side by side, and say which differences are more than chance; done tasks are remembered."""
-    flags = flags_of(
-        {"dtype": dtype, "device_map": device_map, "quantise": quantise, "revision": revision, "prefill": prefill,
-         "trust_remote_code": trust_remote_code, "chat_template": template, "system_prompt": system_prompt}
-    )  # fmt: skip
     rows = _batch_size(batch_size)
-    with reported(quiet, log_file, out) as terminal:
+    with io.reported(out) as terminal:
         from abliterate.bench.cards import write_cards
         from abliterate.bench.models import contestants
         from abliterate.bench.run import BenchOptions
         from abliterate.bench.run import bench as run_bench
 
-        settings = settings_from(flags, config)
+        settings = given.settings()
         columns = contestants([_demo(text) for text in models], recipe or ())
         options = BenchOptions(
             tuple(suite or ("quick",)), limit, few_shot, rows, chat_template, fresh, force, store=cache
         )
-        result = run_bench(columns, out, options, settings=settings.load, overwrite=overwrite, reporter=terminal)
+        result = run_bench(columns, out, options, settings=settings.load, overwrite=io.overwrite, reporter=terminal)
         cards = write_cards(result, columns) if card else []
         for file in cards:
             terminal.say(f"card: {file}")
-    print_result(result.document, json_, f"{result.text}\nresults: {out}")
+    io.result(result.document, f"{result.text}\nresults: {out}")
 
 
 def _demo(text: str) -> str:

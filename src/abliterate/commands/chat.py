@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abliterate.commands.common import (
-    ChatTemplate,
-    DeviceMap,
-    Dtype,
-    LogFile,
-    Model,
-    Prefill,
-    Quantise,
-    Quiet,
-    Revision,
-    SystemPrompt,
-    Trust,
-    app,
-    flags_of,
-    reported,
-    settings_from,
-    source_of,
-)
+from abliterate.commands.common import Model, source_of
+from abliterate.commands.options import Given, Output, command
 from abliterate.common.errors import AbliterateError
+from abliterate.settings.run import RunSettings
 
 if TYPE_CHECKING:
     from abliterate.studio.conversation import Conversation
@@ -42,38 +28,32 @@ HELP = """\
 /help, /quit    or Ctrl-D; Ctrl-C stops an answer"""
 
 
-@app.command(
-    epilog="Example: abliterate chat ./model --recipe recipe.safetensors --strength 0.8\n\n"
-    "Example: echo 'Why is the sky blue?' | abliterate chat ./model"
+@command(
+    "load",
+    "abliterate chat ./model --recipe recipe.safetensors --strength 0.8",
+    "echo 'Why is the sky blue?' | abliterate chat ./model",
+    shares="log_file quiet",
 )
 def chat(
     model: Model,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe to attach live.")] = None,
-    strength: Annotated[float, typer.Option(help="How much of it: 0 none, 1 all.")] = 1.0,
+    *,
+    recipe: Annotated[Path | None, "Recipe to attach live."] = None,
+    strength: Annotated[float, "How much of it: 0 none, 1 all."] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that hold this.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Use a recipe that was made for another model.")] = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    quantise: Quantise = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = None,
-    chat_template: ChatTemplate = None,
-    system_prompt: SystemPrompt = None,
-    prefill: Prefill = None,
-    log_file: LogFile = None,
-    quiet: Quiet = False,
+    seed: Annotated[int, "Of what is drawn."] = 0,
+    force: Annotated[bool, "Use a recipe that was made for another model."] = False,
+    given: Given[RunSettings],
+    io: Output,
 ) -> None:
     """Talk to a model in the terminal, a recipe attached live; a prompt piped in prints only the answer."""
-    flags = flags_of(locals())
     piped = not sys.stdin.isatty()
     text = sys.stdin.read().strip() if piped else ""
     if piped and not text:
         raise AbliterateError("standard input is empty; pipe a prompt in, or run this in a terminal")
-    with reported(quiet or piped, log_file) as terminal:
-        settings = settings_from(flags, None)
+    with replace(io, quiet=io.quiet or piped).reported() as terminal:
+        settings = given.settings()
         from abliterate.edit.recipe import check_model, load_recipe
         from abliterate.run.opening import open_model
         from abliterate.studio.conversation import Conversation, Sampling

@@ -2,75 +2,55 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from abliterate.commands.common import (
-    LOADING_PANEL,
-    DeviceMap,
-    Json,
-    LogFile,
-    Model,
-    Quiet,
-    Revision,
-    Trust,
-    app,
-    flags_of,
-    reported,
-    settings_from,
-    source_of,
-)
+from abliterate.commands.common import Model, source_of
+from abliterate.commands.options import Given, Output, command
+from abliterate.settings.run import LoadSettings, RunSettings
 
 if TYPE_CHECKING:
     from abliterate.models.handle import Handle
 
 
-@app.command(epilog="Example: abliterate inspect ./model --json")
+@command(
+    "load.device_map load.revision load.trust_remote_code",
+    "abliterate inspect ./model --json",
+    shares="log_file quiet json",
+)
 def inspect(
     model: Model,
-    dtype: Annotated[
-        str, typer.Option(help="The proof is exact in float32.", rich_help_panel=LOADING_PANEL)
-    ] = "float32",
-    device_map: DeviceMap = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = None,
-    log_file: LogFile = None,
-    quiet: Quiet = False,
-    json_: Json = False,
+    *,
+    dtype: Annotated[str, "The proof is exact in float32.", LoadSettings.panel] = "float32",
+    given: Given[RunSettings],
+    io: Output,
 ) -> None:
     """Print what writes to the residual stream, and the proof that nothing was missed."""
-    with reported(quiet, log_file) as terminal:
-        flags = {"dtype": dtype, "device_map": device_map, "revision": revision, "trust_remote_code": trust_remote_code}
-        settings = settings_from(flags_of(flags), None)
+    with io.reported() as terminal:
+        settings = given.settings({"load.dtype": dtype})
         from abliterate.run.opening import open_model
 
         source = source_of(model)
         terminal.say(f"loading {source}")
         handle = open_model(source, settings.load)
         document, passed = _inspection(handle)
-    if json_:
-        typer.echo(json.dumps(document, indent=2))
-    else:
+    io.result(document)
+    if not io.json:
         _print_inspection(document)
     if not passed:
         raise typer.Exit(2)
 
 
-@app.command(epilog="Example: abliterate doctor --json")
-def doctor(json_: Json = False) -> None:
+@command("", "abliterate doctor --json", shares="json")
+def doctor(io: Output) -> None:
     """Say what this machine can do, in plain words."""
     from abliterate.commands.doctor import examine
 
-    findings = examine()
-    if json_:
-        typer.echo(json.dumps([f.__dict__ for f in findings], indent=2))
-        return
-    from abliterate.commands.terminal import output
-
-    for finding in findings:
-        output().print(f"{'ok  ' if finding.ok else 'no  '} {finding.text}", soft_wrap=True, markup=False)
+    with io.reported():
+        findings = examine()
+    io.result([asdict(f) for f in findings], *(f"{'ok  ' if f.ok else 'no  '} {f.text}" for f in findings))
 
 
 def _inspection(handle: Handle) -> tuple[dict[str, Any], bool]:

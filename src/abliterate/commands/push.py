@@ -5,44 +5,38 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.filesize import decimal
 
-from abliterate.commands.common import Json, LogFile, Quiet, app, print_result, reported
+from abliterate.commands.options import Output, command
 
 
-@app.command(
-    epilog="Example: abliterate push Qwen3-0.6B-abliterated me/Qwen3-0.6B-abliterated --private\n\n"
-    "Example: abliterate push recipe.safetensors me/my-recipe --dry-run"
+@command(
+    "",
+    "abliterate push Qwen3-0.6B-abliterated me/Qwen3-0.6B-abliterated --private",
+    "abliterate push recipe.safetensors me/my-recipe --dry-run",
+    shares="log_file quiet json",
 )
 def push(
     path: Annotated[
-        Path,
-        typer.Argument(
-            help="Output folder of `run` (model, recipe and results go), model or adapter folder, recipe or GGUF file.",
-            show_default=False,
-        ),
+        Path, "Output folder of `run` (model, recipe and results go), model or adapter folder, recipe or GGUF file."
     ],
-    repo: Annotated[str, typer.Argument(help="NAME or USER/NAME; made if it isn't there.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it isn't there.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would go; needs neither token nor network.")
-    ] = False,
-    log_file: LogFile = None,
-    quiet: Quiet = False,
-    json_: Json = False,
+    repo: Annotated[str, "NAME or USER/NAME; made if it isn't there."],
+    *,
+    private: Annotated[bool, "Make the repository private."] = False,
+    revision: Annotated[str | None, "Branch to commit to; made if it isn't there."] = None,
+    dry_run: Annotated[bool, "List what would go; needs neither token nor network."] = False,
+    io: Output,
 ) -> None:
     """Send a model, adapter, recipe or GGUF file with its card to the Hugging Face Hub.
 
     What is there already is not sent again: after an interruption, run the same command. The token comes from
     HF_TOKEN or `hf auth login`.
     """
-    with reported(quiet, log_file) as terminal:
+    with io.reported() as terminal:
         from abliterate.publish.hub import push as push_to_hub
 
         summary = push_to_hub(path, repo, private=private, revision=revision, dry_run=dry_run, reporter=terminal)
-    print_result(summary, json_, _told(summary))
+    io.result(summary, _told(summary))
 
 
 def _told(summary: dict[str, Any]) -> str:

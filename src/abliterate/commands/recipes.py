@@ -6,47 +6,43 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from abliterate.commands.common import Json, app
+from abliterate.commands.options import Output, command
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from abliterate.edit.recipe import Recipe
 
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe.safetensors file.", show_default=False)]
+RecipeFile = Annotated[Path, "A recipe.safetensors file."]
 
 MOST_ROWS = 12
 LABEL_WIDTH = 24
 LAYERS_PER_LINE = 40  # with its label and numbers, a line of strengths fits 80 columns
 
 
-@app.command(epilog="Example: abliterate show model-abliterated/recipe.safetensors")
-def show(recipe: RecipeFile, json_: Json = False) -> None:
+@command("", "abliterate show model-abliterated/recipe.safetensors", shares="json")
+def show(recipe: RecipeFile, io: Output) -> None:
     """Print a recipe: its model, where it comes from, what was measured, and its strengths over layers."""
     from abliterate.edit.compare import description
     from abliterate.edit.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     document = description(loaded)
-    if json_:
-        typer.echo(json.dumps(document, indent=2))
-    else:
+    io.result(document)
+    if not io.json:
         _print_recipe(recipe, loaded, document)
 
 
-@app.command(epilog="Example: abliterate diff a/recipe.safetensors b/recipe.safetensors --json")
-def diff(left: RecipeFile, right: RecipeFile, json_: Json = False) -> None:
+@command("", "abliterate diff a/recipe.safetensors b/recipe.safetensors --json", shares="json")
+def diff(left: RecipeFile, right: RecipeFile, io: Output) -> None:
     """Print how two recipes differ: writers, strengths, directions (cosines), provenance."""
     from abliterate.edit.compare import difference
     from abliterate.edit.recipe import load_recipe
 
     pair = load_recipe(left), load_recipe(right)
     document = difference(*pair)
-    if json_:
-        typer.echo(json.dumps(document, indent=2))
-    else:
+    io.result(document)
+    if not io.json:
         _print_difference(left, right, document)
 
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from abliterate.commands.common import Json, LogFile, Overwrite, Quiet, app, check_free, print_result, reported
+from abliterate.commands.options import Output, command
 from abliterate.common.errors import AbliterateError
+from abliterate.common.files import check_file
 
 
 class Format(str, Enum):
@@ -20,42 +21,33 @@ class Format(str, Enum):
     md = "md"
 
 
-@app.command(
-    epilog="Example: abliterate report demo-out --open\n\n"
-    "Example: abliterate report demo-out --format md --out card/report.md"
-)
+@command("", "abliterate report demo-out --open", "abliterate report demo-out --format md --out card/report.md")
 def report(
     run: Annotated[
         Path, typer.Argument(metavar="OUT", help="What `abliterate run` wrote, or a results.json.", show_default=False)
     ],
+    *,
     format: Annotated[
-        Format, typer.Option(help="html: one self-contained page. png: pictures. md: tables and pictures, for cards.")
+        Format, "html: one self-contained page. png: pictures. md: tables and pictures, for cards."
     ] = Format.html,
     out: Annotated[
-        Path | None,
-        typer.Option(help="File, or folder for png. [default: report.html, report-png or report.md in OUT]"),
+        Path | None, "File, or folder for png. [default: report.html, report-png or report.md in OUT]"
     ] = None,
-    show_completions: Annotated[
-        bool,
-        typer.Option("--show-completions", help="Put in, folded, the answers to target prompts that the run kept."),
-    ] = False,
-    open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
-    overwrite: Overwrite = False,
-    log_file: LogFile = None,
-    quiet: Quiet = False,
-    json_: Json = False,
+    show_completions: Annotated[bool, "Put in, folded, the answers to target prompts that the run kept."] = False,
+    open_: Annotated[bool, "Open it in the browser."] = False,
+    io: Output,
 ) -> None:
     """Draw what a run measured: did it work, what did it cost, what was changed, and how to repeat it."""
     if show_completions and format is not Format.html:
         raise AbliterateError(f"--show-completions is for html, where answers are folded away; not for {format.value}")
     if open_ and format is Format.png:
         raise AbliterateError("--open opens a page; pictures are a folder, so leave it out with --format png")
-    with reported(quiet, log_file) as terminal:
-        written = _written(run, format, out, show_completions, overwrite)
+    with io.reported() as terminal:
+        written = _written(run, format, out, show_completions, io.overwrite)
         if format is Format.md and not (written.parent / "report-png").is_dir():
             terminal.say("without matplotlib there are no pictures; pip install 'abliterate[report]'")
     document = {"schema": 1, "format": format.value, "path": str(written), "bytes": _size(written)}
-    print_result(document, json_, f"report: {written}")
+    io.result(document, f"report: {written}")
     if open_:
         typer.launch(written.absolute().as_uri())
 
@@ -67,7 +59,7 @@ def _written(run: Path, format: Format, out: Path | None, show_completions: bool
     if format is Format.png:
         return write_stills(run, out, overwrite=overwrite or out is None)
     if out is not None:
-        check_free(out, overwrite)
+        check_file(out, overwrite=overwrite)
     if format is Format.md:
         return write_markdown(run, out)
     return write_html(run, out, show_completions=show_completions)

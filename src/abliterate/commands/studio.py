@@ -7,37 +7,27 @@ from typing import Annotated
 
 import typer
 
-from abliterate.commands.common import (
-    DeviceMap,
-    Dtype,
-    LogFile,
-    Quantise,
-    Quiet,
-    app,
-    flags_of,
-    reported,
-    settings_from,
-    source_of,
-)
+from abliterate.commands.common import source_of
+from abliterate.commands.options import Given, Output, command
 from abliterate.common.errors import AbliterateError
+from abliterate.settings.run import RunSettings
 
 
-@app.command(
-    epilog="Example: abliterate studio ./model --recipe recipe.safetensors\n\n"
-    "Example: abliterate studio demo\n\n"
-    "Example: ABLITERATE_STUDIO_PASSWORD=... abliterate studio --host 0.0.0.0 --folder ./shared --no-browser"
+@command(
+    "load.dtype load.device_map load.quantise",
+    "abliterate studio ./model --recipe recipe.safetensors",
+    "abliterate studio demo",
+    "ABLITERATE_STUDIO_PASSWORD=... abliterate studio --host 0.0.0.0 --folder ./shared --no-browser",
+    shares="log_file quiet",
 )
 def studio(
-    model: Annotated[
-        str | None, typer.Argument(help="Hub id, local folder, GGUF file, or 'demo'.", show_default=False)
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe to start with.", show_default=False)] = None,
-    folder: Annotated[Path, typer.Option(help="All that the page may read and write in.")] = Path("."),
-    host: Annotated[
-        str, typer.Option(help="Address to serve on; any but this machine's own needs a password.")
-    ] = "127.0.0.1",
+    model: Annotated[str | None, "Hub id, local folder, GGUF file, or 'demo'."] = None,
+    *,
+    recipe: Annotated[Path | None, "Recipe to start with."] = None,
+    folder: Annotated[Path, "All that the page may read and write in."] = Path("."),
+    host: Annotated[str, "Address to serve on; any but this machine's own needs a password."] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port. [default: the first free one from 7860]")
+        int | None, typer.Option(min=0, max=65535, help="Port. \\[default: the first free one from 7860]")
     ] = None,
     password: Annotated[
         str | None,
@@ -46,23 +36,19 @@ def studio(
             help="Asked for on the page; better set in the environment, where other users don't see it.",
         ),
     ] = None,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Don't open the page in a browser.")] = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    quantise: Quantise = None,
-    log_file: LogFile = None,
-    quiet: Quiet = False,
+    no_browser: Annotated[bool, "Don't open the page in a browser."] = False,
+    given: Given[RunSettings],
+    io: Output,
 ) -> None:  # fmt: skip
     """Open a web page to try an edit: live sliders, answers side by side, the frontier, runs. Ctrl-C ends it."""
-    flags = flags_of(locals())
-    with reported(quiet, log_file) as terminal:
+    with io.reported() as terminal:
         from abliterate.studio.server import check_host, check_installed, serve
 
         check_installed()
         check_host(host, password)
         if recipe and not model:
             raise AbliterateError("--recipe needs the model it is for: abliterate studio MODEL --recipe RECIPE")
-        settings = settings_from(flags, None)
+        settings = given.settings()
         from abliterate.run.opening import open_model
 
         if model:

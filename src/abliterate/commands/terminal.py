@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from abliterate.common.reporting import Tick, untold
@@ -31,7 +32,7 @@ class Terminal:
         log: IO[str] | None = None,
         published: ProgressFile | None = None,
     ) -> None:
-        self._console = console
+        self._console, self.stream = console, sys.stderr  # that of now: libraries get another meanwhile
         self.quiet, self.log, self.published = quiet, log, published
         self.bars: Progress | None = None
         self.started = time.monotonic()
@@ -42,7 +43,7 @@ class Terminal:
         if self._console is None:
             from rich.console import Console
 
-            self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+            self._console = Console(file=self.stream, highlight=False, soft_wrap=True)
         return self._console
 
     def __enter__(self) -> Terminal:
@@ -62,7 +63,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """One line about how it goes."""
         stamp = time.monotonic() - self.started
-        self._write_log(text)
+        self.note(text)
         if self.published:
             self.published.say(text)
         if not self.quiet:
@@ -77,7 +78,7 @@ class Terminal:
         if self.quiet or not self.console.is_terminal:
             self.say(f"{stage} ({total})")
             return published.tick if published else untold
-        self._write_log(f"{stage} ({total})")
+        self.note(f"{stage} ({total})")
         bars = self.bars = _bars(self.console)
         task = bars.add_task(stage, total=total)
         bars.start()
@@ -97,7 +98,8 @@ class Terminal:
             self.bars.stop()
             self.bars = None
 
-    def _write_log(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """A line for the log file alone."""
         if self.log:
             self.log.write(f"{time.monotonic() - self.started:8.1f}s  {text}\n")
             self.log.flush()
@@ -130,50 +132,50 @@ def _bars(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), Rate(),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
-        redirect_stdout=False,  # results may go to a file while bars go to the terminal
+        redirect_stdout=False, redirect_stderr=False,  # results may go to a file while bars go to the terminal
     )  # fmt: skip
+
+
+def rows_table(
+    rows: Iterable[Sequence[str]], headings: Sequence[str], title: str | None = None, left: int = 1
+) -> Table:
+    """A table of texts; the first `left` columns lie left, the others, which are numbers, right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_style="bold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def result_table(rows: list[tuple[str, ...]], states: Sequence[str] = ("original", "edited")) -> Table:
     """The closing table: a column for each model measured."""
-    from rich.table import Table
-
-    table = Table(title=" against ".join(states), title_style="bold")
-    table.add_column("")
-    for state in states:
-        table.add_column(state, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return rows_table(rows, ("", *states), " against ".join(states))
 
 
 def measurement_table(document: dict[str, Any]) -> Table:
     """What `abliterate measure` prints: one column, or two when there is an original to compare with."""
-    from rich.table import Table
-
     from abliterate.cards.card import result_rows
 
     if document["edited"] is not None:
         return result_table(result_rows(document))
-    table = Table()
-    table.add_column("")
-    table.add_column("model", justify="right")
-    for name, value, *_ in result_rows({**document, "edited": document["original"]}):
-        if not name.startswith("divergence"):
-            table.add_row(name, value)
-    return table
+    rows = [row[:2] for row in result_rows({**document, "edited": document["original"]})]
+    return rows_table([row for row in rows if not row[0].startswith("divergence")], ("", "model"))
 
 
 def plan_table(rows: list[tuple[str, str]]) -> Table:
     """What `abliterate run --plan` prints."""
-    from rich.table import Table
+    return rows_table(rows, ("", "planned"), "what the run would take here")
 
-    table = Table(title="what the run would take here", title_style="bold")
-    table.add_column("")
-    table.add_column("planned", justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+
+def places(out: Path, *, original: str | None = None, **names: str) -> str:
+    """Where a command's outputs are, a line each; what wasn't written isn't told (a style has no report)."""
+    there = {what: str(out / name) for what, name in names.items() if (out / name).exists()}
+    if original is not None:
+        there["original"] = original
+    return "\n".join(f"{what + ':':<10}{where}" for what, where in there.items())
 
 
 def output() -> Console:

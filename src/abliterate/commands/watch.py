@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abliterate.commands.common import Json, app
+from abliterate.commands.options import Output, command
 from abliterate.common.errors import AbliterateError, InterruptedByUserError
 
 if TYPE_CHECKING:
@@ -22,22 +22,23 @@ if TYPE_CHECKING:
 SHOWN_LINES = 12
 
 
-@app.command(epilog="Example: abliterate watch qwen-abliterated")
+@command("", "abliterate watch qwen-abliterated", shares="json")
 def watch(
-    out: Annotated[Path, typer.Argument(help="Output folder of a run that goes on.", show_default=False)],
+    out: Annotated[Path, "Output folder of a run that goes on."],
+    *,
     wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for a run that hasn't begun.")] = 0.0,
-    once: Annotated[bool, typer.Option("--once", help="Show where it is and leave.")] = False,
-    json_: Json = False,
+    once: Annotated[bool, "Show where it is and leave."] = False,
+    io: Output,
 ) -> None:
     """Show how a run goes, from another terminal; Ctrl-C stops watching, not the run."""
     from abliterate.common.watching import follow
 
     progress: Progress | None = None
     try:
-        if json_ or once or not sys.stdout.isatty():
+        if io.json or once or not sys.stdout.isatty():
             shown = 0
             for progress in follow(out, patience=wait):
-                shown = _print(progress, shown, json_, once)
+                shown = _print(progress, shown, io.json, once)
                 if once:
                     return
         else:

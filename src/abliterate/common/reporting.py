@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +37,50 @@ class Silent:
 
 
 SILENT = Silent()
+
+
+class _Libraries(io.TextIOBase):
+    """What stands in for standard error while a job goes on: whole lines go to `told`, or nowhere.
+
+    One for all jobs of a process, as the handlers that libraries make for their loggers keep the stream of that time.
+    """
+
+    told: Callable[[str], None] | None = None
+    begun = ""
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        if self.told:
+            for line in lines:
+                self.told(line)
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        assert sys.__stderr__ is not None  # for processes that are started meanwhile
+        return sys.__stderr__.fileno()
+
+
+_LIBRARIES = _Libraries()
+
+
+@contextmanager
+def libraries_told(tell: Callable[[str], None]) -> Iterator[None]:
+    """Nothing that libraries write on standard error shows: their warnings, loggers and bars.
+
+    They say nothing that a user can mend; what goes wrong is raised. A terminal for progress has to be made before.
+
+    Args:
+        tell: called with each line instead.
+    """
+    kept, before = sys.stderr, _LIBRARIES.told
+    sys.stderr, _LIBRARIES.told = _LIBRARIES, tell
+    try:
+        yield
+    finally:
+        sys.stderr, _LIBRARIES.told = kept, before
 
 
 @dataclass

@@ -250,23 +250,30 @@ class Behaviour:
         return self.kind != "prompts" or self.adds
 
     def resolved(self, settings: RunSettings) -> tuple[RunSettings, list[str]]:
-        """A run's settings with this behaviour's judge and defaults where the user's are the program's; and notes.
+        """A run's settings with this behaviour's judge and defaults where nobody named others; and notes.
 
         Args:
-            settings: as given.
+            settings: as given; what a flag, the environment or a file named is in their `model_fields_set`.
+
+        Raises:
+            AbliterateError: when a method was named that can't find it.
         """
         defaults, notes = self.definition.defaults, []
         search, collect, measure = settings.search, settings.collect, settings.measure
-        if measure.judge == "lexical" and self.judge_spec != "lexical":
+        if "judge" not in measure.model_fields_set and self.judge_spec != measure.judge:
             measure = measure.model_copy(update={"judge": self.judge_spec})
         if collect.positions is None and defaults.positions is not None:
             collect = collect.model_copy(update={"positions": defaults.positions})
         if search.max_divergence is None and defaults.max_divergence is not None:
             search = search.model_copy(update={"max_divergence": defaults.max_divergence})
-        # the program's own default can't be told from the same word by the user; any other word is the user's
-        default = defaults.method if search.method == "fit" else None
-        method = "sweep" if self.runs_as_style else default
-        if method is not None and method != search.method:
+        named = "method" in search.model_fields_set
+        if self.runs_as_style and named and search.method != "sweep":
+            raise AbliterateError(
+                f"behaviour {self.name} can't be found by --method {search.method}: its style shows in whole answers "
+                "only; leave the option out, or take sweep"
+            )
+        method = "sweep" if self.runs_as_style else defaults.method
+        if method is not None and method != search.method and not named:
             why = "its style shows in whole answers only" if self.runs_as_style else "as its file says"
             notes.append(f"behaviour {self.name}: method {method} instead of {search.method}: {why}")
             search = search.model_copy(update={"method": method})

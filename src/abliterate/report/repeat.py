@@ -13,20 +13,21 @@ SOURCES = ("target", "baseline", "chat_template")
 
 def repeat_command(loaded: Loaded) -> str:
     """The command line that gives the same numbers with the same versions; files are named without their folders."""
-    from abliterate.commands.common import FIELDS
+    from abliterate.settings.options import options_of
     from abliterate.settings.run import ENVIRONMENT_PREFIX, RunSettings
 
     settings: dict[str, Any] = loaded.results.get("settings") or {}
     if loaded.get("heal"):
         return _heal_command(loaded, settings)
-    defaults = RunSettings().model_dump()
+    defaults, flags = RunSettings().model_dump(), options_of(RunSettings)
     words = ["abliterate", "run" if loaded.get("recipe") else "measure", model_name(loaded)]
     variables = []
     for stage, name, value in _flat(settings):
         default = defaults.get(stage, {}).get(name) if stage else defaults.get(name)
-        if value == default or value is None:
+        has_own = name in ("judge", "method") and settings.get("behaviour", "refusal") != "refusal"  # instead of ours
+        if value is None or (value == default and not has_own):
             continue
-        if name not in FIELDS.get(stage, ()):
+        if (f"{stage}.{name}" if stage else name) not in flags:
             variables.append(f"{ENVIRONMENT_PREFIX}{stage.upper()}__{name.upper()}={shlex.quote(str(value))}")
         else:
             words += _flag(name, value)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-import abliterate
 from abliterate.common.names import public_name
+from abliterate.common.version import __version__
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 from abliterate.models.writers import find_writers
@@ -46,7 +46,7 @@ def environment(handle: Handle | None = None) -> dict[str, Any]:
     import transformers
 
     return {
-        "abliterate": abliterate.__version__,
+        "abliterate": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

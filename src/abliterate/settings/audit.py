@@ -4,41 +4,39 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from abliterate.settings.run import PromptSettings, RunSettings, Stage
+from abliterate.settings.options import Stage, option
+from abliterate.settings.run import PromptSettings, RunSettings
 
 
 class AuditPrompts(PromptSettings):
     """Where prompts come from, and how many a side each split gives."""
 
-    train_prompts: int = Field(128, ge=8)
-    validation_prompts: int = Field(48, ge=4)
-    test_prompts: int = Field(100, ge=4)
+    train_prompts: int = option(128, "Most prompts a side for directions.", ge=8)
+    validation_prompts: int = option(48, "Most prompts a side for choosing.", ge=4)
+    test_prompts: int = option(100, "Most prompts a side for the numbers.", ge=4)
 
 
 class AuditStage(Stage):
     """Sizes of the audit's stages.
 
     Attributes:
-        fit: whether the frontier of gradient-fitted edits is traced, which takes most of the time.
-        steps: gradient steps to its first point, a third of it to each further one.
+        steps: a third of it goes to each further point. Fitting takes most of the time.
         strengths: of one direction in every writer.
-        max_directions: most directions taken out together.
         counts: prompts a side from which the direction is found.
-        draws: draws of prompts for each count.
         draw_prompts: test prompts answered for each draw.
         divergence_prompts: baseline prompts that divergence is measured on.
-        answer_tokens: longest answer decoded.
     """
 
-    fit: bool = True
-    steps: int = Field(24, ge=1)
+    panel = "Auditing"
+    fit: bool = option(True, "Trace the frontier of fitted edits.")
+    steps: int = option(24, "Gradient steps to its first point.", ge=1)
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    max_directions: int = Field(3, ge=1, le=16)
+    max_directions: int = option(3, "Most directions taken out together.", ge=1, le=16)
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    draws: int = Field(3, ge=1)
+    draws: int = option(3, "Draws of prompts for each number of them.", ge=1)
     draw_prompts: int = Field(32, ge=4)
     divergence_prompts: int = Field(64, ge=4)
-    answer_tokens: int = Field(32, ge=1)
+    answer_tokens: int = option(32, "Longest answer decoded.", ge=1)
 
 
 QUICK = {
@@ -51,5 +49,6 @@ QUICK = {
 class AuditRunSettings(RunSettings):
     """All of `abliterate audit`."""
 
-    prompts: AuditPrompts = Field(default_factory=lambda: AuditPrompts.model_validate({}))
-    audit: AuditStage = Field(default_factory=lambda: AuditStage.model_validate({}))
+    resume: bool = option(False, "Go on with an interrupted audit of the same settings.")
+    prompts: AuditPrompts = Field(default_factory=AuditPrompts)
+    audit: AuditStage = Field(default_factory=AuditStage)

@@ -8,68 +8,77 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from abliterate.common.errors import AbliterateError
+from abliterate.settings.options import Stage, is_table, option
 
 ENVIRONMENT_PREFIX = "ABLITERATE_"
-
-
-class Stage(BaseModel):
-    """A table of settings: unknown names are errors, values don't change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LoadSettings(Stage):
     """How the model is loaded and prompts become conversations."""
 
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device_map: str | None = None
-    quantise: Literal["4bit", "8bit"] | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    chat_template: str | None = None
-    system_prompt: str | None = None
-    prefill: str | None = None
+    panel = "Loading"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "auto, bfloat16, float16 or float32.")
+    device_map: str | None = option(None, "As in transformers: auto, cpu, cuda:0.")
+    quantise: Literal["4bit", "8bit"] | None = option(None, "4bit or 8bit, to save memory.")
+    revision: str | None = option(None, "Hub commit, branch or tag.")
+    trust_remote_code: bool = option(False, "Run model code that comes from the Hub.")
+    chat_template: str | None = option(None, "Jinja file, template text, or 'chatml'.")
+    system_prompt: str | None = option(None, "System prompt for every prompt.")
+    prefill: str | None = option(None, "Text every answer starts with; found by itself for reasoning models.")
 
 
 class PromptSettings(Stage):
     """Where prompts come from, and how many a side each split gives."""
 
-    target: str | None = None
-    baseline: str | None = None
-    target_column: str | None = None
-    baseline_column: str | None = None
-    train_prompts: int = Field(256, ge=8)
-    validation_prompts: int = Field(64, ge=4)
-    test_prompts: int = Field(200, ge=4)
+    panel = "Prompts"
+    target: str | None = option(
+        None,
+        "Prompts that show the behaviour: Hub set id[:split[:column]], 'harmful_behaviors', 'bundled', "
+        "or a .txt .json .jsonl .csv .parquet file or datasets folder.",
+    )
+    baseline: str | None = option(None, "Prompts that don't show it; sources as for --target.")
+    target_column: str | None = option(None, "Column with the target prompts.")
+    baseline_column: str | None = option(None, "Column with the baseline prompts.")
+    train_prompts: int = option(256, "Most prompts a side for directions.", ge=8)
+    validation_prompts: int = option(64, "Most prompts a side for choosing.", ge=4)
+    test_prompts: int = option(200, "Most prompts a side for the final numbers.", ge=4)
 
 
 class CollectSettings(Stage):
     """Which activations count."""
 
-    positions: int | None = Field(None, ge=1)
-    filter: bool = True
-    winsorise: float | None = Field(None, gt=0.5, lt=1.0)
-    projected: bool = False
-    batch_size: int = Field(32, ge=1)
+    panel = "Directions"
+    positions: int | None = option(
+        None, "Last token positions read; by default what the template adds, at most 5.", ge=1
+    )
+    filter: bool = option(True, "Count only targets that are refused and baselines that are answered.")
+    winsorise: float | None = option(None, "Clamp activations to this quantile of their size (0.995).", gt=0.5, lt=1.0)
+    projected: bool = option(False, "Take the baseline mean out of the directions.")
+    batch_size: int = option(32, "Prompts per forward pass.", ge=1)
 
 
 class SearchSettings(Stage):
     """How the edit is chosen."""
 
-    method: Literal["fit", "sweep", "article", "tpe"] = "fit"
-    layers: str | None = None
-    max_refusal_rate: float = Field(0.05, ge=0.0, le=1.0)
-    max_divergence: float | None = Field(None, ge=0.0)
-    steps: int = Field(40, ge=1)
-    rank: int = Field(1, ge=1, le=16)
-    trials: int = Field(200, ge=1)
-    study: str | None = None
-    candidates: int = Field(20, ge=1)
+    panel = "Directions"
+    method: Literal["fit", "sweep", "article", "tpe"] = option("fit", "fit, sweep, article or tpe.")
+    layers: str | None = option(None, "Layers searched and edited, as 4-24.")
+    max_refusal_rate: float = option(0.05, "Refusal rate good enough to choose by divergence.", ge=0.0, le=1.0)
+    max_divergence: float | None = option(
+        None, "Take the fewest refusals within this divergence, in nats, instead.", ge=0.0
+    )
+    steps: int = option(40, "Gradient steps to the fit's first point.", ge=1)
+    rank: int = option(1, "Directions per layer in the fit.", ge=1, le=16)
+    trials: int = option(200, "Trials of --method tpe.", ge=1)
+    study: str | None = option(
+        None, "Where tpe keeps its study: a journal file or sqlite:///x.db; several processes may share it."
+    )
+    candidates: int = option(20, "Directions tried by the article's method.", ge=1)
     test_prompts: int = Field(4, ge=1)
-    interactive: bool = False
+    interactive: bool = option(False, "Choose among the article's candidates yourself.")
 
     @field_validator("layers")
     @classmethod
@@ -82,25 +91,34 @@ class SearchSettings(Stage):
 class MeasureSettings(Stage):
     """How a model is judged."""
 
-    judge: str = "lexical"
-    max_new_tokens: int = Field(100, ge=1)
+    panel = "Measuring"
+    judge: str = option("lexical", "lexical, classifier:PATH[:LABEL] or style:BEHAVIOUR.", said="the behaviour's")
+    max_new_tokens: int = option(100, "Longest answer decoded.", ge=1)
     batch_size: int = Field(256, ge=1)
 
 
 class RunSettings(Stage):
     """All of `abliterate run`."""
 
-    seed: int = 0
-    force: bool = False
-    keep_tied: bool = False
-    resume: bool = False
-    behaviour: str = "refusal"
-    keep: str | None = None
+    seed: int = option(0, "Seed of every shuffle and sample.")
+    force: bool = option(False, "Go on although the model hardly refuses.")
+    keep_tied: bool = option(False, "Edit a tied embedding and head together instead of untying.")
+    resume: bool = option(False, "Go on with an interrupted run of the same settings.")
+    behaviour: str = option(
+        "refusal",
+        "refusal, persona, slop or a FILE.toml that defines one (docs/behaviours.md).",
+        panel=PromptSettings.panel,
+    )
+    keep: str | None = option(
+        None,
+        "What must not change: a file of prompts, or a recipe or safetensors file of directions.",
+        panel=SearchSettings.panel,
+    )
     load: LoadSettings = Field(default_factory=LoadSettings)
-    prompts: PromptSettings = Field(default_factory=lambda: PromptSettings.model_validate({}))
-    collect: CollectSettings = Field(default_factory=lambda: CollectSettings.model_validate({}))
-    search: SearchSettings = Field(default_factory=lambda: SearchSettings.model_validate({}))
-    measure: MeasureSettings = Field(default_factory=lambda: MeasureSettings.model_validate({}))
+    prompts: PromptSettings = Field(default_factory=PromptSettings)
+    collect: CollectSettings = Field(default_factory=CollectSettings)
+    search: SearchSettings = Field(default_factory=SearchSettings)
+    measure: MeasureSettings = Field(default_factory=MeasureSettings)
 
 
 def layer_range(text: str) -> range:
@@ -144,7 +162,7 @@ def resolve(
     for name, value in (os.environ if environment is None else environment).items():
         dotted = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
         stage = kind.model_fields.get(dotted.split(".")[0])
-        known = stage is not None and ("." in dotted) == _is_table(stage.annotation)
+        known = stage is not None and ("." in dotted) == is_table(stage.annotation)
         if name.startswith(ENVIRONMENT_PREFIX) and known:
             _put(merged, dotted, value)
     for dotted, value in flags.items():
@@ -158,10 +176,6 @@ def resolve(
         raise AbliterateError(
             f"setting {where} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
         ) from error
-
-
-def _is_table(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:

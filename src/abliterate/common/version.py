@@ -1,0 +1,3 @@
+"""The version of this package: pyproject.toml takes it from here too."""
+
+__version__ = "0.1.0"
