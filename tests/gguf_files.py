@@ -18,6 +18,8 @@ from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 2, 32, 64, 40
+SIMPLE = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 OVERWRITE = ApplyOptions(overwrite=True)
 SILENT = Silent()
 

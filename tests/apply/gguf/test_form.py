@@ -14,26 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import abliterate as ab
 from abliterate.apply.gguf import requantise
 from abliterate.apply.gguf import types as ggml_types
 from abliterate.apply.gguf.file import open_gguf
 from abliterate.apply.gguf.form import apply_gguf
-from abliterate.apply.gguf.names import Names
 from abliterate.common.errors import AbliterateError, ModelError, OutputError, RecipeError, WriterError
-from abliterate.edit.algebra import ArrayFactors
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, load_recipe, recipe_for, save_recipe
 from abliterate.models.stored import StoredGain, StoredTensor
-from gguf_files import OVERWRITE, SILENT, WIDTH, bytes_of, names, recipe_of, values_of, write_model
+from gguf_files import K_QUANTS, OVERWRITE, SILENT, SIMPLE, WIDTH, bytes_of, names, recipe_of, values_of, write_model
 from llama_cpp import LlamaCpp
 from long import LONG
-
-SIMPLE = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 def without(values: np.ndarray, r: np.ndarray, strength: float, axis: int) -> np.ndarray:
@@ -97,19 +90,6 @@ def test_packing_once_would_leave_most_of_it_in(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("abliterate.apply.gguf.form.edited", once)
     naive = apply_gguf(recipe, str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)["component_off"]
     assert naive > 0.3 and constrained < 0.35 * naive
-
-
-def test_blocks_whose_values_stay_keep_their_bytes() -> None:
-    pytest.importorskip("xllamacpp")
-    generator = np.random.default_rng(0)
-    for kind in ("Q4_0", "BF16", "Q3_K"):  # packing what was unpacked gives Q3_K other bytes
-        raw = ggml_types.pack(generator.normal(size=(64, 256)).astype(np.float32), kind)
-        r = np.zeros((1, 64), np.float32)
-        r[0, :5] = 5**-0.5
-        new, _ = requantise.edited(raw, kind, 0, ArrayFactors(r, r))
-        assert np.array_equal(new[5:], raw[5:]) and not np.array_equal(new[:5], raw[:5])
-        nothing = ArrayFactors(0 * r, r)
-        assert np.array_equal(requantise.edited(raw, kind, 0, nothing)[0], raw)
 
 
 def test_a_matrix_in_parts_is_the_matrix_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,21 +244,6 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     apply_gguf(recipe_of(names()), str(simple), tmp_path / "out.gguf", OVERWRITE, SILENT)
 
 
-def test_the_library_and_the_gguf_package_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("xllamacpp")
-    values = np.random.default_rng(0).normal(size=(32, 512)).astype(np.float32)
-    for kind in (*SIMPLE, *K_QUANTS):
-        packed = ggml_types.pack(values, kind)
-        unpacked = ggml_types.unpack(packed, kind)
-        with monkeypatch.context() as patch:
-            patch.setattr(ggml_types, "_ggml", lambda: None)
-            assert np.array_equal(ggml_types.unpack(packed, kind), unpacked), kind
-            if kind in SIMPLE:
-                assert np.array_equal(ggml_types.pack(values, kind), packed), kind
-                again = ggml_types.pack(unpacked, kind)
-                assert np.array_equal(again, packed), kind  # on the grid already
-
-
 def test_nan_stops(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model.gguf")
     tensor = open_gguf(model).tensors["blk.1.ffn_down.weight"]
@@ -288,71 +253,6 @@ def test_nan_stops(tmp_path: Path) -> None:
     with pytest.raises(AbliterateError, match=r"blk\.1\.ffn_down\.weight"):
         apply_gguf(recipe_of(names()), str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
     assert os.listdir(tmp_path) == ["model.gguf"]
-
-
-# ------------------------------------------------------------------------------------------------ damaged files
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return write_model(tmp_path_factory.mktemp("whole") / "model.gguf", "Q4_0").read_bytes()
-
-
-@pytest.mark.parametrize("part", [0, 3, 20, 0.02, 0.2, 0.5, 0.999])
-def test_a_file_cut_short_stops_before_anything_is_written(tmp_path: Path, whole: bytes, part: float) -> None:
-    model = tmp_path / "model.gguf"
-    model.write_bytes(whole[: part if isinstance(part, int) else int(part * len(whole))])
-    with pytest.raises(ModelError, match=r"model\.gguf"):
-        apply_gguf(recipe_of(names()), str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
-    assert os.listdir(tmp_path) == ["model.gguf"]
-
-
-def test_a_part_of_a_split_file_is_named(tmp_path: Path) -> None:
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(tmp_path / "m-00001-of-00003.gguf", "llama")
-    writer.add_uint16("split.count", 3)
-    writer.add_tensor("a", np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ModelError, match=r"one of 3 parts; .*--merge"):
-        open_gguf(tmp_path / "m-00001-of-00003.gguf")
-
-
-def test_a_lying_number_of_blocks_is_no_reason_to_fill_the_memory(tmp_path: Path, whole: bytes) -> None:
-    model = tmp_path / "model.gguf"
-    model.write_bytes(whole)
-    place = open_gguf(model).places["llama.block_count"]
-    model.write_bytes(whole[:place] + (2**32 - 1).to_bytes(4, "little") + whole[place + 4 :])
-    with pytest.raises(ModelError, match="4,294,967,295 blocks, but holds"):
-        apply_gguf(recipe_of(names()), str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    changes=st.lists(st.tuples(st.integers(0, 2600), st.binary(min_size=1, max_size=9)), max_size=4),
-    length=st.one_of(st.none(), st.integers(0, 8000)),
-)
-def test_a_mutated_file_gives_a_whole_output_or_our_own_error(
-    tmp_path: Path, whole: bytes, changes: list[tuple[int, bytes]], length: int | None
-) -> None:
-    data = bytearray(whole[:length])
-    for place, new in changes:
-        if data:
-            at = place % len(data)
-            data[at : at + len(new)] = new[: len(data) - at]
-    model, out = tmp_path / "model.gguf", tmp_path / "out.gguf"
-    model.write_bytes(data)
-    out.unlink(missing_ok=True)
-    try:
-        apply_gguf(recipe_of(names()), str(model), out, OVERWRITE, SILENT)
-    except AbliterateError:
-        assert not out.exists()
-    else:
-        open_gguf(out)
-    assert {p.name for p in tmp_path.iterdir()} <= {"model.gguf", "out.gguf"}
 
 
 # ------------------------------------------------------------------------------------------- llama.cpp's own files
@@ -468,14 +368,6 @@ def test_a_shift_goes_into_the_down_projections_bias(tmp_path: Path, biases: boo
     apply_gguf(recipe, str(model), tmp_path / "without.gguf", OVERWRITE, SILENT)
     others = [n for n in open_gguf(tmp_path / "without.gguf").tensors if n != name]
     assert all(bytes_of(tmp_path / "out.gguf", n) == bytes_of(tmp_path / "without.gguf", n) for n in others)
-
-
-def test_writers_are_not_among_what_llama_cpp_permutes() -> None:
-    names_ = Names("llama", 4)
-    place = names_.place("model.layers.3.self_attn.o_proj.weight")
-    assert place is not None and place.name == "blk.3.attn_output.weight"
-    place = names_.place("model.language_model.layers.2.mlp.experts.5.down_proj.weight")
-    assert place is not None and place == ("blk.2.ffn_down_exps.weight", 5)
 
 
 # --------------------------------------------------------------------------------------------------- the demo model

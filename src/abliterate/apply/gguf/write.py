@@ -18,6 +18,7 @@ from abliterate.apply.gguf.file import GgufFile, GgufTensor, open_gguf
 from abliterate.apply.gguf.types import byte_shape, bytes_of
 from abliterate.common.errors import AbliterateError, ModelError, OutputError
 from abliterate.common.files import check_file, whole_file
+from abliterate.common.ranges import copy_range
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
@@ -95,10 +96,8 @@ class Plan(NamedTuple):
 
 def planned(source: GgufFile, new: Mapping[str, NewTensor], values: Mapping[str, int] | None = None) -> Plan:
     """What `write_copy` writes of these arguments."""
-    tensors: dict[str, GgufTensor | NewTensor] = {
-        **source.tensors,
-        **new,
-    }  # in the source's order, what is added after the last
+    # in the source's order, what is added after the last
+    tensors: dict[str, GgufTensor | NewTensor] = {**source.tensors, **new}
     stay = all(tensors[name].kind == tensor.kind for name, tensor in source.tensors.items())
     with open(source.path, "rb") as file:
         header = bytearray(file.read(source.infos))
@@ -142,20 +141,19 @@ def write_copy(
         Bytes written.
     """
     header, starts, size = planned(source, new, values)
-    with open(target, "wb") as file:
+    with open(source.path, "rb") as given, open(target, "wb") as file:
         file.truncate(size)
         if hasattr(os, "posix_fallocate"):  # not on macOS; where it is, a full disk shows itself here
             os.posix_fallocate(file.fileno(), 0, size)
-    out = np.memmap(target, np.uint8, "r+", shape=(size,))
-    out[: len(header)] = np.frombuffer(header, np.uint8)
-    for name, start in starts.items():
-        tensor: GgufTensor | NewTensor = new.get(name) or source.tensors[name]
-        shape = byte_shape(tensor.shape, tensor.kind)
-        into = out[start : start + math.prod(shape)].reshape(shape)
-        if isinstance(tensor, NewTensor):
-            tensor.write(into)
-        else:
-            into[:] = source.raw(tensor)
+        out = np.memmap(target, np.uint8, "r+", shape=(size,))
+        out[: len(header)] = np.frombuffer(header, np.uint8)
+        for name, start in starts.items():
+            if name in new:
+                shape = byte_shape(new[name].shape, new[name].kind)
+                new[name].write(out[start : start + math.prod(shape)].reshape(shape))
+            else:
+                tensor = source.tensors[name]
+                copy_range(given.fileno(), tensor.start, file.fileno(), start, tensor.size)
     return size
 
 
