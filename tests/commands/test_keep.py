@@ -15,7 +15,7 @@ from abliterate.edit.recipe import load_recipe
 from abliterate.measure import judged
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
-from abliterate.run import pipeline, searching
+from abliterate.run import opening, refusing, searching
 from abliterate.search import fit, tpe
 from abliterate.search.fit_settings import FitSettings
 from abliterate.search.stand_ins import Staying
@@ -42,8 +42,8 @@ class Desk:
 
     def __init__(self, folder: Path, handle: Handle) -> None:
         self.folder, self.model = folder, save_tiny(folder / "planted", handle.model, handle.tokenizer)
-        for name, opening in (("target", "Q about"), ("baseline", "tell of")):
-            (folder / f"{name}.txt").write_text("\n".join(f"{opening} {what}" for what in ABOUT))
+        for name, begins in (("target", "Q about"), ("baseline", "tell of")):
+            (folder / f"{name}.txt").write_text("\n".join(f"{begins} {what}" for what in ABOUT))
         (folder / "keep.txt").write_text("\n".join(f"J of {what}" for what in ABOUT[:20]))
         save_file({"kept": torch.eye(32)[KEPT]}, folder / "keep.safetensors")
 
@@ -67,7 +67,7 @@ class Desk:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """The judge that knows what the planted model says, and a fit of three points."""
-    monkeypatch.setattr(pipeline, "make_judge", lambda spec: KnowsItsPrompts())
+    monkeypatch.setattr(opening, "make_judge", lambda spec: KnowsItsPrompts())
     short = {"weights": (1.0, 0.1), "lighter": (0.5,), "steps_between": 3, "rate": 0.3}
     monkeypatch.setattr(searching, "FitSettings", partial(FitSettings, **short))
 
@@ -212,7 +212,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_file_that_cannot_be_kept_is_one_line_before_the_model_is_loaded(desk, monkeypatch, name):
-    monkeypatch.setattr(pipeline, "open_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(opening, "open_model", lambda *args: pytest.fail("the model was loaded"))
     text, says = MALFORMED[name]
     if text is not None:
         (desk.folder / name).write_text(text)
@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_kept_is_one_line_before_the_model_is_loaded(desk,
 
 
 def test_directions_of_another_model_are_refused_before_anything_is_collected(desk, monkeypatch):
-    monkeypatch.setattr(pipeline, "filtered", lambda *args: pytest.fail("the filter was run"))
+    monkeypatch.setattr(refusing, "filtered", lambda *args: pytest.fail("the filter was run"))
     save_file({"wide": torch.eye(48)[:2]}, desk.folder / "wide.safetensors")
     line = fails(desk.folder, *desk.command("out", "fit", keep="wide.safetensors"))
     assert "width 48" in line and "d_model 32" in line

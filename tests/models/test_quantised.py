@@ -13,7 +13,7 @@ from abliterate.edit.recipe import load_recipe
 from abliterate.models import loading
 from abliterate.models.loading import load
 from abliterate.models.writers import check_proof, find_writers
-from abliterate.run import pipeline, searching
+from abliterate.run import opening, searching
 from abliterate.run.pipeline import run
 from abliterate.search.fit import FitSettings
 from abliterate.settings.run import RunSettings
@@ -69,12 +69,12 @@ def test_gradients_pass(folder):
 
 
 def test_a_run_fits_it_live_and_saves_the_edit_in_full_precision(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "make_judge", lambda *args, **kwargs: RefusesTargets())
+    monkeypatch.setattr(opening, "make_judge", lambda *args, **kwargs: RefusesTargets())
     short = partial(FitSettings, weights=(1.0,), lighter=(0.5,), steps_between=2)
     monkeypatch.setattr(searching, "FitSettings", short)  # one point and a lighter one: the CPU's 4-bit kernel is slow
     sides = {"target": tmp_path / "target.txt", "baseline": tmp_path / "baseline.txt"}
-    for path, opening in zip(sides.values(), ("Q about", "tell of"), strict=True):
-        path.write_text("".join(f"{opening} {topic} {n}\n" for n in range(4) for topic in TOPICS))
+    for path, begins in zip(sides.values(), ("Q about", "tell of"), strict=True):
+        path.write_text("".join(f"{begins} {topic} {n}\n" for n in range(4) for topic in TOPICS))
     settings = RunSettings.model_validate(
         {
             "prompts": {**FEW, **{side: str(path) for side, path in sides.items()}},

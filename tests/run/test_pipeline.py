@@ -21,7 +21,7 @@ from abliterate.edit.recipe import Recipe, load_recipe
 from abliterate.measure.document import RunDocument
 from abliterate.models.loading import load
 from abliterate.models.stored import tensors_for
-from abliterate.run import pipeline
+from abliterate.run import opening, pipeline
 from abliterate.run.pipeline import measure_models, run
 from abliterate.settings.run import RunSettings
 from documents import check_document
@@ -273,7 +273,7 @@ class Lines(Silent):
 
 
 def test_log_says_how_many_prompts_the_filter_kept(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "make_judge", lambda spec: PromptJudge())
+    monkeypatch.setattr(opening, "make_judge", lambda spec: PromptJudge())
     prompts = {**FEW, "train_prompts": 16, "validation_prompts": 12}
     log = Lines()
     result = run(str(tiny_folder), tmp_path / "out", settings(filter=True, prompts=prompts, search=SWEEP), reporter=log)
@@ -285,7 +285,7 @@ def test_log_says_how_many_prompts_the_filter_kept(tiny_folder, tmp_path, monkey
 
 def test_answers_to_target_prompts_are_nowhere(tiny_folder, tmp_path, monkeypatch):
     judge = PromptJudge()
-    monkeypatch.setattr(pipeline, "make_judge", lambda spec: judge)
+    monkeypatch.setattr(opening, "make_judge", lambda spec: judge)
     log = Lines()
     longer = settings(filter=True, search=SWEEP, measure={"max_new_tokens": 16}, force=True)
     run(str(tiny_folder), tmp_path / "out", longer, reporter=log)

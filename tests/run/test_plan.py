@@ -164,7 +164,7 @@ def test_a_method_without_a_cost_is_an_error_before_anything_is_loaded(monkeypat
 
 def test_planning_probes_one_batch_and_writes_nothing(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("search", "measured", "filtered", "collected", "save_model"):
+    for name in ("_searched", "measured", "filtered", "collected", "save_model"):
         monkeypatch.setattr(pipeline, name, lambda *_a, **_k: pytest.fail("a stage of the run was run"))
     rows = []
     plain = Handle.last_logits

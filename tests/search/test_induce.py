@@ -153,7 +153,7 @@ COMMAND = [
 @pytest.fixture
 def refusing(monkeypatch):
     """Tiny models say nothing that means anything: a judge of the first letter's parity refuses some prompts."""
-    from abliterate.run import inducing
+    from abliterate.run import opening
 
     class Parity:
         name = "parity"
@@ -164,7 +164,7 @@ def refusing(monkeypatch):
         def settled(self, prompt, partial_answer):
             return None
 
-    monkeypatch.setattr(inducing, "make_judge", lambda name: Parity())
+    monkeypatch.setattr(opening, "make_judge", lambda name: Parity())
 
 
 def test_the_command_writes_a_model_that_holds_the_shift(refusing, tiny_folder, tmp_path):

@@ -17,17 +17,19 @@ from abliterate.audit.picture import draw
 from abliterate.audit.summary import summary
 from abliterate.audit.text import markdown
 from abliterate.common.files import check_apart, check_folder, whole_folder
-from abliterate.common.reporting import Clock, Reporter, Silent
+from abliterate.common.reporting import Reporter, Silent
 from abliterate.common.resumable import beside, key_of, read_state, write_state
 from abliterate.directions.means import Directions, Place, at, difference_of_means
 from abliterate.edit.edit import Edit, normalised
-from abliterate.measure.judges import Judge, make_judge
+from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
+from abliterate.models.handle import Handle
+from abliterate.prompts.behaviour import load_behaviour
 from abliterate.prompts.sets import Sides
 from abliterate.run.facts import environment, model_facts, side_facts
-from abliterate.run.opening import check_lengths, described, open_model, open_prompts, set_prefill
-from abliterate.run.showing import Shown
-from abliterate.run.stages import collected, filtered
+from abliterate.run.opening import opened, set_prefill
+from abliterate.run.showing import Shown, filtered
+from abliterate.run.stages import collected
 from abliterate.search.fit import fit
 from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
@@ -102,19 +104,11 @@ def audit(
         AbliterateError: any of the errors in `abliterate.common.errors`; nothing is written then.
         NothingToDoError: the model hardly refuses: there is no guard to audit.
     """
-    settings, reporter, clock = settings or AuditRunSettings(), reporter or Silent(), Clock()
+    settings, reporter = settings or AuditRunSettings(), reporter or Silent()
     check_folder(out, overwrite=overwrite)
     check_apart(out, model)
-    judge = judge or make_judge(settings.measure.judge)
-    sides = open_prompts(settings.prompts, settings.seed)
-    for note in sides.notes:
-        reporter.say(note)
-    reporter.say(f"loading {model}")
-    with clock.stage("load"):
-        handle = open_model(model, settings.load)
-    reporter.say(described(handle))
-    check_lengths(handle, sides)
-    torch.manual_seed(settings.seed)
+    job = opened(model, out, settings, load_behaviour(settings.behaviour), reporter, judge=judge)
+    handle, sides, judge, clock = job.handle, job.sides, job.judge, job.clock
     hashes = [part.sha256 for side in (sides.target, sides.baseline) for part in side]
     same = settings.model_dump(exclude={"force", "keep_tied", "resume"})
     key = key_of([handle.config_hash, handle.source, hashes, same, environment(handle)])
@@ -124,10 +118,9 @@ def audit(
         reporter.say(f"going on: {', '.join(done)} are done")
     with clock.stage("filter"):
         set_prefill(handle, sides.target.train.texts, reporter)
-        shown = filtered(handle, sides, "train", judge, settings, reporter)
-        validation = filtered(handle, sides, "validation", judge, settings, reporter)
+        shown, validation = filtered(job, "train"), filtered(job, "validation")
     with clock.stage("collect"):
-        directions = difference_of_means(collected(handle, shown, settings, reporter))
+        directions = _collected(handle, shown, settings, reporter)
     with clock.stage("original"):
         baseline = list(sides.baseline.test.texts)[: settings.audit.divergence_prompts]
         both = (validation.target, validation.baseline)
@@ -170,6 +163,10 @@ def _document(work: Work, sides: Sides, clock: Clock) -> dict[str, Any]:
         "timings_s": clock.seconds,
     }  # fmt: skip
     return {**document, "summary": summary(document)}
+
+
+def _collected(handle: Handle, shown: Shown, settings: AuditRunSettings, reporter: Reporter) -> Directions:
+    return difference_of_means(collected(handle, shown.target, shown.baseline, settings.collect, reporter))
 
 
 def work_file(out: str | Path) -> Path:
@@ -257,7 +254,7 @@ def _directions(work: Work) -> dict[str, Any]:
         if verdict["refusal"]["rate"] <= GONE or rank == most:
             break
         with work.jury.handle.attached(edit):
-            left = difference_of_means(collected(work.jury.handle, work.shown, work.settings, Silent()))
+            left = _collected(work.jury.handle, work.shown, work.settings, Silent())
         place = best_place(work.jury, work.screen, left, basis)
         places.append(place)
         basis.append(at(left, place))

@@ -95,7 +95,7 @@ def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: P
 def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, io: Output) -> None:
     from abliterate.cards.induced import induced_rows
     from abliterate.commands.terminal import places, result_table
-    from abliterate.run.inducing import run_induce
+    from abliterate.run.pipeline import run_induce
 
     document = run_induce(source, out, settings, overwrite=io.overwrite, reporter=terminal).document
     written = places(out, model="model", recipe="recipe.safetensors", results="results.json")

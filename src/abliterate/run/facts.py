@@ -10,11 +10,12 @@ import torch
 from abliterate.common.names import public_name
 from abliterate.common.version import __version__
 from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import Recipe, config_file
+from abliterate.measure.document import SCHEMA as SCHEMA
 from abliterate.models.handle import Handle
+from abliterate.models.stored import stored_names, stored_tensors
 from abliterate.models.writers import find_writers
 from abliterate.prompts.sets import Splits
-
-SCHEMA = 1  # of results.json
 
 
 def model_facts(handle: Handle) -> dict[str, Any]:
@@ -56,10 +57,10 @@ def environment(handle: Handle | None = None) -> dict[str, Any]:
     }
 
 
-def strengths_used(edit: Edit) -> dict[str, float]:
-    """Least and greatest strength among those that do anything."""
+def strengths_used(edit: Edit) -> dict[str, float] | None:
+    """Least and greatest strength among those that do anything; None where nothing is taken out of any writer."""
     used = edit.strengths[edit.strengths != 0]
-    return {"min": float(used.min()), "max": float(used.max())}
+    return {"min": float(used.min()), "max": float(used.max())} if edit.writers else None
 
 
 def tied_fate(handle: Handle, edit: Edit, keep_tied: bool) -> str | None:
@@ -68,16 +69,41 @@ def tied_fate(handle: Handle, edit: Edit, keep_tied: bool) -> str | None:
     return ("kept" if keep_tied else "untied") if handle.tied and embedded else None
 
 
-def shared_prompts(prompts: dict[str, Any]) -> dict[str, Any]:
-    """What results.json says of the prompts, for a recipe: local files without their paths."""
-    return {
+def recipe_of(handle: Handle, edit: Edit) -> Recipe:
+    """An edit's recipe without provenance, with what is said of the model that it is for.
+
+    Nothing in it depends on the time or the output's place, and no path of this machine is in it. To be taken before
+    baking, which may untie the head and give the config other switches.
+    """
+    facts = model_facts(handle)
+    model = {name: facts[name] for name in ("source", "revision", "class", "config_hash", "layers", "d_model")}
+    model |= {"source": public_name(handle.source), **stored_names(handle), **config_file(handle.source)}
+    # a quantised model's weights have other shapes in memory: whoever applies the recipe looks at the checkpoint
+    tensors = {} if handle.quantised else stored_tensors(handle)
+    return Recipe(edit, model, {}, {writer: tensors[writer] for writer in edit.writers if tensors})
+
+
+def provenance(document: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Where a recipe comes from: a part of results.json, local files without their paths.
+
+    Args:
+        document: results.json.
+        found: how its direction was found.
+    """
+    prompts = {
         name: {**part, "source": public_name(part["source"])} if name in ("target", "baseline") else part
-        for name, part in prompts.items()
+        for name, part in document["prompts"].items()
+    }
+    others = ("behaviour", "kept", "environment", "original", "edited")
+    return {
+        **found,
+        "prompts": prompts,
+        "settings": _shared_settings(document["settings"]),
+        **{name: document[name] for name in others if name in document},
     }
 
 
-def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings behind a recipe, local prompt files without their paths."""
+def _shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
     prompts = dict(settings["prompts"])
     for side in ("target", "baseline"):
         prompts[side] = public_name(prompts[side]) if prompts[side] else None

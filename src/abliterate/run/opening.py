@@ -3,30 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from abliterate.common.reporting import Reporter, Silent
+import torch
+
+from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.measure.decode import decode
+from abliterate.measure.judges import Judge, make_judge
 from abliterate.models.handle import Handle, find_prefill
 from abliterate.models.loading import load
-from abliterate.prompts.behaviour import Behaviour
+from abliterate.prompts.behaviour import Behaviour, load_behaviour
 from abliterate.prompts.behaviour_prompts import behaviour_sides
 from abliterate.prompts.sets import Sides, load_sides
-from abliterate.settings.run import LoadSettings, PromptSettings
+from abliterate.settings.run import LoadSettings, PromptSettings, RunSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage of a job is given.
+
+    Attributes:
+        handle: the loaded original.
+        sides: all prompts.
+        judge: decides whether an answer shows the behaviour.
+        settings: resolved for the behaviour.
+        behaviour: what is changed.
+        reporter, clock: told how it goes, and how long it took.
+        out: where the output will be.
+    """
+
+    handle: Handle
+    sides: Sides
+    judge: Judge
+    settings: RunSettings
+    behaviour: Behaviour
+    reporter: Reporter
+    clock: Clock
+    out: Path
+
+
+def opened(
+    model: str, out: str | Path, settings: RunSettings, behaviour: Behaviour, reporter: Reporter,
+    *, judge: Judge | None = None,
+) -> Job:  # fmt: skip
+    """Load prompts, then the model, and see that no prompt is too long; random numbers follow the seed from here on.
+
+    The judge is the one that the settings name by default.
+
+    Raises:
+        AbliterateError: any that loading gives.
+    """
+    clock = Clock()
+    judge = judge or make_judge(settings.measure.judge)
+    with clock.stage("prompts"):
+        sides = open_prompts(settings.prompts, settings.seed, behaviour)
+    for note in sides.notes:
+        reporter.say(note)
+    reporter.say(f"loading {model}")
+    with clock.stage("load"):
+        handle = open_model(model, settings.load)
+    reporter.say(described(handle))
+    check_lengths(handle, sides)
+    torch.manual_seed(settings.seed)
+    return Job(handle, sides, judge, settings, behaviour, reporter, clock, Path(out))
+
+
+def resolve_behaviour(settings: RunSettings, reporter: Reporter | None = None) -> tuple[RunSettings, Behaviour]:
+    """The settings with the behaviour's judge and defaults, and the behaviour; says what it changes.
+
+    Raises:
+        AbliterateError: when there is no such behaviour, or its file is wrong.
+    """
+    behaviour = load_behaviour(settings.behaviour)
+    settings, notes = behaviour.resolved(settings)
+    for note in notes:
+        (reporter or Silent()).say(note)
+    return settings, behaviour
 
 
 def open_model(source: str, settings: LoadSettings) -> Handle:
     """Load a model as the settings say."""
-    return load(
-        source,
-        dtype=settings.dtype,
-        device_map=settings.device_map,
-        quantise=settings.quantise,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        chat_template=settings.chat_template,
-        system_prompt=settings.system_prompt,
-        prefill=settings.prefill,
-    )
+    return load(source, **settings.model_dump())
 
 
 def open_prompts(settings: PromptSettings, seed: int, behaviour: Behaviour | None = None) -> Sides:

@@ -1,49 +1,50 @@
-"""The main job: find the direction, choose it by measurement, remove it, prove the result, write it down."""
+"""The main job: find the direction, choose it by measurement, change the model, prove the result, write it down.
+
+One skeleton, `carried_out`, and a strategy for each kind of run: `refusing`, `styling`, `inducing`.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from abliterate.cards.card import write_card
 from abliterate.common.errors import AbliterateError, WriterError
 from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
-from abliterate.common.names import public_name
 from abliterate.common.reporting import Clock, Reporter, Silent
-from abliterate.directions.activations_file import load_activations, save_activations
+from abliterate.directions.activations_file import save_activations
 from abliterate.directions.contrast import collect_contrast, contrast
-from abliterate.directions.keep import check_keep, keeping, read_keep
+from abliterate.directions.keep import Keep, Kept, check_keep, keeping, read_keep
 from abliterate.directions.means import Directions, difference_of_means
 from abliterate.edit.edit import Edit
-from abliterate.edit.recipe import Recipe, config_file, save_recipe
+from abliterate.edit.recipe import Recipe, save_recipe
 from abliterate.measure import Measurement
+from abliterate.measure.document import RunDocument
 from abliterate.measure.judges import make_judge
 from abliterate.models.handle import Handle
-from abliterate.models.stored import stored_names, stored_tensors
 from abliterate.models.writers import Proof, check_proof, find_writers, prove, tolerance
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
-from abliterate.prompts.sets import Sides
 from abliterate.report import write_html
-from abliterate.report.gather import Gathered, gather
 from abliterate.run.facts import (
     SCHEMA,
     environment,
     model_facts,
-    shared_prompts,
-    shared_settings,
+    provenance,
+    recipe_of,
     side_facts,
     strengths_used,
     tied_fate,
 )
-from abliterate.run.opening import check_lengths, described, open_model, open_prompts, set_prefill
-from abliterate.run.saving import attach_or_bake, bytes_to_write, save_model, to_save
-from abliterate.run.searching import Work, forget, search
-from abliterate.run.showing import Shown
-from abliterate.run.stages import check_same_tokens, collected, decoding, filtered, measured
+from abliterate.run.inducing import Induced
+from abliterate.run.opening import Job, check_lengths, open_model, open_prompts, opened, resolve_behaviour, set_prefill
+from abliterate.run.refusing import Refusing
+from abliterate.run.saving import Held, attach_or_bake, bytes_to_write, held, save_model, to_save
+from abliterate.run.searching import forget
+from abliterate.run.showing import filtered
+from abliterate.run.stages import check_same_tokens, collected, decoding, measured
+from abliterate.run.strategy import Strategy
+from abliterate.run.styling import Styling
 from abliterate.search.frontier import FrontierPoint
 from abliterate.search.sweep import Choice, Choose, Show
 from abliterate.settings.run import RunSettings
@@ -72,7 +73,10 @@ def run(
     show: Show | None = None,
     show_completions: bool = False,
 ) -> Result:
-    """Find, choose, remove and prove; write model/, recipe.safetensors, results.json and the report into `out`.
+    """Find, choose, change and prove; write recipe.safetensors, results.json, model/ and the report into `out`.
+
+    There is no model/ where the edit of a style shifts a block whose class has no bias for it (it is then measured
+    live, and the log says so); and a style has no report.
 
     Args:
         model: Hub id, folder or GGUF file.
@@ -87,121 +91,134 @@ def run(
 
     Raises:
         AbliterateError: any of the errors in `abliterate.common.errors`; nothing is written then.
-        NothingToDoError: the model hardly refuses, and `settings.force` is off.
+        NothingToDoError: the model hardly shows what is to be removed (refuses), or shows already what is to be
+            added, and `settings.force` is off.
     """
-    settings, reporter, clock = settings or RunSettings(), reporter or Silent(), Clock()
+    settings, reporter = settings or RunSettings(), reporter or Silent()
     settings, behaviour = resolve_behaviour(settings, reporter)
+    strategy: Strategy = Refusing(activations, choose, show)
     if behaviour.runs_as_style:
-        from abliterate.run.styling import run_style
-
         if activations is not None or show_completions or (choose is not None and settings.search.interactive):
             raise AbliterateError(
                 f"behaviour {behaviour.name} has a search of its own; leave --activations, --interactive and "
                 "--show-completions out"
             )
-        return run_style(model, out, settings, behaviour, overwrite=overwrite, reporter=reporter)
+        strategy = Styling()
+    return _carried_out(
+        strategy, model, out, settings, behaviour, reporter, overwrite=overwrite, show_completions=show_completions
+    )
+
+
+def run_induce(
+    model: str,
+    out: str | Path,
+    settings: RunSettings | None = None,
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Find a shift that makes the model refuse, choose it by measurement, apply it, prove it on held-out prompts.
+
+    Writes recipe.safetensors, results.json and, where the weights of the model's class can hold a shift, model/ into
+    `out`. Where they can't, the result is measured with the shift attached live, and the log says so.
+
+    Args:
+        model: Hub id, folder or GGUF file.
+        out: output folder; it appears only when whole.
+        settings: everything else; of the search's, `layers`.
+        overwrite: replace `out` if it is not empty.
+        reporter: told about stages and progress.
+
+    Raises:
+        AbliterateError: any of the errors in `abliterate.common.errors`; nothing is written then.
+        NothingToDoError: the model hardly refuses its target prompts, so it has no refusal to copy.
+    """
+    refusal, settings, reporter = load_behaviour("refusal"), settings or RunSettings(), reporter or Silent()
+    return _carried_out(Induced(), model, out, settings, refusal, reporter, overwrite=overwrite)
+
+
+def _carried_out(
+    strategy: Strategy, model: str, out: str | Path, settings: RunSettings, behaviour: Behaviour, reporter: Reporter,
+    *, overwrite: bool, show_completions: bool = False,
+) -> Result:  # fmt: skip
     check_folder(out, overwrite=overwrite)
-    check_apart(out, model, activations)
-    if activations is not None:
-        load_activations(activations)  # whether it is there and whole; once more below, against the model
-    judge = make_judge(settings.measure.judge)
-    with clock.stage("prompts"):
-        sides = open_prompts(settings.prompts, settings.seed, behaviour)
-        keep = read_keep(settings.keep, settings.seed) if settings.keep else None
-    for note in sides.notes:
-        reporter.say(note)
-    reporter.say(f"loading {model}")
-    with clock.stage("load"):
-        handle = open_model(model, settings.load)
+    check_apart(out, model, strategy.activations)
+    strategy.check()  # before any work; once more below, against the model
+    keep = read_keep(settings.keep, settings.seed) if settings.keep and strategy.takes_out else None
+    job = opened(model, out, settings, behaviour, reporter)
+    handle, clock, sides = job.handle, job.clock, job.sides
     check_space(out, bytes_to_write(handle))
-    reporter.say(described(handle))
-    stored = None if activations is None else load_activations(activations, handle)
-    check_lengths(handle, sides)
+    strategy.check(handle)
     if keep is not None:
         check_keep(handle, keep)
-    torch.manual_seed(settings.seed)
-    with clock.stage("prove"):
-        proof = check_proof(handle)
-    reporter.say(f"{len(find_writers(handle))} writers found; proof: largest component left {proof.component:.1e}")
-    with clock.stage("filter"):
-        set_prefill(handle, sides.target.train.texts, reporter)
-        # activations from a file were filtered when they were collected; the fit wants the answers
-        filters = stored is None or settings.search.method == "fit"
-        shown = filtered(handle, sides, "train", judge, settings, reporter) if filters else None
-        validation = filtered(handle, sides, "validation", judge, settings, reporter)
-    with clock.stage("collect"):
-        if stored is not None:
-            reporter.say(f"activations from {activations}")
-        else:
-            assert shown is not None
-            stored = collected(handle, shown, settings, reporter)
-    directions = difference_of_means(stored, projected=settings.collect.projected)
-    with clock.stage("keep"):
-        contrasted = shown.baseline if shown else list(sides.baseline.train.texts)
-        directions, kept = keeping(handle, keep, directions, contrasted, reporter)
-    with clock.stage("search"):
-        work = Work(
-            handle, directions, shown, validation, sides, judge, settings, reporter, Path(out), choose, show, kept
-        )
-        choice = search(work)
-    with clock.stage("report data"):
-        gathered = _gathered(handle, choice, directions, validation, reporter)
-        gathered.document["activations"] = public_name(str(activations)) if activations else None
+    proof = _proved(job) if strategy.takes_out else None
+    choice, directions, kept = _searched(strategy, job, keep)
+    edit, judge = choice.edit, strategy.judge(job.judge)
+    gathered = strategy.gathered(job, choice, directions)
     with clock.stage("measure original"):
         original = measured(handle, sides, judge, settings, reporter, "original")
         if kept is not None:
             kept.watch(handle, judge, **decoding(settings))
+    # all that is said of the model is taken before the edit changes it
+    holding = held(handle, edit)
+    document = _document(strategy, job, choice, holding)
+    points = choice.frontier if strategy.keeps_frontier else []
+    recipes = [recipe_of(handle, one) for one in (edit, *(point.edit for point in points))]
     with whole_folder(out, overwrite=overwrite) as folder:
-        tied = tied_fate(handle, choice.edit, settings.keep_tied)
         with clock.stage("edit"):
-            live = attach_or_bake(handle, choice.edit, settings, reporter)
+            live = attach_or_bake(handle, edit, settings, reporter) if holding.weights else edit.attached(handle)
         with live:
-            left = _check_removed(handle, choice.edit)
+            left = _check_removed(handle, edit) if len(edit.directions) else None
             with clock.stage("measure edited"):
                 edited = measured(handle, sides, judge, settings, reporter, "edited", original)
-                kept_found = kept.to_json(handle, choice.edit, judge, **decoding(settings)) if kept else None
-            gathered.look_at_edited(handle)
+                kept_found = kept.to_json(handle, edit, judge, **decoding(settings)) if kept else None
+            if gathered is not None:
+                gathered.look_at_edited(handle)
         with clock.stage("save"):
-            proofs = {"writers": proof, "edited": left}
-            document = _document(handle, settings, sides, shown, choice, original, edited, proofs, clock)
-            document["recipe"]["tied"] = tied
-            document["behaviour"] = behaviour.to_json()
+            document |= {"original": strategy.numbers(original), "edited": strategy.numbers(edited)}
+            if proof is not None:
+                document["recipe"]["proof"] = {"writers": _component(proof), "edited": _component(left)}
             if kept_found:
                 document["kept"] = kept_found
-            save_recipe(_recipe(handle, choice, document), folder / "recipe.safetensors")
-            document["frontier"] = _save_frontier(handle, choice, document, folder, clock)
-            save_model(to_save(handle, choice.edit, settings), folder / "model")
-            write_card(folder / "model" / "README.md", handle, document)
+            document["frontier"] = _save_recipes(recipes, choice, document, strategy.found, folder, clock)
+            if holding.weights:
+                save_model(to_save(handle, edit, settings), folder / "model")
+                strategy.write_card(folder / "model" / "README.md", handle, document)
         document["timings_s"] = clock.seconds
-        (folder / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        gathered.compare(sides, original, edited, show_completions=show_completions)
-        gathered.save(folder)
+        typed = RunDocument.model_validate(document)
+        typed.save(folder / "results.json")
+        if gathered is not None:
+            gathered.compare(sides, original, edited, show_completions=show_completions)
+            gathered.save(folder)
     forget(out)
-    # the result is in place: nothing that goes wrong here can lose it
-    write_html(out, show_completions=show_completions)
-    return Result(Path(out), choice.edit, original, edited, document)
+    if gathered is not None:  # the result is in place: nothing that goes wrong here can lose it
+        write_html(out, show_completions=show_completions)
+    return Result(Path(out), edit, original, edited, typed.to_json())
 
 
-def resolve_behaviour(settings: RunSettings, reporter: Reporter | None = None) -> tuple[RunSettings, Behaviour]:
-    """The settings with the behaviour's judge and defaults, and the behaviour; says what it changes.
-
-    Raises:
-        AbliterateError: when there is no such behaviour, or its file is wrong.
-    """
-    behaviour = load_behaviour(settings.behaviour)
-    settings, notes = behaviour.resolved(settings)
-    for note in notes:
-        (reporter or Silent()).say(note)
-    return settings, behaviour
+def _proved(job: Job) -> Proof:
+    with job.clock.stage("prove"):
+        proof = check_proof(job.handle)
+    found = len(find_writers(job.handle))
+    job.reporter.say(f"{found} writers found; proof: largest component left {proof.component:.1e}")
+    return proof
 
 
-def _gathered(
-    handle: Handle, choice: Choice, directions: Directions, validation: Shown, reporter: Reporter
-) -> Gathered:
-    """What the report needs of the original, read before the edit."""
-    target, baseline = validation.target, validation.baseline
-    tick = reporter.progress("reading activations for the report", len(target) + len(baseline))
-    return gather(handle, choice.edit, choice.winner.place, directions, target, baseline, tick=tick)
+def _searched(strategy: Strategy, job: Job, keep: Keep | None) -> tuple[Choice, Directions, Kept | None]:
+    """See which prompts count, collect, and choose an edit: the choice, the directions, and what must not change."""
+    clock, baseline, kept = job.clock, job.sides.baseline.train.texts, None
+    with clock.stage("filter"):
+        set_prefill(job.handle, job.sides.target.train.texts, job.reporter)
+        strategy.filter(job)
+    with clock.stage("collect"):
+        activations = strategy.collect(job)
+    directions = difference_of_means(activations, projected=job.settings.collect.projected)
+    if strategy.takes_out:
+        with clock.stage("keep"):
+            contrasted = strategy.shown.baseline if strategy.shown else list(baseline)
+            directions, kept = keeping(job.handle, keep, directions, contrasted, job.reporter)
+    with clock.stage("search"):
+        return strategy.search(job, directions, kept), directions, kept
 
 
 def _check_removed(handle: Handle, edit: Edit) -> Proof:
@@ -217,80 +234,64 @@ def _check_removed(handle: Handle, edit: Edit) -> Proof:
     return left
 
 
-def _document(
-    handle: Handle, settings: RunSettings, sides: Sides, shown: Shown | None, choice: Choice, original: Measurement,
-    edited: Measurement, proofs: dict[str, Proof], clock: Clock,
-) -> dict[str, Any]:  # fmt: skip
+def _component(proof: Proof | None) -> dict[str, Any] | None:
+    return proof and {"component": proof.component, "where": proof.where}
+
+
+def _document(strategy: Strategy, job: Job, choice: Choice, holding: Held) -> dict[str, Any]:
+    """results.json without the numbers measured; says whether the weights hold an edit that may shift."""
+    handle, edit, settings, sides = job.handle, choice.edit, job.settings, job.sides
+    shifts: dict[str, Any] = {}
+    if strategy.may_shift:
+        job.reporter.say(holding.said)
+        shifts["shifts"] = [{"layer": shift.layer, "size": shift.size} for shift in edit.shifts]
+        shifts |= {"weights_hold_it": holding.weights, "switch": holding.switch}
     return {
         "schema": SCHEMA,
         "model": model_facts(handle),
         "recipe": {
             "file": "recipe.safetensors",
-            "method": settings.search.method,
+            "method": strategy.method or settings.search.method,
             "direction": choice.winner.to_json(),
-            "writers": len(choice.edit.writers),
-            "strength": strengths_used(choice.edit),
-            "proof": {name: {"component": p.component, "where": p.where} for name, p in proofs.items()},
+            "writers": len(edit.writers),
+            "strength": strengths_used(edit),
+            "tied": tied_fate(handle, edit, settings.keep_tied),
+            **shifts,
         },
         "settings": settings.model_dump(),
         "prompts": {
             "target": side_facts(sides.target),
             "baseline": side_facts(sides.baseline),
-            "filter": shown.to_json() if shown and settings.collect.filter else None,
             "notes": list(sides.notes),
+            **strategy.prompt_facts(),
         },
         "environment": environment(handle),
-        "original": original.to_json(),
-        "edited": edited.to_json(),
         "candidates": [c.to_json() for c in choice.candidates],
-        "frontier": [],
-        "timings_s": clock.seconds,
+        **strategy.facts(job),
     }
 
 
-def _save_frontier(
-    handle: Handle, choice: Choice, document: dict[str, Any], folder: Path, clock: Clock
-) -> list[dict[str, Any]]:
-    """A recipe per point of the frontier, with what validation found; the chosen one is marked."""
-    listed = []
-    for number, point in enumerate(choice.frontier):
-        name = f"frontier/{number:02}.safetensors"
-        (folder / "frontier").mkdir(exist_ok=True)
-        validation = point.to_json()
-        whole = _recipe(handle, replace(choice, edit=point.edit), document)
-        kept = {k: v for k, v in whole.provenance.items() if k not in ("original", "edited")}
-        save_recipe(replace(whole, provenance={**kept, "validation": validation}), folder / name)
-        listed.append({**validation, **_found(point, clock), "recipe": name, "chosen": point.edit is choice.edit})
+def _save_recipes(
+    recipes: list[Recipe], choice: Choice, document: dict[str, Any], found: Callable[[dict[str, Any]], dict[str, Any]],
+    folder: Path, clock: Clock,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write the edit's recipe, then one for each point of the frontier with what validation found; lists the points."""
+    source = provenance(document, found(document["recipe"]["direction"]))
+    save_recipe(replace(recipes[0], provenance=source), folder / "recipe.safetensors")
+    listed = [{**point.to_json(), "chosen": point.edit is choice.edit} for point in choice.frontier]
+    kept = {name: value for name, value in source.items() if name not in ("original", "edited")}
+    for number, recipe in enumerate(recipes[1:]):
+        name, point = f"frontier/{number:02}.safetensors", choice.frontier[number]
+        save_recipe(replace(recipe, provenance={**kept, "validation": point.to_json()}), folder / name)
+        listed[number] |= {**_when(point, clock), "recipe": name}
     return listed
 
 
-def _found(point: FrontierPoint, clock: Clock) -> dict[str, float]:
+def _when(point: FrontierPoint, clock: Clock) -> dict[str, float]:
     """How long after the run's start a point was there, and the process's CPU seconds until then."""
     if point.found is None:
         return {}
     return {"seconds": round(point.found.clock - clock.started, 1), "cpu_seconds": round(point.found.cpu, 1)}
-
-
-def _recipe(handle: Handle, choice: Choice, document: dict[str, Any]) -> Recipe:
-    """The edit with its provenance: nothing in it depends on the time or the output's place."""
-    model = {k: document["model"][k] for k in ("source", "revision", "class", "config_hash", "layers", "d_model")}
-    model["source"] = public_name(model["source"])  # a recipe is shared: no path of this machine in it
-    # what baking untied was tied in the model that the recipe is for
-    model |= stored_names(handle) | {"tied": handle.tied or document["recipe"]["tied"] is not None}
-    model |= config_file(handle.source)
-    provenance: dict[str, Any] = {
-        "found_at": choice.winner.to_json(),
-        "prompts": shared_prompts(document["prompts"]),
-        "settings": shared_settings(document["settings"]),
-        "environment": document["environment"],
-        "original": document["original"],
-        "edited": document["edited"],
-        **{key: document[key] for key in ("behaviour", "kept") if key in document},
-    }
-    # a quantised model's weights have other shapes in memory: whoever applies the recipe looks at the checkpoint
-    tensors = {} if handle.quantised else stored_tensors(handle)
-    used = {writer: tensors[writer] for writer in choice.edit.writers if tensors}
-    return Recipe(choice.edit, model, provenance, used)
 
 
 def collect_to_file(
@@ -304,20 +305,15 @@ def collect_to_file(
     """Collect on the training split and save to a file; returns counts and shape."""
     reporter = reporter or Silent()
     settings, behaviour = resolve_behaviour(settings, reporter)
-    sides = open_prompts(settings.prompts, settings.seed, behaviour)
-    for note in sides.notes:
-        reporter.say(note)
-    reporter.say(f"loading {model}")
-    handle = open_model(model, settings.load)
-    reporter.say(described(handle))
+    job = opened(model, out, settings, behaviour, reporter)
+    handle, sides = job.handle, job.sides
     set_prefill(handle, sides.target.train.texts, reporter)
-    judge = make_judge(settings.measure.judge)
     if behaviour.kind == "prompts":
-        shown = filtered(handle, sides, "train", judge, settings, reporter)
-        found = collected(handle, shown, settings, reporter, keep_vectors=keep_vectors)
+        shown = filtered(job, "train")
+        found = collected(handle, shown.target, shown.baseline, settings.collect, reporter, keep_vectors=keep_vectors)
     else:
         filter = settings.collect.filter
-        rows = contrast(handle, behaviour, sides.target.train.texts, judge, filter=filter, reporter=reporter)
+        rows = contrast(handle, behaviour, sides.target.train.texts, job.judge, filter=filter, reporter=reporter)
         found = collect_contrast(handle, rows, settings.collect, keep_vectors=keep_vectors, reporter=reporter)
     found.provenance = {
         "target": {"source": sides.target.source, "sha256": sides.target.train.sha256},

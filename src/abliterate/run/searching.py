@@ -6,55 +6,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.common.errors import AbliterateError, PromptError
-from abliterate.common.reporting import Reporter
 from abliterate.common.resumable import beside, key_of
 from abliterate.directions.keep import Kept, kept_reference
 from abliterate.directions.means import Directions, Place
-from abliterate.measure.judges import Judge
-from abliterate.models.handle import Handle
-from abliterate.prompts.sets import Sides
+from abliterate.measure.divergence import Reference
 from abliterate.run.facts import environment
+from abliterate.run.opening import Job
 from abliterate.run.showing import Shown
 from abliterate.search.article import article
 from abliterate.search.fit import UNIT, fit
 from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint, choose
-from abliterate.search.stand_ins import StandIn, Staying
+from abliterate.search.stand_ins import Staying
 from abliterate.search.sweep import Candidate, Choice, Choose, Show, SweepSettings, sweep
-from abliterate.settings.run import RunSettings, layer_range
+from abliterate.settings.run import layer_range
 
 KEPT_TOKENS = 8  # of the original's answers to kept prompts along which drifting counts
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a search is given.
+class Work(Job):
+    """What a search is given beside the job.
 
     Attributes:
-        handle: the loaded original.
         directions: of the training split.
         shown: the training prompts after the filter; None with activations from a file and a method that needs none.
         validation: the validation prompts after the filter.
-        sides: all prompts.
-        judge, settings, reporter: as in the run.
-        out: where the run's output will be.
-        choose, show: for the article's method, by hand.
         kept: what must not change; the directions are orthogonal to it already.
+        choose, show: for the article's method, by hand.
     """
 
-    handle: Handle
     directions: Directions
     shown: Shown | None
     validation: Shown
-    sides: Sides
-    judge: Judge
-    settings: RunSettings
-    reporter: Reporter
-    out: Path
+    kept: Kept | None = None
     choose: Choose | None = None
     show: Show | None = None
-    kept: Kept | None = None
 
     @property
     def layers(self) -> range | None:
@@ -105,6 +93,7 @@ def _sweep(work: Work) -> Choice:
 
 def _fit(work: Work) -> Choice:
     options, shown = work.settings.search, work.shown
+    watched = _watched(work)
     assert shown is not None and shown.examples is not None and work.validation.examples is not None
     fitted = fit(
         work.handle,
@@ -120,7 +109,7 @@ def _fit(work: Work) -> Choice:
             max_refusal_rate=options.max_refusal_rate,
             max_divergence=options.max_divergence,
         ),
-        also=_staying_kept(work),
+        also=[(1 / UNIT, Staying(watched, "kept"))] if watched else [],  # weighted as on baseline prompts
         kept=work.kept.span if work.kept else None,
         state=_fit_state(work),
         reporter=work.reporter,
@@ -137,7 +126,7 @@ def _tpe(work: Work) -> Choice:
         kept.unlink(missing_ok=True)
     refusals = Refusals(work.validation.target, work.judge)
     divergence = DivergenceFromOriginal(original_reference(work.handle, work.validation.baseline))
-    watched = kept_reference(work.handle, work.kept.keep, KEPT_TOKENS) if work.kept else None
+    watched = _watched(work)
     frontier = tpe(
         work.handle,
         work.directions,
@@ -182,10 +171,9 @@ def _choice(work: Work, chosen: FrontierPoint, why: str, frontier: list[Frontier
     return Choice(chosen.edit, winner, [winner], frontier)
 
 
-def _staying_kept(work: Work) -> list[tuple[float, StandIn]]:
-    """What the fit lowers for kept prompts: drifting on them, weighted as on baseline prompts."""
-    reference = kept_reference(work.handle, work.kept.keep, KEPT_TOKENS) if work.kept else None
-    return [(1 / UNIT, Staying(reference, "kept"))] if reference else []
+def _watched(work: Work) -> Reference | None:
+    """The original on kept prompts: drifting from it counts in a search."""
+    return kept_reference(work.handle, work.kept.keep, KEPT_TOKENS) if work.kept else None
 
 
 METHODS = {"fit": _fit, "sweep": _sweep, "article": _article, "tpe": _tpe}
@@ -194,11 +182,7 @@ METHODS = {"fit": _fit, "sweep": _sweep, "article": _article, "tpe": _tpe}
 def _fit_state(work: Work) -> FitState:
     """Where the fit is written down while it runs."""
     path, resume = fit_file(work.out), work.settings.resume
-    hashes = [
-        part.sha256
-        for side in (work.sides.target, work.sides.baseline)
-        for part in (side.train, side.validation, side.test)
-    ]
+    hashes = [part.sha256 for side in (work.sides.target, work.sides.baseline) for part in side]
     if work.kept:
         hashes.append(work.kept.sha256)
     same = work.settings.model_dump(exclude={"force", "keep_tied", "resume"})

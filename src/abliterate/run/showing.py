@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from abliterate.common.errors import NothingToDoError, PromptError
 from abliterate.common.reporting import Reporter, Silent
 from abliterate.measure import judged
 from abliterate.measure.decode import Answer
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
+from abliterate.run.opening import Job
 from abliterate.search.examples import Examples
 
 FILTER_TOKENS = 32
+LEAST_PROMPTS = 8
+LEAST_REFUSAL_RATE = 0.15
 
 
 @dataclass
@@ -64,3 +68,60 @@ def showing(
         Rate(len(answered), len(baseline)),
         Examples(shown, refusals, answered, answers, *sorted_out[1][True]),
     )
+
+
+def filtered(job: Job, split: str, *, always: bool = False) -> Shown:
+    """One split's prompts after the filter, or all of them where the settings turn it off.
+
+    Args:
+        job: as `opening.opened` gives it.
+        split: "train", "validation" or "test".
+        always: filter whatever the settings say.
+
+    Raises:
+        NothingToDoError: the model hardly shows the behaviour, and `settings.force` is off.
+        PromptError: it shows it on nearly all baseline prompts too.
+    """
+    settings, behaviour = job.settings, job.behaviour
+    target, baseline = (list(getattr(side, split).texts) for side in (job.sides.target, job.sides.baseline))
+    filters = settings.collect.filter or always
+    if not filters and settings.search.method != "fit":  # which needs the model's own words all the same
+        return Shown(target, baseline, Rate(len(target), len(target)), Rate(len(baseline), len(baseline)))
+    # a style needs longer answers to show than a refusal
+    tokens = settings.measure.max_new_tokens if behaviour.is_style else FILTER_TOKENS
+    shown = showing(job.handle, target, baseline, job.judge, job.reporter, tokens=tokens)
+    if not filters:
+        return replace(shown, target=target, baseline=baseline)
+    word = behaviour.words.shows
+    answered = "answered" if word == "refused" else f"not {word}"
+    job.reporter.say(
+        f"{split}: {shown.refused.count} of {shown.refused.total} target prompts {word} and "
+        f"{shown.answered.count} of {shown.answered.total} baseline prompts {answered}; these count"
+    )
+    return _enough(job, shown, target, baseline, split)
+
+
+def _enough(job: Job, shown: Shown, target: list[str], baseline: list[str], split: str) -> Shown:
+    """What the filter left, if it is enough to go on with; else, with --force, all prompts of the split."""
+    source, force = job.handle.source, job.settings.force
+    few = shown.refused.rate < LEAST_REFUSAL_RATE or len(shown.target) < min(LEAST_PROMPTS, len(target))
+    if few and not force:
+        low, high = shown.refused.ci95
+        word = job.behaviour.words.shows
+        does = "hardly refuses" if word == "refused" else f"is hardly {word}"
+        raise NothingToDoError(
+            f"{source} {does}: {shown.refused.count} of {shown.refused.total} target prompts "
+            f"({shown.refused.rate:.0%}, 95% interval {low:.0%} to {high:.0%}) in the {split} split; there is nothing "
+            "to remove. Pass --force to go on with all prompts"
+        )
+    if few:
+        job.reporter.say("too few prompts left by the filter; --force: all of them count")
+        shown = replace(shown, target=target)
+    if len(shown.baseline) < min(LEAST_PROMPTS, len(baseline)):
+        if not force:
+            raise PromptError(
+                f"{source} answers only {len(shown.baseline)} of {shown.answered.total} baseline prompts in the "
+                f"{split} split; at least {LEAST_PROMPTS} are needed. Give others with --baseline, or pass --force"
+            )
+        shown = replace(shown, baseline=baseline)
+    return shown
