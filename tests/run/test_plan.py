@@ -11,8 +11,9 @@ import pytest
 from abliterate.common.errors import AbliterateError
 from abliterate.measure.decode import decode
 from abliterate.models.handle import Handle
-from abliterate.run import pipeline, plan
-from abliterate.run.plan import SEARCH_COSTS, Costs, Counts, Line, duration, fitted, plan_run, predicted
+from abliterate.run import pipeline, plan, probe
+from abliterate.run.plan import SEARCH_COSTS, Counts, duration, plan_run, predicted
+from abliterate.run.probe import Costs, Line, fitted
 from abliterate.settings.run import RunSettings
 from command import SMALL, abliterate
 from models import handle_of, tiny_llama
@@ -149,7 +150,7 @@ def test_probing_a_fit_leaves_no_gradients_behind(tiny_folder):
     assert found.costs.gradient > 0
     handle = handle_of(tiny_llama())
     before = [p.requires_grad for p in handle.model.parameters()]
-    plan._gradient(handle, handle.prompt_ids(["Hi", "Why?"]))
+    probe.gradient(handle, handle.prompt_ids(["Hi", "Why?"]))
     assert [p.requires_grad for p in handle.model.parameters()] == before
     assert all(p.grad is None for p in handle.model.parameters())
     assert not handle.blocks[0]._forward_hooks
@@ -197,7 +198,7 @@ def test_planning_probes_one_batch_and_writes_nothing(tiny_folder, tmp_path, mon
 
 def test_the_handle_is_left_as_it_was(tiny_folder):
     handle = handle_of(tiny_llama())
-    with plan._watched(handle) as passes:
+    with probe.watched(handle) as passes:
         decode(handle, handle.prompt_ids(["Hi", "Why?"]), max_new_tokens=3)
     assert [p.width for p in passes][-2:] == [1, 1]
     assert "last_logits" not in handle.__dict__
