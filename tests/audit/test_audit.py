@@ -42,7 +42,7 @@ def settings(folder: Path, **more: object) -> AuditRunSettings:
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr("abliterate.run.opening.open_model", lambda source, options: planted())
+    monkeypatch.setattr(opening, "open_model", lambda source, options: planted())
     return "planted"
 
 
