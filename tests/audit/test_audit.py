@@ -19,6 +19,7 @@ from abliterate.audit.text import table_rows
 from abliterate.common.errors import NothingToDoError, OutputError
 from abliterate.directions.means import Place, difference_of_means
 from abliterate.measure.rates import Rate
+from abliterate.run import opening
 from command import listing
 from planted import RefusesWithR, planted
 

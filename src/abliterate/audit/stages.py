@@ -17,7 +17,7 @@ from abliterate.audit.picture import draw
 from abliterate.audit.summary import summary
 from abliterate.audit.text import markdown
 from abliterate.common.files import check_apart, check_folder, whole_folder
-from abliterate.common.reporting import Reporter, Silent
+from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.common.resumable import beside, key_of, read_state, write_state
 from abliterate.directions.means import Directions, Place, at, difference_of_means
 from abliterate.edit.edit import Edit, normalised

@@ -90,16 +90,20 @@ def provenance(document: dict[str, Any], found: dict[str, Any]) -> dict[str, Any
         document: results.json.
         found: how its direction was found.
     """
-    prompts = {
-        name: {**part, "source": public_name(part["source"])} if name in ("target", "baseline") else part
-        for name, part in document["prompts"].items()
-    }
     others = ("behaviour", "kept", "environment", "original", "edited")
     return {
         **found,
-        "prompts": prompts,
+        "prompts": shared_prompts(document["prompts"]),
         "settings": _shared_settings(document["settings"]),
         **{name: document[name] for name in others if name in document},
+    }
+
+
+def shared_prompts(prompts: dict[str, Any]) -> dict[str, Any]:
+    """What results.json says of the prompts, for others: local files without their paths."""
+    return {
+        name: {**part, "source": public_name(part["source"])} if name in ("target", "baseline") else part
+        for name, part in prompts.items()
     }
 
 
