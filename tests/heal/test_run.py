@@ -22,7 +22,9 @@ from abliterate.common.errors import AbliterateError, ModelError, OutputError, P
 from abliterate.common.reporting import Silent
 from abliterate.heal import lesson
 from abliterate.heal import run as heal_run
-from abliterate.heal.run import find_sources, heal, with_settings_of_run, work_folder
+from abliterate.heal.run import heal, work_folder
+from abliterate.heal.sources import find_sources, with_settings_of_run
+from abliterate.measure.document import load_document
 from abliterate.models.loading import load
 from abliterate.report.document import load_run
 from abliterate.report.markdown import markdown
@@ -74,13 +76,13 @@ def test_a_run_knows_its_model_and_its_original(ran):
     for given in (ran, ran / "model"):
         sources = find_sources(str(given), None)
         assert (sources.model, sources.original) == (str(ran / "model"), str(ran.parent / "fox"))
-        assert sources.run["recipe"]["method"] == "article"
+        assert sources.run.recipe.method == "article"
     assert find_sources(str(ran), "another").original == "another"
 
 
 def test_a_plain_folder_knows_nothing(tiny_folder):
     sources = find_sources(str(tiny_folder), None)
-    assert (sources.model, sources.original, sources.run) == (str(tiny_folder), None, {})
+    assert (sources.model, sources.original, sources.run) == (str(tiny_folder), None, None)
 
 
 def test_an_original_that_is_gone_isnt_named(ran, tmp_path):
@@ -92,7 +94,7 @@ def test_an_original_that_is_gone_isnt_named(ran, tmp_path):
 
 
 def test_prompts_are_split_as_the_run_split_them(ran):
-    old = json.loads((ran / "results.json").read_text())
+    old = load_document(ran / "results.json")
     found = with_settings_of_run(resolve_heal({"heal.preset": "self"}, environment={}), old)
     assert (found.seed, found.prompts.target, found.prompts.test_prompts) == (4, "bundled", 8)
     assert found.measure.max_new_tokens == 8

@@ -58,7 +58,8 @@ def _write_axolotl(
     model: str, out: Path, file: Path, settings: HealRunSettings, terminal: Terminal, io: Output
 ) -> None:
     from abliterate.heal.axolotl import write_axolotl
-    from abliterate.heal.run import find_sources, work_folder
+    from abliterate.heal.run import work_folder
+    from abliterate.heal.sources import find_sources
     from abliterate.heal.training import Job
 
     job = Job(model=find_sources(model, None).model, folder=work_folder(out), settings=settings)

@@ -170,11 +170,8 @@ def _plain(number: float) -> int | float:
 def _write_pairs(pairs: Sequence[Pair], file: Path, system_prompt: str | None) -> None:
     with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for pair in pairs:
-            messages = pair.messages
-            if system_prompt is not None and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": system_prompt}, *messages]
             row = {
-                "messages": messages,
+                "messages": pair.after(system_prompt),
                 "chosen": {"role": "assistant", "content": pair.chosen},
                 "rejected": {"role": "assistant", "content": pair.rejected},
             }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,13 @@ class Pair:
     @property
     def messages(self) -> list[Message]:
         return [{"role": role, "content": content} for role, content in self.prompt]
+
+    def after(self, system: str | None) -> list[Message]:
+        """The messages behind a system prompt, unless they have one of their own."""
+        messages = self.messages
+        if system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": system}, *messages]
 
     @property
     def question(self) -> str:
@@ -115,12 +123,12 @@ def load_preferences(
     source = heal.data
     reporter.say(f"reading preference pairs from {source}")
     rows = read_pairs(heal)
-    counts = {"read": len(rows)}
-    pairs = _usable(rows, counts)
+    counts = {"read": len(rows), **Counter(row for row in rows if isinstance(row, str))}
+    pairs = [row for row in rows if isinstance(row, Pair)]
     if not heal.keep_refusals:
         pairs = _without_refusals(pairs, judge, counts, reporter)
     if heal.most_pairs is not None:
-        pairs = _in_drawn_order(pairs, seed)[: heal.most_pairs]
+        pairs = sorted(pairs, key=lambda pair: _digest(pair, seed))[: heal.most_pairs]
     if handle is not None:
         pairs = _fitting(pairs, handle, heal.max_length, counts, reporter)
     if len(pairs) < 2:
@@ -225,10 +233,7 @@ def _answer(value: object, where: str) -> tuple[list[Message], str]:
     """An answer's text, and the conversation before it where that is given with it."""
     if isinstance(value, str):
         return [], value
-    messages = _messages(value, where)
-    if not messages or messages[-1]["role"] != "assistant":
-        last = f"its last message is the {messages[-1]['role']}'s" if messages else "it is empty"
-        raise PromptError(f"{where}: {last}; an answer ends with a message of the assistant")
+    messages = _ending(value, where, "assistant", "an answer")
     return messages[:-1], messages[-1]["content"]
 
 
@@ -237,10 +242,15 @@ def _prompt(value: object, where: str) -> list[Message]:
         return [{"role": "user", "content": value}]
     if value is None:
         raise PromptError(f"{where} is missing; it is needed unless the answers are whole conversations")
+    return _ending(value, where, "user", "a prompt")
+
+
+def _ending(value: object, where: str, role: str, what: str) -> list[Message]:
+    """Messages of which the last is this role's."""
     messages = _messages(value, where)
-    if not messages or messages[-1]["role"] != "user":
+    if not messages or messages[-1]["role"] != role:
         last = f"its last message is the {messages[-1]['role']}'s" if messages else "it is empty"
-        raise PromptError(f"{where}: {last}; a prompt ends with a message of the user")
+        raise PromptError(f"{where}: {last}; {what} ends with a message of the {role}")
     return messages
 
 
@@ -262,13 +272,6 @@ def _messages(value: object, where: str) -> list[Message]:
 
 
 # --- Choosing ------------------------------------------------------------------------------------
-
-
-def _usable(rows: Sequence[Pair | str], counts: dict[str, int]) -> list[Pair]:
-    for row in rows:
-        if isinstance(row, str):
-            counts[row] = counts.get(row, 0) + 1
-    return [row for row in rows if isinstance(row, Pair)]
 
 
 def _without_refusals(
@@ -308,11 +311,8 @@ def _fitting(
 
 def as_row(pair: Pair, handle: Handle) -> dict[str, Any]:
     """A pair as TRL reads it: prompt, chosen and rejected as messages, the handle's system prompt in front."""
-    messages = pair.messages
-    if handle.system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": handle.system_prompt}, *messages]
     return {
-        "prompt": messages,
+        "prompt": pair.after(handle.system_prompt),
         "chosen": [{"role": "assistant", "content": pair.chosen}],
         "rejected": [{"role": "assistant", "content": pair.rejected}],
         "chat_template_kwargs": {"date_string": TEMPLATE_DATE},
@@ -365,10 +365,6 @@ def split(pairs: Sequence[Pair], share: float, most: int, seed: int) -> tuple[li
             held.update(groups[key])
     train = [pair for index, pair in enumerate(pairs) if index not in held]
     return train, [pairs[index] for index in sorted(held)]
-
-
-def _in_drawn_order(pairs: list[Pair], seed: int) -> list[Pair]:
-    return sorted(pairs, key=lambda pair: _digest(pair, seed))
 
 
 def _digest(pair: Pair, seed: int) -> bytes:

@@ -11,7 +11,6 @@ import copy
 import gc
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,17 @@ from typing import Any
 import torch
 
 from abliterate.cards.card import healed_card
-from abliterate.common.errors import AbliterateError, ModelError, OutputError, PromptError
-from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
+from abliterate.common.errors import OutputError
+from abliterate.common.files import check_space, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
-from abliterate.heal.surroundings import check_packages
+from abliterate.heal.sources import RESULTS, Sources, check, find_sources, with_settings_of_run
 from abliterate.heal.teacher import open_lessons, open_teacher
 from abliterate.heal.training import ADAPTER, CONFIGURATION, Job, Training
 from abliterate.measure import Measurement
 from abliterate.measure.judges import Judge, make_judge
-from abliterate.models.handle import Handle, config_hash
+from abliterate.models.handle import Handle
 from abliterate.models.loading import DTYPES
-from abliterate.prompts.sets import Sides, format_prompts
+from abliterate.prompts.sets import Sides
 from abliterate.report import write_html
 from abliterate.run.facts import SCHEMA, environment, model_facts, side_facts
 from abliterate.run.opening import check_lengths, open_model, open_prompts, set_prefill
@@ -37,10 +36,8 @@ from abliterate.run.saving import bytes_to_write, save_model
 from abliterate.run.stages import check_same_tokens, measured
 from abliterate.settings.heal import HealRunSettings
 
-RESULTS = "results.json"
 TENSORBOARD = "tensorboard"
 FROM_RUN = ("recipe.safetensors",)  # what the edit's run wrote and the healed model's folder shows too
-SAME_TEXTS = ("A question about rivers.", "Wie geht es dir?\nGut!")
 
 
 @dataclass(frozen=True)
@@ -52,64 +49,6 @@ class Healed:
     edited: Measurement
     healed: Measurement
     document: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where the models come from.
-
-    Attributes:
-        model: the edited model's folder, Hub id or file.
-        original: the original's; None where none is known.
-        run: results.json of the run that made the edited model, where it lies beside it.
-        folder: that run's output folder.
-    """
-
-    model: str
-    original: str | None
-    run: dict[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
-
-
-def find_sources(model: str, original: str | None) -> Sources:
-    """The edited model and its original, for a model or for the output folder of `abliterate run`.
-
-    Raises:
-        ModelError: when the folder of a run is given and holds no model.
-    """
-    path = Path(model).expanduser()
-    folder = path if (path / RESULTS).is_file() else path.parent if path.name == "model" else None
-    run = _read_results(folder) if folder else {}
-    if folder is None or not run:
-        return Sources(model, original)
-    if not (folder / "model").is_dir():
-        raise ModelError(f"{model} holds {RESULTS} but no model/; name the folder of the edited model")
-    named = run.get("model", {}).get("source")
-    if original is None and named and (Path(named).expanduser().exists() or _is_hub_id(named)):
-        original = str(named)
-    return Sources(str(folder / "model"), original, run, folder)
-
-
-def with_settings_of_run(settings: HealRunSettings, run: Mapping[str, Any]) -> HealRunSettings:
-    """The settings with the run's prompts, seed, conversation format and way of measuring where none were named.
-
-    What directions were found on and what is reported on stay apart only if the prompts are split as they were.
-    """
-    old = run.get("settings") or {}
-    prompts = {**(old.get("prompts") or {}), **settings.prompts.model_dump(include=settings.prompts.model_fields_set)}
-    measured = {**(old.get("measure") or {}), **settings.measure.model_dump(include=settings.measure.model_fields_set)}
-    shared = ("system_prompt", "chat_template", "prefill")
-    was = {name: old.get("load", {}).get(name) for name in shared if old.get("load", {}).get(name) is not None}
-    load = {**settings.load.model_dump(), **was, **settings.load.model_dump(include=settings.load.model_fields_set)}
-    seed = settings.seed if "seed" in settings.model_fields_set else old.get("seed", settings.seed)
-    return settings.model_copy(
-        update={
-            "seed": seed,
-            "prompts": type(settings.prompts).model_validate(prompts),
-            "load": type(settings.load).model_validate(load),
-            "measure": type(settings.measure).model_validate(measured),
-        }
-    )
 
 
 def _quantised(settings: HealRunSettings) -> HealRunSettings:
@@ -186,81 +125,6 @@ def heal(
     write_html(out)
     found = measuring.found
     return Healed(Path(out), found.get("original"), found["edited"], found["healed"], document)
-
-
-def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overwrite: bool) -> None:
-    """Everything that can be seen to be wrong before any work.
-
-    Raises:
-        AbliterateError: no original for `self`, a missing package, unreadable data, an output that isn't free, or two
-            models that aren't of one kind.
-    """
-    options = settings.heal
-    check_folder(out, overwrite=overwrite)
-    check_apart(out, sources.model, sources.original)
-    if options.preset == "self" and sources.original is None:
-        raise AbliterateError(
-            f"--preset self needs the original model, which teaches; {sources.model} doesn't say which it is: name it "
-            "with --original"
-        )
-    behaviour = (sources.run.get("behaviour") or {}).get("name", "refusal")
-    induced = "induce" in str((sources.run.get("recipe") or {}).get("method"))
-    if options.preset == "self" and (behaviour != "refusal" or induced):
-        what = "makes the model refuse" if induced else f"is about {behaviour}"
-        raise AbliterateError(
-            f"--preset self wins quality back where refusals were taken out, and the run in {sources.folder} {what}: "
-            "the original would teach that away; use --preset dpo"
-        )
-    check_packages(options)
-    if options.preset == "dpo":
-        from abliterate.heal.preferences import SUFFIXES, read_pairs
-
-        file = Path(options.data).expanduser()
-        if file.suffix in SUFFIXES and not file.is_file():
-            raise PromptError(f"preference file {options.data} not found; give another with --data")
-        if file.is_file():
-            read_pairs(options)
-    if options.launch is not None:
-        from abliterate.heal.launch import check_launch
-
-        check_launch(options.launch, options.processes, options.preset)
-    if sources.original is not None:
-        check_same_kind(sources.model, sources.original, settings)
-
-
-def check_same_kind(model: str, original: str, settings: HealRunSettings) -> None:
-    """Raise ModelError when two models have other shapes, or read prompts as other tokens; loads no weights."""
-    from abliterate.models.loading import _load_config, _load_tokenizer, _locate
-
-    seen = []
-    for source in (model, original):
-        where, gguf = _locate(source)
-        common: dict[str, Any] = {"trust_remote_code": settings.load.trust_remote_code}
-        if settings.load.revision:
-            common["revision"] = settings.load.revision
-        if gguf:
-            return  # its config is made from the file when it is loaded; `self` compares the tokens it reads then
-        shape = config_hash(_load_config(source, where, common).to_dict())
-        tokenizer = _load_tokenizer(source, where, common)
-        template = settings.load.chat_template or (None if tokenizer.chat_template else "chatml")
-        seen.append((shape, format_prompts(tokenizer, list(SAME_TEXTS), chat_template=template)))
-    if seen[0][0] != seen[1][0]:
-        raise ModelError(f"{model} and {original} have configurations of other shapes; name the model it was made from")
-    if seen[0][1] != seen[1][1]:
-        raise ModelError(f"{model} reads prompts as other tokens than {original}; name the model it was made from")
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def _read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a run; empty when it isn't one."""
-    try:
-        document = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) and isinstance(document.get("model"), dict) else {}
 
 
 def _prepare(job: Job, reporter: Reporter) -> None:
@@ -367,7 +231,7 @@ def _in_source_dtype(job: Job, handle: Handle, training: Training) -> Handle:
 def _document(sources: Sources, handle: Handle, training: Training, measuring: _Measuring) -> dict[str, Any]:
     """results.json, in the shapes that `run` writes."""
     settings, found = measuring.settings, measuring.found
-    old = sources.run
+    old = sources.run.to_json() if sources.run else {}
     stages = {name: old["settings"][name] for name in ("search", "collect") if name in (old.get("settings") or {})}
     return {
         "schema": SCHEMA,

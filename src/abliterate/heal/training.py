@@ -6,16 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from abliterate.common.files import whole_file
 from abliterate.common.names import public_name
 from abliterate.settings.heal import HealRunSettings, HealSettings
-
-if TYPE_CHECKING:
-    from abliterate.common.reporting import Reporter
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
@@ -73,22 +70,6 @@ class Training:
     resolved: dict[str, Any]
     seconds: float
     results: dict[str, Any] = field(default_factory=dict)
-
-
-class Preset(Protocol):
-    """`train` of `heal.dpo` and `heal.self_taught`."""
-
-    def __call__(self, job: Job, *, reporter: Reporter | None = None) -> Training:
-        """Train as the job says.
-
-        Args:
-            job: what to train, and on what.
-            reporter: told how it goes.
-
-        Raises:
-            AbliterateError: on bad data, out of memory, a missing package; says what to do.
-        """
-        ...
 
 
 def lora_config(heal: HealSettings) -> Any:

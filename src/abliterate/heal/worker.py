@@ -12,11 +12,11 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import whole_file
-from abliterate.heal.training import Job, Preset, Training
+from abliterate.heal.training import Job, Training
 
 if TYPE_CHECKING:
     from abliterate.common.reporting import Reporter, Tick
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 MARK = "@abliterate "
 RESULT_FILE = "training.json"
 PRESETS = {"dpo": "abliterate.heal.dpo", "self": "abliterate.heal.self_taught"}
-"""The module whose `train` is a preset."""
+"""The module whose `train(job, reporter=...)` is a preset: it gives a Training, or raises an AbliterateError."""
 
 
 def train_here(job: Job, *, reporter: Reporter | None = None) -> Training:
     """Train in this process, as one of several if `accelerate launch` started it."""
-    preset = cast("Preset", importlib.import_module(PRESETS[job.settings.heal.preset]).train)
-    return preset(job, reporter=reporter)
+    training: Training = importlib.import_module(PRESETS[job.settings.heal.preset]).train(job, reporter=reporter)
+    return training
 
 
 def error_file(job: Job, rank: int) -> Path:
