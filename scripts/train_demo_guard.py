@@ -43,6 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from abliterate.apply.hooks import attached
 from abliterate.cards.card import public_name
 from abliterate.directions.activations import collect
 from abliterate.directions.means import difference_of_means
@@ -515,7 +516,7 @@ def evaluate(
     if not options.spread:
         found = difference_of_means(collect(guarded, target, baseline, positions=1))
         edit = Edit.uniform(find_writers(guarded), found.unit[verdict_layer(plain), SITES.index("post"), -1])
-        with edit.attached(guarded):
+        with attached(guarded, edit):
             report["direction_removed"] = measured()
     return report
 

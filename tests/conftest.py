@@ -16,6 +16,8 @@ import socket
 import pytest
 import torch
 
+import abliterate.api  # noqa: F401  (as `ab.` does: the methods of Edit and Handle)
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

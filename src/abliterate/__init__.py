@@ -45,8 +45,8 @@ _PUBLIC = {
     "load_recipe": "edit.recipe",
     "load_sides": "prompts.sets",
     "measure": "measure",
-    "prove": "models.writers",
-    "recipe_for": "edit.recipe",
+    "prove": "apply.proof",
+    "recipe_for": "models.recipes",
     "run": "run.pipeline",
     "save_activations": "directions.activations_file",
     "save_recipe": "edit.recipe",
@@ -56,6 +56,7 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from abliterate.apply.proof import prove as prove
     from abliterate.common.errors import AbliterateError as AbliterateError
     from abliterate.directions.activations import Activations as Activations
     from abliterate.directions.activations import collect as collect
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
     from abliterate.edit.recipe import Recipe as Recipe
     from abliterate.edit.recipe import check_model as check_model
     from abliterate.edit.recipe import load_recipe as load_recipe
-    from abliterate.edit.recipe import recipe_for as recipe_for
     from abliterate.edit.recipe import save_recipe as save_recipe
     from abliterate.measure import Measurement as Measurement
     from abliterate.measure import measure as measure
@@ -76,9 +76,9 @@ if TYPE_CHECKING:
     from abliterate.models.demo import demo_model as demo_model
     from abliterate.models.handle import Handle as Handle
     from abliterate.models.loading import load as load
+    from abliterate.models.recipes import recipe_for as recipe_for
     from abliterate.models.writers import Writer as Writer
     from abliterate.models.writers import find_writers as find_writers
-    from abliterate.models.writers import prove as prove
     from abliterate.prompts.sets import load_sides as load_sides
     from abliterate.run.pipeline import run as run
     from abliterate.search.examples import Examples as Examples
@@ -94,6 +94,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     value = getattr(import_module(f"abliterate.{_PUBLIC[name]}"), name)
+    if not _PUBLIC[name].startswith(("common.", "settings.")):  # they need no torch
+        import_module("abliterate.api")
     globals()[name] = value
     return value
 

@@ -13,7 +13,7 @@ from abliterate.apply.forms import ApplyOptions, apply_recipe
 from abliterate.common.reporting import Silent
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe
-from abliterate.models.stored import StoredGain, StoredTensor
+from abliterate.edit.stored_tensor import StoredGain, StoredTensor
 
 D_MODEL = 16
 Shards = dict[str, dict[str, torch.Tensor]]

@@ -13,15 +13,16 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from abliterate.apply import factors
 from abliterate.apply.adapter import apply_adapter, low_rank, merged, truncated
 from abliterate.apply.forms import ApplyOptions
 from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.weights import bake
 from abliterate.common.errors import AbliterateError, OutputError, RecipeError, WriterError
 from abliterate.common.reporting import Silent
+from abliterate.edit.algebra import factors
 from abliterate.edit.edit import Edit, Part, orthonormal
-from abliterate.edit.recipe import Recipe, recipe_for
+from abliterate.edit.recipe import Recipe
+from abliterate.models.recipes import recipe_for
 from abliterate.models.writers import find_writers
 from models import FAMILIES, _sizes, handle_of, save_tiny, tiny, tiny_llama
 
@@ -251,7 +252,7 @@ def test_low_rank_of_any_layout(shape, axis):
     change = factors(Part(directions, torch.tensor([1.0, 0.3])), gain=torch.rand(8) + 0.5)
     low = low_rank(weight, change, axis)
     turned = weight.movedim(axis, -1)
-    left, right = change.left.double(), change.right.double()
+    left, right = (torch.from_numpy(factor).double() for factor in change)
     wanted = -((turned @ right.T) @ left).movedim(-1, axis)
     assert torch.allclose(low.left.double() @ low.right.double(), wanted, atol=1e-6)
     assert low.rank == 2

@@ -16,8 +16,9 @@ from abliterate.apply.adapter import merged
 from abliterate.apply.forms import ApplyOptions, apply_recipe
 from abliterate.common.reporting import Silent
 from abliterate.edit.edit import Edit
-from abliterate.edit.recipe import Recipe, load_recipe, recipe_for, save_recipe
+from abliterate.edit.recipe import Recipe, load_recipe, save_recipe
 from abliterate.models.loading import load
+from abliterate.models.recipes import recipe_for
 from abliterate.models.writers import SITES, find_writers
 
 pytestmark = pytest.mark.slow

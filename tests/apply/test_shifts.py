@@ -19,7 +19,7 @@ IDS = torch.tensor([[5, 9, 17, 33, 101, 7]])
 
 
 def direction(seed: int = 0) -> torch.Tensor:
-    return normalised(torch.randn(D, generator=torch.Generator().manual_seed(seed)))
+    return torch.from_numpy(normalised(torch.randn(D, generator=torch.Generator().manual_seed(seed))))
 
 
 @torch.no_grad()

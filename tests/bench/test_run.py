@@ -17,7 +17,8 @@ from abliterate.bench.models import Contestant, contestants, fingerprint
 from abliterate.bench.run import BenchOptions, bench
 from abliterate.common.errors import AbliterateError, ModelError, OutputError, RecipeError
 from abliterate.edit.edit import Edit
-from abliterate.edit.recipe import recipe_for, save_recipe
+from abliterate.edit.recipe import save_recipe
+from abliterate.models.recipes import recipe_for
 from abliterate.settings.run import LoadSettings
 from models import handle_of, save_tiny, tiny_llama, tiny_tokenizer
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from abliterate.apply.forms import FORMS
 from abliterate.commands.apply import EXAMPLES, FORMS_HELP
 from abliterate.edit.edit import Edit
-from abliterate.edit.recipe import Recipe, recipe_for, save_recipe
+from abliterate.edit.recipe import Recipe, save_recipe
+from abliterate.edit.stored_tensor import StoredTensor
 from abliterate.models.loading import load
-from abliterate.models.stored import StoredTensor
+from abliterate.models.recipes import recipe_for
 from abliterate.models.writers import find_writers
 from abliterate.studio.conversation import Conversation
 from apply.checkpoints import small_recipe, small_shards, write_checkpoint
@@ -75,7 +76,7 @@ def test_a_negative_strength_strengthens(desk, strength):
     """The component along the direction grows by as much as the positive one takes of it."""
     succeeds("apply", "r.safetensors", "model", "--out", "more", f"--strength={strength}", "--quiet")
     recipe = small_recipe()
-    r = recipe.edit.directions[0]
+    r = torch.from_numpy(recipe.edit.directions[0])
     before, after = (load_file(desk / f / "model-00001-of-00002.safetensors")["a.weight"] for f in ("model", "more"))
     wanted = (1 - strength) * (r @ before.float())
     torch.testing.assert_close(r @ after.float(), wanted, atol=0.05, rtol=0.02)
@@ -94,7 +95,7 @@ def test_a_shift_in_every_command(tmp_path, monkeypatch):
     for strength, out in ((1.0, "a"), (-0.5, "b")):
         succeeds("apply", "r.safetensors", "model", "--out", out, f"--strength={strength}", "--quiet")
         held = load_file(tmp_path / out / "model.safetensors")
-        torch.testing.assert_close(held[bias], strength * edit.shifts[0].vector)
+        torch.testing.assert_close(held[bias], strength * torch.from_numpy(edit.shifts[0].vector))
         assert json.loads((tmp_path / out / "config.json").read_text())["mlp_bias"] is True
     handle = load("model", dtype="float32")
     ids = torch.tensor([[5, 9, 17]])

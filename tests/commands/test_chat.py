@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from abliterate.edit.edit import Edit
-from abliterate.edit.recipe import recipe_for, save_recipe
+from abliterate.edit.recipe import save_recipe
 from abliterate.models.loading import load
+from abliterate.models.recipes import recipe_for
 from abliterate.models.writers import find_writers
 from command import abliterate, succeeds
 from models import save_tiny, tiny_llama

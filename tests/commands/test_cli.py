@@ -246,9 +246,9 @@ def test_inspect(tiny_folder):
 
 
 def test_inspect_of_what_is_not_proved(tiny_folder, monkeypatch):
-    import abliterate.models.writers as writers
+    import abliterate.apply.proof as proof
 
-    monkeypatch.setattr(writers, "prove", lambda handle: writers.Proof(0.3, "block 2, post (mlp writes it)"))
+    monkeypatch.setattr(proof, "prove", lambda handle: proof.Proof(0.3, "block 2, post (mlp writes it)"))
     failed = abliterate("inspect", tiny_folder)
     assert failed.code == 2
     assert "NOT PROVED" in failed.out

@@ -81,7 +81,7 @@ def along_kept(desk: Desk, out: str) -> float:
     """The largest component along KEPT of any direction in the recipe and in the frontier's."""
     folder = desk.folder / out
     edits = [load_recipe(file).edit for file in (folder / "recipe.safetensors", *folder.glob("frontier/*"))]
-    return max(float(edit.directions[:, KEPT].abs().max()) for edit in edits)
+    return max(float(abs(edit.directions[:, KEPT]).max()) for edit in edits)
 
 
 def answers_of(desk: Desk, out: str, opening: str) -> str:

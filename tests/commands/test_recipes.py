@@ -10,14 +10,14 @@ import torch
 from abliterate.edit.compare import place_of
 from abliterate.edit.edit import Edit, Shift, normalised
 from abliterate.edit.recipe import Recipe, save_recipe
-from abliterate.models.stored import StoredTensor
+from abliterate.edit.stored_tensor import StoredTensor
 from command import abliterate, succeeds
 
 D, LAYERS = 16, 6
 
 
 def unit(seed: int) -> torch.Tensor:
-    return normalised(torch.randn(D, generator=torch.Generator().manual_seed(seed)))
+    return torch.from_numpy(normalised(torch.randn(D, generator=torch.Generator().manual_seed(seed))))
 
 
 def attention(layer: int) -> str:
@@ -121,7 +121,7 @@ def test_diff_of_a_recipe_with_itself(recipe):
 
 
 def test_diff_names_writers_in_one_only_strengths_cosines_and_provenance(recipe, tmp_path):
-    angle = 0.6 * unit(0) + 0.8 * normalised(unit(1) - (unit(1) @ unit(0)) * unit(0))
+    angle = 0.6 * unit(0) + 0.8 * torch.from_numpy(normalised(unit(1) - (unit(1) @ unit(0)) * unit(0)))
     names = {attention(layer): 0.5 for layer in range(3)} | {"model.layers.0.mlp.other.weight": 1.0}
     other = written(
         tmp_path / "other", Edit.from_names(names, angle) + Edit.shifting(2, unit(1), 1.0), settings={"seed": 2}

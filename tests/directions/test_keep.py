@@ -72,7 +72,7 @@ def test_a_swept_edit_leaves_what_is_kept_as_it_was(handle):
     directions, share = without(mixed(handle), kept)
     assert 0.5 < share <= 1
     edit = swept(handle, directions)
-    assert float((edit.directions @ kept.T).abs().max()) < 1e-6
+    assert float((torch.from_numpy(edit.directions) @ kept.T).abs().max()) < 1e-6
     assert float((along_decoy(handle, edit) - before).abs().max()) < 1e-5 * float(before.abs().max())
     with edit.attached(handle):
         _, refused = judged(handle, TARGET, RefusesWithR(), max_new_tokens=4)
@@ -106,8 +106,8 @@ def test_a_fit_stays_orthogonal_and_still_finds_what_was_planted(handle, rank):
     )
     free = fit(handle, mixed(handle), *sides, RefusesWithR(), options).edit
     bound = fit(handle, mixed(handle), *sides, RefusesWithR(), options, kept=kept).edit
-    assert float((free.directions @ kept.T).abs().max()) > 1e-2
-    assert float((bound.directions @ kept.T).abs().max()) < 1e-5
+    assert float((torch.from_numpy(free.directions) @ kept.T).abs().max()) > 1e-2
+    assert float((torch.from_numpy(bound.directions) @ kept.T).abs().max()) < 1e-5
     with bound.attached(handle):
         _, refused = judged(handle, TARGET, RefusesWithR(), max_new_tokens=4)
     assert not any(refused)
@@ -134,7 +134,7 @@ def test_files_of_directions_and_of_prompts(tmp_path):
     assert read_keep(tmp_path / "d.safetensors").directions.shape == (2, 3)
     edit = Edit.from_names({"w": 1.0}, torch.tensor([1.0, 1.0, 0.0]))
     edit.save(tmp_path / "recipe.safetensors")
-    assert torch.allclose(read_keep(tmp_path / "recipe.safetensors").directions, edit.directions)
+    assert torch.allclose(read_keep(tmp_path / "recipe.safetensors").directions, torch.from_numpy(edit.directions))
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(20)))
     keep = read_keep(tmp_path / "p.txt")
     assert (len(keep.train), len(keep.test)) == (10, 10) and not set(keep.train) & set(keep.test)

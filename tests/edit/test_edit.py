@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterate.apply.weights import removed
+from abliterate.apply.removal import removed
 from abliterate.edit.edit import Edit, Part, Shift, normalised, orthonormal
 
 D = 12
 
 
 def unit(seed: int) -> torch.Tensor:
-    return normalised(torch.randn(D, generator=torch.Generator().manual_seed(seed)))
+    return torch.from_numpy(normalised(torch.randn(D, generator=torch.Generator().manual_seed(seed))))
 
 
 def operator(edit: Edit, writer: str) -> torch.Tensor:
@@ -22,8 +26,8 @@ def operator(edit: Edit, writer: str) -> torch.Tensor:
     part = edit.parts.get(writer)
     if part is None:
         return torch.zeros(D, D, dtype=torch.float64)
-    r = part.directions.double()
-    return r.T @ torch.diag(part.strengths.double()) @ r
+    r = torch.from_numpy(part.directions).double()
+    return r.T @ torch.diag(torch.from_numpy(part.strengths).double()) @ r
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -41,7 +45,7 @@ def test_two_orthonormal_directions_take_out_a_plane():
     rows = orthonormal([unit(0), unit(1)])
     edit = Edit(("w",), rows, torch.tensor([[1.0, 0.25]]))
     w = torch.randn(D, 7, dtype=torch.float64)
-    a, b = rows.double()
+    a, b = torch.from_numpy(rows).double()
     expected = w - torch.outer(a, a @ w) - 0.25 * torch.outer(b, b @ w)
     torch.testing.assert_close(removed(w, edit.parts["w"], 0), expected, atol=2e-6, rtol=0)
 
@@ -63,7 +67,7 @@ def test_uniform_normalises_and_takes_writers_or_names():
 
     edit = Edit.uniform(["w", Named()], 7 * unit(0), 0.5)
     assert edit.writers == ("w", "v")
-    torch.testing.assert_close(edit.directions[0], unit(0))
+    torch.testing.assert_close(torch.from_numpy(edit.directions[0]), unit(0))
     assert edit.strengths.tolist() == [[0.5], [0.5]]
 
 
@@ -115,7 +119,10 @@ def test_an_edit_less_itself_does_nothing():
 
 def moved(edit: Edit, layer: int) -> torch.Tensor:
     """What an edit adds at a layer's output, in float64."""
-    return sum((s.vector.double() for s in edit.shifts if s.layer == layer), torch.zeros(D, dtype=torch.float64))
+    return sum(
+        (torch.from_numpy(s.vector).double() for s in edit.shifts if s.layer == layer),
+        torch.zeros(D, dtype=torch.float64),
+    )
 
 
 SEEDS = st.integers(0, 5)
@@ -160,9 +167,9 @@ def test_scaling_is_linear(a, b, x, y):
 def test_what_comes_out_of_the_algebra_is_an_edit_with_nothing_superfluous(a, b, x):
     total = a + x * b
     for part in total.parts.values():
-        gram = part.directions.double() @ part.directions.double().T
-        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-5, rtol=0)
-    keys = [(s.layer, s.direction.numpy().tobytes()) for s in total.shifts]
+        gram = part.directions.astype(np.float64) @ part.directions.astype(np.float64).T
+        np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5, rtol=0)
+    keys = [(s.layer, s.direction.tobytes()) for s in total.shifts]
     assert len(keys) == len(set(keys))
     does_the_same(a + b - b, a)
     assert (a - a).parts == {} and (a - a).shifts == ()
@@ -172,7 +179,7 @@ def test_shifts_along_one_direction_of_a_layer_are_one():
     total = Edit.shifting(1, 8 * unit(0), 2.0) + Edit.shifting(1, unit(0), -0.5) + Edit.shifting(2, unit(0), 1.0)
     assert [(s.layer, s.size) for s in total.shifts] == [(1, 1.5), (2, 1.0)]
     assert total.writers == () and total.parts == {} and total.d_model == D
-    torch.testing.assert_close((2 * total).shifts[0].vector, 3.0 * unit(0))
+    torch.testing.assert_close(torch.from_numpy((2 * total).shifts[0].vector), 3.0 * unit(0))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +195,24 @@ def test_shifts_along_one_direction_of_a_layer_are_one():
 def test_an_invalid_shift_is_refused(layer, direction, size, message):
     with pytest.raises(ValueError, match=message):
         Shift(layer, direction, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_arrays_and_tensors_of_any_dtype_make_the_same_edit(dtype):
+    row, strengths = torch.randn(D).to(dtype), torch.tensor([[0.25]], dtype=dtype, requires_grad=True)
+    ours = Edit(("w",), normalised(row)[None], strengths, (Shift(1, normalised(row), 2),))
+    wide = row.double().numpy()
+    theirs = Edit(["w"], normalised(wide)[None], np.array([[0.25]]), [Shift(1, normalised(wide), 2)])
+    for edit in (ours, theirs):
+        assert edit.directions.dtype == edit.strengths.dtype == edit.shifts[0].direction.dtype == np.float32
+    assert ours.writers == theirs.writers and np.array_equal(ours.directions, theirs.directions)
+    assert np.array_equal(ours.strengths, theirs.strengths)
+    assert np.array_equal(ours.shifts[0].vector, theirs.shifts[0].vector)
+
+
+def test_edits_and_recipes_need_no_torch():
+    code = "import sys, abliterate.edit.compare, abliterate.edit.algebra; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_a_shift_of_another_width_is_refused():
@@ -229,12 +254,12 @@ def test_what_has_no_direction_is_refused(vector):
 
 def test_normalising_survives_tiny_and_huge_vectors():
     for scale in (1e-30, 1e30):
-        torch.testing.assert_close(normalised(unit(0) * scale), unit(0))
+        torch.testing.assert_close(torch.from_numpy(normalised(unit(0) * scale)), unit(0))
 
 
 def test_orthonormal_rows_span_the_vectors_and_start_with_the_first():
     vectors = [3 * unit(0), unit(1), unit(0) + unit(1)]  # the third is not new
-    rows = orthonormal(vectors).double()
+    rows = torch.from_numpy(orthonormal(vectors)).double()
     assert rows.shape == (2, D)
     torch.testing.assert_close(rows @ rows.T, torch.eye(2, dtype=torch.float64), atol=1e-6, rtol=0)
     torch.testing.assert_close(rows[0].float(), unit(0))

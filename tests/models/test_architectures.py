@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import architecture_table
+from abliterate.apply.proof import check_proof, prove
 from abliterate.common.errors import WriterError
 from abliterate.edit.edit import Edit, orthonormal
-from abliterate.models.writers import check_proof, find_writers, prove
+from abliterate.models.writers import find_writers
 from architecture_table import Row
 from models import ARCHITECTURES, FAMILIES, MULTIMODAL, handle_of, tiny_llama, tiny_tokenizer
 

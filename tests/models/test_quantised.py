@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from abliterate.apply.proof import check_proof
 from abliterate.common.errors import ModelError
 from abliterate.edit.recipe import load_recipe
 from abliterate.models import loading
 from abliterate.models.loading import load
-from abliterate.models.writers import check_proof, find_writers
+from abliterate.models.writers import find_writers
 from abliterate.run import opening, searching
 from abliterate.run.pipeline import run
 from abliterate.search.fit import FitSettings

@@ -8,22 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.apply import factors
-from abliterate.apply.weights import removed
+from abliterate.apply.removal import removed
 from abliterate.common.errors import ModelError, RecipeError
+from abliterate.edit.algebra import factors
 from abliterate.edit.edit import Edit, normalised
-from abliterate.edit.recipe import Recipe, load_recipe, recipe_for
+from abliterate.edit.recipe import Recipe, load_recipe
+from abliterate.edit.stored_tensor import StoredGain, StoredTensor
 from abliterate.models.handle import Handle
+from abliterate.models.recipes import recipe_for, tensors_for
 from abliterate.models.stored import (
-    StoredGain,
-    StoredTensor,
     _saved,
     checkpoint_shapes,
     names_in,
     skeleton,
     stored_names,
     stored_tensors,
-    tensors_for,
 )
 from abliterate.models.writers import find_writers
 from models import FAMILIES, handle_of, save_tiny, tiny, tiny_llama
@@ -51,7 +50,7 @@ WITH_EXPERTS = FAMILIES | {
 
 
 def direction() -> torch.Tensor:
-    return normalised(torch.randn(D, generator=torch.Generator().manual_seed(0)))
+    return torch.from_numpy(normalised(torch.randn(D, generator=torch.Generator().manual_seed(0))))
 
 
 def saved(model, folder) -> dict[str, torch.Tensor]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from abliterate.apply import proof as module
+from abliterate.apply.proof import check_proof, prove, tolerance
 from abliterate.common.errors import NonFiniteError, WriterError
-from abliterate.models import writers
-from abliterate.models.writers import SITES, check_proof, find_writers, layout, prove, tolerance, watch_sites
+from abliterate.models.writers import SITES, find_writers, layout, watch_sites
 from models import FAMILIES, handle_of, tiny, tiny_llama, tiny_tokenizer
 
 PARALLEL = {"gpt_neox", "cohere"}
@@ -96,7 +97,7 @@ def test_layers_limit_what_is_found(handles):
 )
 def test_a_missed_writer_is_named_by_block_and_side(monkeypatch, tiny_handle, dropped, place):
     whole = find_writers(tiny_handle)
-    monkeypatch.setattr(writers, "find_writers", lambda _: [w for w in whole if (w.side, w.layer) != dropped])
+    monkeypatch.setattr(module, "find_writers", lambda _: [w for w in whole if (w.side, w.layer) != dropped])
     proof = prove(tiny_handle)
     assert proof.component > 1e-2
     assert proof.where.startswith(place)
@@ -186,7 +187,7 @@ def test_half_precision_is_proved_within_its_rounding():
     assert 1e-5 < check_proof(handle).component < tolerance(handle) < 256**-0.5
     whole = find_writers(handle)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writers, "find_writers", lambda _: whole[:-1])
+        patch.setattr(module, "find_writers", lambda _: whole[:-1])
         with pytest.raises(WriterError, match="block 3, post"):
             check_proof(handle)
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from abliterate.apply.proof import check_proof, prove
 from abliterate.common.errors import WriterError
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
-from abliterate.models.writers import check_proof, find_writers, layout, prove
+from abliterate.models.writers import find_writers, layout
 from gemma import gemma_gguf
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from abliterate.common.reporting import Silent
 from abliterate.edit.recipe import Recipe, load_recipe
 from abliterate.measure.document import RunDocument
 from abliterate.models.loading import load
-from abliterate.models.stored import tensors_for
+from abliterate.models.recipes import tensors_for
 from abliterate.run import opening, pipeline
 from abliterate.run.pipeline import measure_models, run
 from abliterate.settings.run import RunSettings

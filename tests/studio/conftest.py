@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from abliterate.edit.edit import Edit
-from abliterate.edit.recipe import load_recipe, recipe_for, save_recipe
+from abliterate.edit.recipe import load_recipe, save_recipe
 from abliterate.models.loading import load
+from abliterate.models.recipes import recipe_for
 from abliterate.models.writers import find_writers
 from abliterate.run.pipeline import run
 from abliterate.settings.run import RunSettings

@@ -21,18 +21,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.apply import Factors, factors
 from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.parameters import Parameters, open_parameters
-from abliterate.apply.weights import removed
+from abliterate.apply.removal import removed
+from abliterate.apply.shifts import check_shifts, total
 from abliterate.cards.card import adapter_card
 from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError, shorten
 from abliterate.common.files import check_folder, whole_folder
 from abliterate.common.names import is_local, public_name
+from abliterate.edit.algebra import Factors, factors
+from abliterate.edit.recipe import check_model
 from abliterate.models.writers import Writer, layout
 
 if TYPE_CHECKING:
@@ -120,8 +123,6 @@ def apply_adapter(recipe: Recipe, model: str, out: Path, options: ApplyOptions, 
         RecipeError: when the recipe was made for a model of another config, unless `options.force`.
         AbliterateError: on options that have no meaning for an adapter.
     """
-    from abliterate.edit.recipe import check_model
-
     started = time.monotonic()
     _check_options(options)
     if not options.plan:
@@ -268,7 +269,7 @@ def _place_biases(
     plan.biases = dict(biases)
     for name, vector in shifts.items():
         plan.biases[name] = plan.biases.get(name, torch.zeros_like(vector)) + vector
-        nothing = Factors(torch.zeros(0, len(vector)), torch.zeros(0, len(vector)))
+        nothing = Factors(np.zeros((0, len(vector)), np.float32), np.zeros((0, len(vector)), np.float32))
         plan.modules.setdefault(name, (None, nothing))
     if any(getattr(modules[name], "bias", None) is None for name in plan.modules):
         plan.notes.append(
@@ -312,13 +313,11 @@ def _looks_up(module: nn.Module) -> bool:
 
 def _shift_biases(handle: Handle, recipe: Recipe, plan: Plan) -> dict[str, Tensor]:
     """Module name -> what its output needs added so that its block's output is shifted as the edit says."""
-    from abliterate.apply.shifts import check_shifts
-
     shifts = recipe.edit.shifts
     check_shifts(handle, shifts)
     found: dict[str, Tensor] = {}
     for layer in sorted({shift.layer for shift in shifts}):
-        vector = torch.stack([shift.vector for shift in shifts if shift.layer == layer]).sum(0)
+        vector = total(shifts, layer)
         module, scale = _writes_as_it_is(handle, layer)
         if module is None:
             plan.skipped.append((f"shift at block {layer}", "no linear layer's output reaches its output as it is"))
@@ -377,10 +376,10 @@ def low_rank(weight: Float[Tensor, ...], change: Factors, axis: int) -> LowRank:
 
     Args:
         weight: 2-D, or 3-D with the experts first; size d_model along `axis`.
-        change: from `apply.factors`.
+        change: from `algebra.factors`.
         axis: dimension that runs along d_model.
     """
-    left, right = change.left.double(), change.right.double()
+    left, right = (torch.from_numpy(factor).double() for factor in change)
     wide = weight.detach().movedim(axis, -1)
     rows = wide.reshape(-1, wide.shape[-1])
     read = torch.cat([block.double() @ right.T for block in rows.split(ROWS)])  # right W, transposed

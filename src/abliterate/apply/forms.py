@@ -13,7 +13,6 @@ from abliterate.common.errors import AbliterateError
 if TYPE_CHECKING:
     from abliterate.common.reporting import Reporter
     from abliterate.edit.recipe import Recipe
-    from abliterate.edit.recipe_file import RecipeFile
 
 FORMS: dict[str, str] = {
     "checkpoint": "abliterate.apply.checkpoint.form:apply_checkpoint",
@@ -22,8 +21,6 @@ FORMS: dict[str, str] = {
     "gguf-adapter": "abliterate.apply.gguf.adapter:apply_gguf_adapter",
     "control-vector": "abliterate.apply.gguf.control_vector:apply_control_vector",
 }
-
-WITHOUT_TORCH = {"checkpoint"}  # forms that take a recipe as it is in its file, in numpy
 
 
 @dataclass(frozen=True)
@@ -81,13 +78,13 @@ def form_named(name: str) -> Form:
 
 
 def apply_recipe(
-    recipe: Recipe | RecipeFile, model: str, out: Path, form: str, options: ApplyOptions, reporter: Reporter
+    recipe: Recipe, model: str, out: Path, form: str, options: ApplyOptions, reporter: Reporter
 ) -> dict[str, Any]:
     """Apply a recipe to a model in a form.
 
     Args:
-        recipe: what to take out of which parameters, from `recipe.load_recipe` or, without torch for the forms of
-            `WITHOUT_TORCH`, from `recipe_file.read_recipe`. Its edit is multiplied by `options.strength` here.
+        recipe: what to take out of which parameters, from `recipe.load_recipe`. Its edit is
+            multiplied by `options.strength` here.
         model: Hub id, folder or GGUF file, as the form takes it.
         out: file or folder to write.
         form: a name of `FORMS`.
@@ -101,10 +98,4 @@ def apply_recipe(
         AbliterateError: when there is no such form, or the form can't do what is asked.
     """
     apply = form_named(form)
-    if form not in WITHOUT_TORCH:
-        from abliterate.edit.recipe import Recipe, from_arrays
-
-        recipe = recipe if isinstance(recipe, Recipe) else from_arrays(recipe)
-    edit: Any = recipe.edit * options.strength
-    scaled: Any = replace(recipe, edit=edit)
-    return apply(scaled, model, out, options, reporter)
+    return apply(replace(recipe, edit=recipe.edit * options.strength), model, out, options, reporter)

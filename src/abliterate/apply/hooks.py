@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abliterate.apply import Factors, weight_factors
+from abliterate.apply.removal import removed, weight_factors
 from abliterate.apply.shifts import check_shifts
-from abliterate.apply.weights import removed
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 
@@ -38,12 +37,12 @@ class Attachment:
                 self._swaps.append((parameter, removed(parameter, change, writer.axis)))
                 continue
             dtype = parameter.dtype if parameter.is_floating_point() else handle.dtype
-            left, right = (factor.to(parameter.device, dtype) for factor in change)
+            left, right = (torch.from_numpy(factor).to(parameter.device, dtype) for factor in change)
             same_for_all = parameter.ndim == 1  # a norm's bias adds the same to every token
-            hook = _shift(-left.T @ (right @ parameter)) if same_for_all else _projector(Factors(left, right))
+            hook = _shift(-left.T @ (right @ parameter)) if same_for_all else _projector(left, right)
             self._hooks.append((modules[writer.module], hook))
         for shift in edit.shifts:
-            self._hooks.append((handle.blocks[shift.layer], _shift(shift.vector)))
+            self._hooks.append((handle.blocks[shift.layer], _shift(torch.from_numpy(shift.vector))))
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as undo:
@@ -59,15 +58,15 @@ class Attachment:
 
 
 @contextlib.contextmanager
-def attached(handle: Handle, edit: Edit) -> Iterator[None]:
+def attached(handle: Handle, edit: Edit) -> Iterator[Handle]:
     """Take an edit's directions out of what each writer gives, and add its shifts, for as long as the context lasts."""
     with Attachment(handle, edit):
-        yield
+        yield handle
 
 
-def _projector(change: Factors) -> Any:
+def _projector(left: Tensor, right: Tensor) -> Any:
     """A forward hook: out <- out - left^T (right out)."""
-    up, down = change.left.contiguous(), change.right.T.contiguous()
+    up, down = left.contiguous(), right.T.contiguous()
 
     def project(out: Tensor) -> Tensor:
         flat = out.reshape(-1, out.shape[-1])

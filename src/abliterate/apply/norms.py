@@ -26,7 +26,7 @@ from torch import Tensor
 from abliterate.edit.algebra import LEAST_LEFT
 
 if TYPE_CHECKING:
-    from abliterate.apply import Factors
+    from abliterate.edit.algebra import Factors
 
 
 def rescaled(block: Float[Tensor, "a b"], norms: Float[Tensor, " n"], dim: int) -> Float[Tensor, "a b"]:
@@ -47,15 +47,15 @@ def rescaled(block: Float[Tensor, "a b"], norms: Float[Tensor, " n"], dim: int) 
 
 @torch.no_grad()
 def removed_keeping_norms(tensor: Float[Tensor, ...], change: Factors, axis: int) -> Float[Tensor, ...]:
-    """`weights.removed`, each vector along d_model rescaled to its former norm; own dtype and device.
+    """`removal.removed`, each vector along d_model rescaled to its former norm; own dtype and device.
 
     Args:
         tensor: any shape with size d_model along `axis`.
-        change: from `apply.factors`.
+        change: from `algebra.factors`.
         axis: dimension that runs along d_model.
     """
     wide = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).movedim(axis, -1)
-    left, right = (factor.to(wide.device, wide.dtype) for factor in change)
+    left, right = (torch.from_numpy(factor).to(wide.device, wide.dtype) for factor in change)
     out = (wide - (wide @ right.T) @ left).reshape(-1, wide.shape[-1])
     out = rescaled(out, wide.reshape(out.shape).norm(dim=1), dim=1).view(wide.shape)
     return out.movedim(-1, axis).to(tensor.dtype)

@@ -54,7 +54,7 @@ def bias_holder(handle: Handle, layer: int) -> Holder:
     block = handle.blocks[layer]
     before = _output(handle, block)
     generator = torch.Generator().manual_seed(0)
-    vector = normalised(torch.randn(handle.d_model, generator=generator)) * before.norm(dim=-1).mean()
+    vector = torch.from_numpy(normalised(torch.randn(handle.d_model, generator=generator))) * before.norm(dim=-1).mean()
     for writer in reversed([w for w in layout(handle).writers if w.layer == layer]):
         name, axis = _bias_of(writer)
         if name is None:
@@ -82,11 +82,16 @@ def bias_additions(handle: Handle, shifts: Sequence[Shift]) -> list[tuple[nn.Par
     check_shifts(handle, shifts)
     additions = []
     for layer in sorted({shift.layer for shift in shifts}):
-        vector = torch.stack([shift.vector for shift in shifts if shift.layer == layer]).sum(0)
+        vector = total(shifts, layer)
         name, axis, scale = bias_holder(handle, layer)
         parameter = handle.model.get_parameter(name)
         additions.append((parameter, _along(vector / scale, parameter, axis)))
     return additions
+
+
+def total(shifts: Sequence[Shift], layer: int) -> Float[Tensor, " d_model"]:
+    """What is added at a block's output in all, float32."""
+    return torch.stack([torch.from_numpy(shift.vector) for shift in shifts if shift.layer == layer]).sum(0)
 
 
 def _bias_of(writer: Writer) -> tuple[str | None, int]:

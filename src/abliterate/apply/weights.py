@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.apply import Factors, factors, weight_factors
 from abliterate.apply.biases import give_biases, take_biases
 from abliterate.apply.norms import removed_keeping_norms
+from abliterate.apply.removal import removed, weight_factors
 from abliterate.apply.shifts import bias_additions, check_shifts
 from abliterate.common.errors import ModelError, NonFiniteError
-from abliterate.edit.edit import Edit, Part
+from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 
 
@@ -68,22 +67,6 @@ def _changes(handle: Handle, edit: Edit, norm_preserving: bool) -> list[tuple[nn
         edited = done.get(id(parameter), parameter).float() + addition
         changes.append((parameter, edited.to(parameter.dtype)))
     return changes
-
-
-def removed(tensor: Float[Tensor, ...], change: Factors | Part, axis: int) -> Float[Tensor, ...]:
-    """W - left^T (right W) with W the tensor, its axis of size d_model first; in its own dtype and device.
-
-    Args:
-        tensor: any shape with size d_model along `axis`.
-        change: what `apply.factors` gives; a Part stands for its factors with no norm behind the tensor.
-        axis: dimension that runs along d_model.
-    """
-    if isinstance(change, Part):
-        change = factors(change)
-    wide = tensor.detach().float().movedim(axis, -1)
-    left, right = (factor.to(wide.device) for factor in change)
-    out = wide - (wide @ right.T) @ left
-    return out.movedim(-1, axis).to(tensor.dtype)
 
 
 def untie(handle: Handle) -> None:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.apply.hooks import attached
 from abliterate.directions.means import Directions, Place, at
 from abliterate.edit.edit import Edit
 from abliterate.measure import judged
@@ -65,7 +66,7 @@ class Jury:
 
     def refusals(self, edit: Edit | None, prompts: Sequence[str]) -> Rate:
         """Refused among answers to these prompts, with an edit attached."""
-        with self.handle.attached(edit or _nothing(self.handle)):
+        with attached(self.handle, edit or _nothing(self.handle)):
             _, refused = judged(self.handle, list(prompts), self.judge, max_new_tokens=self.answer_tokens)
         return Rate(sum(refused), len(refused))
 
@@ -73,7 +74,7 @@ class Jury:
         """Refusals of test target prompts, and divergence on test baseline prompts, both with 95% intervals."""
         refusal = self.refusals(edit, self.target)
         assert self.reference is not None
-        with self.handle.attached(edit):
+        with attached(self.handle, edit):
             each = compare_each(self.handle, self.reference)
         first, along = ([row[i] for row in each] for i in (0, 1))
         return {
@@ -117,7 +118,7 @@ class Screen:
     def score(self, edit: Edit) -> tuple[float, float]:
         """Refusal log-odds on target prompts and divergence on baseline prompts, at the first answer token."""
         handle = self.jury.handle
-        with handle.attached(edit):
+        with attached(handle, edit):
             both = first_token(handle, [*self.target, *self.baseline])
         count = len(self.target)
         odds = float(refusal_log_odds(both[:count], self._weights).mean())

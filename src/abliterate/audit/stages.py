@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from abliterate.apply.hooks import attached
 from abliterate.audit.judging import Jury, Screen, best_place, separations, stream_at
 from abliterate.audit.picture import draw
 from abliterate.audit.summary import summary
@@ -253,7 +254,7 @@ def _directions(work: Work) -> dict[str, Any]:
         found.append({"directions": rank, "layers": [p.layer for p in places], "test": verdict})
         if verdict["refusal"]["rate"] <= GONE or rank == most:
             break
-        with work.jury.handle.attached(edit):
+        with attached(work.jury.handle, edit):
             left = _collected(work.jury.handle, work.shown, work.settings, Silent())
         place = best_place(work.jury, work.screen, left, basis)
         places.append(place)

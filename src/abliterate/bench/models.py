@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from abliterate.apply.hooks import attached
+from abliterate.apply.weights import bake
 from abliterate.common.errors import AbliterateError, ModelError
 
 if TYPE_CHECKING:
@@ -131,10 +133,10 @@ def opened(contestant: Contestant, settings: LoadSettings, *, force: bool = Fals
         return
     check_model(recipe, handle.config_hash, force=force)
     if handle.quantised:
-        with handle.attached(recipe.edit):
+        with attached(handle, recipe.edit):
             yield handle
     else:
-        handle.bake(recipe.edit)
+        bake(handle, recipe.edit)
         yield handle
 
 

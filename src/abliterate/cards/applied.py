@@ -12,15 +12,12 @@ from abliterate.common.names import is_local, public_name
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
     from abliterate.edit.recipe import Recipe
-    from abliterate.edit.recipe_file import RecipeFile
 
 TAGS = ("abliterate", "abliterated")
 _HEAD = re.compile(r"\ufeff?---\s*\n(.*?)\n---[^\n]*\n?", re.DOTALL)
 
 
-def applied_card(
-    recipe: Recipe | RecipeFile, source: str, options: ApplyOptions, notes: list[str], existing: str | None
-) -> str:
+def applied_card(recipe: Recipe, source: str, options: ApplyOptions, notes: list[str], existing: str | None) -> str:
     """README.md for an edited copy of a model.
 
     Args:

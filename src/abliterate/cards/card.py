@@ -11,7 +11,6 @@ from abliterate.common.names import is_local, public_name
 
 if TYPE_CHECKING:
     from abliterate.edit.recipe import Recipe
-    from abliterate.edit.recipe_file import RecipeFile
     from abliterate.models.handle import Handle
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -225,7 +224,7 @@ def recipe_card(recipe: Recipe, file: str) -> str:
     return "\n".join(lines)
 
 
-def recipe_lines(recipe: Recipe | RecipeFile) -> list[str]:
+def recipe_lines(recipe: Recipe) -> list[str]:
     """What a recipe takes out and adds, as list items of a card."""
     edit, lines = recipe.edit, []
     if edit.parts:

@@ -54,6 +54,7 @@ def chat(
         raise AbliterateError("standard input is empty; pipe a prompt in, or run this in a terminal")
     with replace(io, quiet=io.quiet or piped).reported() as terminal:
         settings = given.settings()
+        from abliterate.apply.hooks import attached
         from abliterate.edit.recipe import check_model, load_recipe
         from abliterate.run.opening import open_model
         from abliterate.studio.conversation import Conversation, Sampling
@@ -72,7 +73,7 @@ def chat(
         )
         talk.system(settings.load.system_prompt)
         if stored:
-            with handle.attached(stored.edit):
+            with attached(handle, stored.edit):
                 pass  # a recipe that doesn't fit is said before anything is typed
     if piped:
         _answer(talk, text)

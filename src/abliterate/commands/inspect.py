@@ -54,8 +54,9 @@ def doctor(io: Output) -> None:
 
 
 def _inspection(handle: Handle) -> tuple[dict[str, Any], bool]:
+    from abliterate.apply.proof import prove, tolerance
     from abliterate.common.errors import WriterError
-    from abliterate.models.writers import find_writers, prove, tolerance
+    from abliterate.models.writers import find_writers
 
     try:
         writers, problem = find_writers(handle, projector=True), None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -203,7 +204,7 @@ class Kept:
             edit: the edit, for the component of its directions along the span.
             judge: the behaviour's.
         """
-        rows = torch.cat([edit.directions, *(shift.direction[None] for shift in edit.shifts)]).double()
+        rows = torch.from_numpy(np.stack([*edit.directions, *(shift.direction for shift in edit.shifts)])).double()
         document: dict[str, Any] = {
             "source": Path(self.keep.source).name,
             "kind": "prompts" if self.keep.directions is None else "directions",
@@ -251,7 +252,7 @@ def _read_directions(file: Path) -> Float[Tensor, "k d_model"]:
         raise AbliterateError(f"--keep {file} is not a readable safetensors file: {error}") from error
     if is_recipe:
         edit = load_recipe(file).edit
-        rows = [*edit.directions, *(shift.direction for shift in edit.shifts)]
+        rows = [torch.from_numpy(r) for r in (*edit.directions, *(shift.direction for shift in edit.shifts))]
     else:
         widths = {t.shape[-1] if t.ndim else 0 for t in tensors.values()}
         if len(widths) != 1 or not all(t.is_floating_point() and t.ndim in (1, 2) for t in tensors.values()):
@@ -262,4 +263,4 @@ def _read_directions(file: Path) -> Float[Tensor, "k d_model"]:
         rows = [row for t in tensors.values() for row in t.reshape(-1, t.shape[-1]).float()]
     if not rows or not all(bool(row.isfinite().all()) and float(row.norm()) > 0 for row in rows):
         raise AbliterateError(f"--keep {file}: directions must be finite and not zero, and there must be one")
-    return orthonormal(rows)
+    return torch.from_numpy(orthonormal(rows))

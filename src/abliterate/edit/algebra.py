@@ -1,4 +1,4 @@
-"""What an edit takes out of a weight, in numpy: the formula that every form shares (`removal` has it in torch)."""
+"""What an edit takes out of a weight: the formula that every form shares."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from abliterate.edit.edit import Part, as_array
+
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from abliterate.edit.edit import Values
 
 # Of a column that was nearly all direction, little but rounding is left: `apply.norms` doesn't blow it up.
 LEAST_LEFT = 1e-3
 
 
-class ArrayFactors(NamedTuple):
-    """What is taken out of a weight W [d_model, ...]: W <- W - left^T (right W), both [k, d_model] float32."""
+class Factors(NamedTuple):
+    """What is taken out of a weight W [d_model, ...]: W <- W - left^T (right W), both [k, d_model] float32.
+
+    A LoRA has exactly these factors: B = -left^T, A = right W.
+    """
 
     left: Float[np.ndarray, "k d_model"]
     right: Float[np.ndarray, "k d_model"]
 
 
-def taken_out(
-    directions: Float[np.ndarray, "k d_model"],
-    strengths: Float[np.ndarray, " k"],
-    gain: Float[np.ndarray, " d_model"] | None = None,
-    centred: bool = False,
-) -> ArrayFactors:
+def factors(part: Part, gain: Values | None = None, centred: bool = False) -> Factors:
     """What to take out of a weight so that the stream loses what an edit says, as W <- W - left^T (right W).
 
     Where nothing stands between the weight and the stream, left = diag(strengths) R and right = R, the rows
@@ -43,20 +45,19 @@ def taken_out(
     down by.
 
     Args:
-        directions: orthonormal, in the stream's coordinates.
-        strengths: one for each.
-        gain: what the norm behind the weight multiplies each feature by; None without a norm.
+        part: directions [k, d_model] orthonormal, in the stream's coordinates, and strengths [k].
+        gain: [d_model], what the norm behind the weight multiplies each feature by; None without a norm.
         centred: whether that norm subtracts the mean over features.
 
     Returns:
-        ArrayFactors(left, right), computed in float64. For a weight whose dimension `axis` runs along d_model, W
+        Factors(left, right), computed in float64. For a weight whose dimension `axis` runs along d_model, W
         above is the weight with that dimension first. The same factors hold for its bias.
     """
-    rows, wide = directions.astype(np.float64), strengths.astype(np.float64)
+    rows, wide = as_array(part.directions, np.float64), as_array(part.strengths, np.float64)
     if gain is None and not centred:
         return _rounded(wide[:, None] * rows, rows)
     if gain is not None:
-        rows = rows * gain.astype(np.float64)
+        rows = rows * as_array(gain, np.float64)
     before = np.linalg.norm(rows, axis=-1)
     if centred:
         rows = rows - rows.mean(-1, keepdims=True)
@@ -68,5 +69,5 @@ def taken_out(
     return _rounded(wide[:, None] * (gram @ rows), rows)
 
 
-def _rounded(left: np.ndarray, right: np.ndarray) -> ArrayFactors:
-    return ArrayFactors(left.astype(np.float32), right.astype(np.float32))
+def _rounded(left: np.ndarray, right: np.ndarray) -> Factors:
+    return Factors(left.astype(np.float32), right.astype(np.float32))

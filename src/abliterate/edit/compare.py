@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from abliterate.edit.edit import Edit, Part
 from abliterate.edit.recipe import Recipe
@@ -67,7 +68,7 @@ def description(recipe: Recipe) -> dict[str, Any]:
 def _direction(edit: Edit, index: int) -> dict[str, Any]:
     """How a direction is used: by how many writers, of which layers, how strongly."""
     column = edit.strengths[:, index]
-    used = column.nonzero().flatten().tolist()
+    used = column.nonzero()[0].tolist()
     layers = [layer for i in used if (layer := place_of(edit.writers[i]).layer) is not None]
     return {
         "writers": len(used),
@@ -117,19 +118,19 @@ def same(document: dict[str, Any]) -> bool:
 def _shifts(left: Edit, right: Edit) -> list[dict[str, Any]]:
     rows = []
     for layer in sorted({shift.layer for shift in (*left.shifts, *right.shifts)}):
-        sums = [
-            torch.stack([s.vector for s in edit.shifts if s.layer == layer] or [torch.zeros(edit.d_model)]).sum(0)
+        ours, theirs = (
+            np.sum([s.vector for s in edit.shifts if s.layer == layer] or [np.zeros(edit.d_model, np.float32)], axis=0)
             for edit in (left, right)
-        ]
-        sizes = [float(total.norm()) for total in sums]
-        comparable = len(sums[0]) == len(sums[1]) and all(sizes)
-        cosine = float(sums[0].double() @ sums[1].double()) / (sizes[0] * sizes[1]) if comparable else None
+        )
+        sizes = [float(np.linalg.norm(total)) for total in (ours, theirs)]
+        comparable = len(ours) == len(theirs) and all(sizes)
+        cosine = float(ours.astype(np.float64) @ theirs.astype(np.float64)) / math.prod(sizes) if comparable else None
         rows.append({"layer": layer, "left": sizes[0], "right": sizes[1], "cosine": cosine})
     return rows
 
 
-def _largest(strengths: torch.Tensor) -> float:
-    return float(strengths[strengths.abs().argmax()]) if len(strengths) else 0.0
+def _largest(strengths: np.ndarray) -> float:
+    return float(strengths[np.abs(strengths).argmax()]) if len(strengths) else 0.0
 
 
 def _cosine(left: Part, right: Part) -> float | None:
@@ -137,7 +138,7 @@ def _cosine(left: Part, right: Part) -> float | None:
     smallest angle."""
     if left.directions.shape[1] != right.directions.shape[1]:
         return None
-    return float(torch.linalg.matrix_norm(left.directions.double() @ right.directions.double().T, 2))
+    return float(np.linalg.norm(left.directions.astype(np.float64) @ right.directions.astype(np.float64).T, 2))
 
 
 def _changes(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""Edit: which directions to take out of which writers, and how much of each.
+"""Edit: which directions to take out of which writers, and how much of each. In numpy.
 
 This module knows neither files nor models; what applies an edit is handed it.
 """
@@ -6,25 +6,38 @@ This module knows neither files nor models; what applies an edit is handed it.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+
+if TYPE_CHECKING:
+    import os
+    from contextlib import AbstractContextManager
+
+    from jaxtyping import Float
+    from numpy.typing import DTypeLike
+    from torch import Tensor
+
+    Values: TypeAlias = np.ndarray | Tensor
+
+
+def as_array(values: Values, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """An array of these values, whether they come in one or in a torch tensor of any dtype on any device."""
+    if hasattr(values, "detach"):  # numpy has no bfloat16
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype)
 
 
 class Part(NamedTuple):
     """What an edit does at one writer: W <- W - sum_i strengths[i] * r_i (r_i^T W)."""
 
-    directions: Float[Tensor, "direction d_model"]
-    strengths: Float[Tensor, " direction"]
+    directions: Float[np.ndarray, "direction d_model"]
+    strengths: Float[np.ndarray, " direction"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Shift:
     """h <- h + size * direction at the output of a block, at every token: how a behaviour is added.
 
@@ -38,24 +51,25 @@ class Shift:
     """
 
     layer: int
-    direction: Float[Tensor, " d_model"]
+    direction: Float[np.ndarray, " d_model"]
     size: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "direction", self.direction.detach().to("cpu", torch.float32))
-        object.__setattr__(self, "size", float(self.size))
-        if self.layer < 0:
-            raise ValueError(f"a shift at layer {self.layer}; layers count from 0")
-        if self.direction.ndim != 1:
-            raise ValueError(f"a shift's direction has shape {tuple(self.direction.shape)}, not [d_model]")
+    def __init__(self, layer: int, direction: Values, size: float) -> None:
+        unit = as_array(direction)
+        for name, value in (("layer", layer), ("direction", unit), ("size", float(size))):
+            object.__setattr__(self, name, value)
+        if layer < 0:
+            raise ValueError(f"a shift at layer {layer}; layers count from 0")
+        if unit.ndim != 1:
+            raise ValueError(f"a shift's direction has shape {unit.shape}, not [d_model]")
         if not math.isfinite(self.size):
             raise ValueError("the size of a shift must be finite")
-        _check_unit(self.direction[None])
+        _check_unit(unit[None])
 
     @property
-    def vector(self) -> Float[Tensor, " d_model"]:
+    def vector(self) -> Float[np.ndarray, " d_model"]:
         """size * direction, float32."""
-        return self.size * self.direction
+        return np.float32(self.size) * self.direction
 
     def __mul__(self, factor: float) -> Shift:
         return Shift(self.layer, self.direction, self.size * float(factor))
@@ -63,9 +77,11 @@ class Shift:
     __rmul__ = __mul__
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Edit:
     """W <- W - a * r (r^T W) and b <- b - a * r (r^T b), for every writer and direction; and shifts.
+
+    It is made of numpy arrays or torch tensors, and holds arrays.
 
     Attributes:
         writers: parameter names of the writers touched.
@@ -79,43 +95,52 @@ class Edit:
             are not finite, or directions of one writer that are not orthogonal.
 
     Example:
-        >>> edit = Edit.uniform(["model.layers.0.mlp.down_proj.weight"], torch.tensor([1.0, 0.0]), 1.0)
+        >>> edit = Edit.uniform(["model.layers.0.mlp.down_proj.weight"], np.array([1.0, 0.0]), 1.0)
         >>> (0.5 * edit).strengths
-        tensor([[0.5000]])
+        array([[0.5]], dtype=float32)
     """
 
     writers: tuple[str, ...]
-    directions: Float[Tensor, "direction d_model"]
-    strengths: Float[Tensor, "writer direction"]
+    directions: Float[np.ndarray, "direction d_model"]
+    strengths: Float[np.ndarray, "writer direction"]
     shifts: tuple[Shift, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "writers", tuple(self.writers))
-        object.__setattr__(self, "shifts", tuple(self.shifts))
-        for name in ("directions", "strengths"):
-            object.__setattr__(self, name, getattr(self, name).detach().to("cpu", torch.float32))
+    def __init__(
+        self, writers: Iterable[str], directions: Values, strengths: Values, shifts: Iterable[Shift] = ()
+    ) -> None:
+        fields = {"writers": tuple(writers), "directions": as_array(directions), "strengths": as_array(strengths)}
+        for name, value in (fields | {"shifts": tuple(shifts)}).items():
+            object.__setattr__(self, name, value)
         if self.directions.ndim != 2 or self.strengths.shape != (len(self.writers), len(self.directions)):
             raise ValueError(
-                f"strengths {tuple(self.strengths.shape)} don't fit {len(self.writers)} writers "
-                f"and directions {tuple(self.directions.shape)}"
+                f"strengths {self.strengths.shape} don't fit {len(self.writers)} writers "
+                f"and directions {self.directions.shape}"
             )
         if len(set(self.writers)) != len(self.writers):
             raise ValueError("a writer is named twice")
-        if not self.strengths.isfinite().all():
+        if not np.isfinite(self.strengths).all():
             raise ValueError("strengths must be finite")
         _check_unit(self.directions)
         for shift in self.shifts:
-            if len(shift.direction) != self.directions.shape[1]:
+            if len(shift.direction) != self.d_model:
                 raise ValueError(
-                    f"a shift of width {len(shift.direction)} doesn't fit directions {tuple(self.directions.shape)}"
+                    f"a shift of width {len(shift.direction)} doesn't fit directions {self.directions.shape}"
                 )
         for part in self.parts.values():
-            gram = part.directions.double() @ part.directions.double().T
-            if (gram - torch.eye(len(gram), dtype=torch.float64)).abs().max() > 1e-4:
+            wide = part.directions.astype(np.float64)
+            if np.abs(wide @ wide.T - np.eye(len(wide))).max() > 1e-4:
                 raise ValueError("directions of one writer must be orthogonal to each other")
 
+    if TYPE_CHECKING:  # what needs rooms above this one: `abliterate.api` has them
+
+        def save(self, path: str | os.PathLike[str], model: Any = None) -> None: ...
+        @classmethod
+        def load(cls, path: str | os.PathLike[str]) -> Edit: ...
+        def attached(self, handle: Any) -> AbstractContextManager[Any]: ...
+        def bake(self, handle: Any, *, keep_tied: bool = False) -> None: ...
+
     @classmethod
-    def uniform(cls, writers: Iterable[Any], direction: Float[Tensor, "*k d_model"], strength: float = 1.0) -> Edit:
+    def uniform(cls, writers: Iterable[Any], direction: Values, strength: float = 1.0) -> Edit:
         """Take one direction out of every writer at one strength (the article's edit).
 
         Args:
@@ -126,14 +151,14 @@ class Edit:
         return cls.from_names({_name(w): strength for w in writers}, direction)
 
     @classmethod
-    def from_names(cls, strengths: Mapping[str, float], direction: Float[Tensor, "*k d_model"]) -> Edit:
+    def from_names(cls, strengths: Mapping[str, float], direction: Values) -> Edit:
         """Take a direction, or a span of several, out of the parameters named, each at its own strength."""
-        values = torch.tensor(list(strengths.values()), dtype=torch.float32)
-        basis = normalised(direction)[None] if direction.ndim == 1 else orthonormal(torch.unbind(direction))
-        return cls(tuple(strengths), basis, values[:, None].repeat(1, len(basis)))
+        values = np.array(list(strengths.values()), np.float32)
+        basis = normalised(direction)[None] if direction.ndim == 1 else orthonormal(direction)
+        return cls(strengths, basis, values[:, None].repeat(len(basis), axis=1))
 
     @classmethod
-    def shifting(cls, layer: int, direction: Float[Tensor, " d_model"], size: float) -> Edit:
+    def shifting(cls, layer: int, direction: Values, size: float) -> Edit:
         """Add size * direction at the output of a block, and touch no writer.
 
         Args:
@@ -142,7 +167,7 @@ class Edit:
             size: in the stream's own units.
         """
         unit = normalised(direction)
-        return cls((), torch.zeros(0, len(unit)), torch.zeros(0, 0), (Shift(layer, unit, size),))
+        return cls((), np.zeros((0, len(unit))), np.zeros((0, 0)), (Shift(layer, unit, size),))
 
     @property
     def d_model(self) -> int:
@@ -154,7 +179,7 @@ class Edit:
         """What the edit does at each writer, directions with strength zero left out."""
         used = {}
         for name, row in zip(self.writers, self.strengths, strict=True):
-            kept = row.nonzero().flatten()
+            (kept,) = row.nonzero()
             if len(kept):
                 used[name] = Part(self.directions[kept], row[kept])
         return used
@@ -187,109 +212,65 @@ class Edit:
     def __sub__(self, other: Edit) -> Edit:
         return self + -other
 
-    def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
-        """Write the edit as a recipe (docs/recipe.md).
 
-        Args:
-            path: the file to write.
-            model: the model it is for, as a folder (its weights are not loaded) or a loaded handle. Writers may then
-                be named as in memory or as in the checkpoint, and the recipe says which of the checkpoint's
-                tensors they are. Without it the names are taken as they are.
-
-        Raises:
-            RecipeError: when a name is no writer of the model; the text names the nearest ones.
-            OutputError: when the file can't be written.
-        """
-        from abliterate.edit.recipe import recipe_for, save_recipe
-
-        save_recipe(recipe_for(self, model), path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Edit:
-        """Read the edit of a recipe.
-
-        Raises:
-            RecipeError: naming the rule of docs/recipe.md that the file breaks.
-        """
-        from abliterate.edit.recipe import load_recipe
-
-        return load_recipe(path).edit
-
-    def attached(self, handle: Any) -> AbstractContextManager[Any]:
-        """Apply the edit to a loaded model, live, for as long as the context lasts."""
-        return handle.attached(self)
-
-    def bake(self, handle: Any, *, keep_tied: bool = False) -> None:
-        """Change a loaded model's weights as the edit says.
-
-        Args:
-            handle: the loaded model.
-            keep_tied: edit a tied embedding and head together instead of untying them.
-        """
-        handle.bake(self, keep_tied=keep_tied)
-
-
-def normalised(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    """The unit vector along `vector`, computed in float64, returned in float32.
+def normalised(vector: Values) -> Float[np.ndarray, " d_model"]:
+    """The unit vector along `vector` [d_model], computed in float64, returned in float32.
 
     Raises:
         ValueError: when the vector is zero or not finite.
     """
-    wide = vector.detach().to("cpu", torch.float64)
-    norm = wide.norm()
-    if not torch.isfinite(norm) or norm == 0:
+    wide = as_array(vector, np.float64)
+    norm = np.linalg.norm(wide)
+    if not np.isfinite(norm) or norm == 0:
         raise ValueError("a direction must be finite and not zero")
-    return (wide / norm).float()
+    return (wide / norm).astype(np.float32)
+
+
+def orthonormal(vectors: Iterable[Values] | Values) -> Float[np.ndarray, "rank d_model"]:
+    """Orthonormal rows that span the vectors [k, d_model], the first along the first vector (Gram-Schmidt, float64)."""
+    basis: list[np.ndarray] = []
+    for vector in vectors:
+        v = as_array(vector, np.float64)
+        size = np.linalg.norm(v)
+        for b in (*basis, *basis):  # twice is enough to be orthogonal to rounding
+            v = v - (b @ v) * b
+        if np.linalg.norm(v) > 1e-6 * size:
+            basis.append(v / np.linalg.norm(v))
+    return np.stack(basis).astype(np.float32)
 
 
 def from_parts(parts: Mapping[str, Part], d_model: int) -> Edit:
     """An edit of a model of width d_model out of what it does at each writer; equal directions are kept once."""
-    rows: list[Tensor] = []
     index: dict[bytes, int] = {}
-    entries: list[list[tuple[int, float]]] = []
-    for part in parts.values():
-        entry = []
-        for direction, strength in zip(part.directions, part.strengths, strict=True):
-            key = direction.float().numpy().tobytes()
-            if key not in index:
-                index[key] = len(rows)
+    rows: list[np.ndarray] = []
+    entries: list[tuple[int, int, float]] = []
+    for writer, part in enumerate(parts.values()):
+        for direction, strength in zip(as_array(part.directions), as_array(part.strengths), strict=True):
+            row = index.setdefault(direction.tobytes(), len(rows))
+            if row == len(rows):
                 rows.append(direction)
-            entry.append((index[key], float(strength)))
-        entries.append(entry)
-    strengths = torch.zeros(len(parts), len(rows))
-    for i, entry in enumerate(entries):
-        for j, value in entry:
-            strengths[i, j] = value
-    return Edit(tuple(parts), torch.stack(rows) if rows else torch.zeros(0, d_model), strengths)
+            entries.append((writer, row, strength))
+    strengths = np.zeros((len(parts), len(rows)), np.float32)
+    for writer, row, strength in entries:
+        strengths[writer, row] = strength
+    return Edit(parts, np.stack(rows) if rows else np.zeros((0, d_model)), strengths)
 
 
-def orthonormal(vectors: Sequence[Tensor] | Float[Tensor, "k d_model"]) -> Float[Tensor, "rank d_model"]:
-    """Orthonormal rows that span the vectors, the first along the first vector (Gram-Schmidt, float64)."""
-    basis: list[Tensor] = []
-    for vector in vectors:
-        v = vector.detach().to("cpu", torch.float64)
-        size = v.norm()
-        for b in (*basis, *basis):  # twice is enough to be orthogonal to rounding
-            v = v - (b @ v) * b
-        if v.norm() > 1e-6 * size:
-            basis.append(v / v.norm())
-    return torch.stack(basis).float()
-
-
-def _check_unit(rows: Float[Tensor, "n d_model"]) -> None:
+def _check_unit(rows: Float[np.ndarray, "n d_model"]) -> None:
     """Raise ValueError unless all rows are finite and of length 1."""
-    if not rows.isfinite().all():
+    if not np.isfinite(rows).all():
         raise ValueError("directions must be finite")
-    norms = rows.double().norm(dim=1)
-    if len(norms) and (norms - 1).abs().max() > 1e-4:
-        raise ValueError(f"directions must be unit vectors, found one of norm {norms[(norms - 1).abs().argmax()]:.4f}")
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    if len(norms) and np.abs(norms - 1).max() > 1e-4:
+        worst = norms[np.abs(norms - 1).argmax()]
+        raise ValueError(f"directions must be unit vectors, found one of norm {worst:.4f}")
 
 
 def _merged(shifts: Sequence[Shift]) -> tuple[Shift, ...]:
     """The same sum of shifts, those along one direction at one layer added up."""
     sums: dict[tuple[int, bytes], Shift] = {}
     for shift in shifts:
-        key = (shift.layer, shift.direction.numpy().tobytes())
+        key = (shift.layer, shift.direction.tobytes())
         size = sums[key].size + shift.size if key in sums else shift.size
         sums[key] = Shift(shift.layer, shift.direction, size)
     return tuple(shift for shift in sums.values() if shift.size)
@@ -303,13 +284,13 @@ def _added(parts: Sequence[Part]) -> Part:
     """Sum of operators sum_i a_i r_i r_i^T, as orthonormal directions and strengths again."""
     if len(parts) == 1:
         return parts[0]
-    if all(torch.equal(parts[0].directions, p.directions) for p in parts):
-        return Part(parts[0].directions, torch.stack([p.strengths for p in parts]).sum(0))
-    basis = orthonormal(torch.cat([p.directions for p in parts])).double()
-    inside = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+    if all(np.array_equal(parts[0].directions, p.directions) for p in parts):
+        return Part(parts[0].directions, np.stack([p.strengths for p in parts]).sum(0))
+    basis = orthonormal(np.concatenate([p.directions for p in parts])).astype(np.float64)
+    inside = np.zeros((len(basis), len(basis)))
     for part in parts:
-        c = basis @ part.directions.double().T
-        inside += c @ torch.diag(part.strengths.double()) @ c.T
-    values, vectors = torch.linalg.eigh(inside)
-    kept = values.abs() > 1e-9
-    return Part((vectors.T[kept] @ basis).float(), values[kept].float())
+        c = basis @ part.directions.astype(np.float64).T
+        inside += c @ np.diag(part.strengths.astype(np.float64)) @ c.T
+    values, vectors = np.linalg.eigh(inside)
+    kept = np.abs(values) > 1e-9
+    return Part((vectors.T[kept] @ basis).astype(np.float32), values[kept].astype(np.float32))

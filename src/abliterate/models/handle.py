@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, NonFiniteError
-from abliterate.edit.recipe_file import config_hash as config_hash
+from abliterate.edit.recipe import config_hash
 from abliterate.models.cache import run_cached
 from abliterate.prompts.chat import check_context, format_prompts
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from abliterate.edit.edit import Edit
 
 # What closes a reasoning block at once, by the mark that opens it.
@@ -202,19 +203,10 @@ class Handle:
             theirs = self.model(input_ids=ids, use_cache=False).logits
         return torch.equal(ours.float(), theirs.float())
 
-    @contextlib.contextmanager
-    def attached(self, edit: Edit) -> Iterator[Handle]:
-        """Apply an edit live, with hooks, for as long as the context lasts."""
-        from abliterate.apply.hooks import attached
+    if TYPE_CHECKING:  # what needs rooms above this one: `abliterate.api` has them
 
-        with attached(self, edit):
-            yield self
-
-    def bake(self, edit: Edit, *, keep_tied: bool = False) -> None:
-        """Change the weights as the edit says."""
-        from abliterate.apply.weights import bake
-
-        bake(self, edit, keep_tied=keep_tied)
+        def attached(self, edit: Edit) -> AbstractContextManager[Handle]: ...
+        def bake(self, edit: Edit, *, keep_tied: bool = False) -> None: ...
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -11,26 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from abliterate.common.errors import ModelError, RecipeError, WriterError, shorten
-from abliterate.edit.stored_tensor import Shape, misfit
-from abliterate.edit.stored_tensor import StoredGain as StoredGain
-from abliterate.edit.stored_tensor import StoredTensor as StoredTensor
+from abliterate.common.errors import ModelError, WriterError, shorten
+from abliterate.edit.stored_tensor import Shape, StoredGain, StoredTensor
 from abliterate.models.handle import Handle
 from abliterate.models.writers import Writer, layout
-
-if TYPE_CHECKING:
-    from abliterate.edit.recipe import Recipe
 
 
 def stored_tensors(
@@ -131,69 +125,6 @@ def stored_names(handle: Handle, sources: Mapping[str, Sequence[str]] | None = N
 
         head = handle.model.get_output_embeddings()
         return {"tied": handle.tied, "embedding": name_of(handle.embedding), "head": name_of(head)}
-
-
-def tensors_for(recipe: Recipe, folder: str | os.PathLike[str]) -> dict[str, tuple[StoredTensor, ...]]:
-    """The tensors of a checkpoint folder that a recipe's writers are: names and shapes checked against its files.
-
-    What the recipe says is taken where it fits; where it says nothing, or the folder names its tensors otherwise
-    (GPT-2's have no prefix on the Hub), a skeleton of the folder's model says it. No weights are loaded.
-
-    Args:
-        recipe: of this model.
-        folder: with config.json and safetensors files, or their index alone (then names are checked, not shapes).
-
-    Raises:
-        RecipeError: when the recipe names something that doesn't write to this model's stream, or the folder
-            lacks a tensor or has it in another shape.
-        ModelError: when the folder holds no config.json or no safetensors.
-    """
-    there = checkpoint_shapes(folder)
-    if recipe.tensors and all(w in recipe.tensors for w in recipe.edit.writers) and not misfit(recipe.tensors, there):
-        return recipe.tensors
-    handle = skeleton(folder)
-    if recipe.edit.d_model != handle.d_model:
-        raise RecipeError(
-            f"the recipe's directions have {recipe.edit.d_model} entries, {handle.source} has d_model "
-            f"{handle.d_model}; is it for another model?"
-        )
-    known = stored_tensors(handle, names_in(handle.model, there))
-    found = {name: known[writer] for name, writer in resolved(recipe.edit.writers, known, handle.source).items()}
-    problem = misfit(found, there)
-    if problem:
-        raise RecipeError(f"the recipe doesn't fit {handle.source}: {problem}; is it for another model?")
-    return found
-
-
-def resolved(names: Iterable[str], known: Mapping[str, Sequence[StoredTensor]], source: str) -> dict[str, str]:
-    """The writer that each name means: a writer's own, or that of the one tensor it is in the checkpoint.
-
-    Args:
-        names: parameter or checkpoint names.
-        known: the model's writers and their stored tensors.
-        source: the model's name, for errors.
-
-    Raises:
-        RecipeError: on a name that is no writer (naming the nearest), or is only a part of one.
-    """
-    owners = {tensor.name: (writer, tensor) for writer, tensors in known.items() for tensor in tensors}
-    found = {}
-    for name in names:
-        if name in known:
-            found[name] = name
-            continue
-        if name not in owners:
-            near = difflib.get_close_matches(name, [*known, *owners], 3, 0.6)
-            hint = f"near it: {', '.join(near)}" if near else "`abliterate inspect` lists those that do"
-            raise RecipeError(f"{name} doesn't write to the stream of {source}; {hint}")
-        writer, tensor = owners[name]
-        weights = sum(not other.bias for other in known[writer])
-        if tensor.bias:
-            raise RecipeError(f"{name} is the bias of {writer} in {source} and is edited with it; name {writer}")
-        if weights > 1:
-            raise RecipeError(f"{name} is one of the {weights} tensors of {writer} in {source}; name {writer}")
-        found[name] = writer
-    return found
 
 
 def checkpoint_shapes(folder: str | os.PathLike[str]) -> dict[str, Shape | None]:

@@ -1,4 +1,4 @@
-"""Finding what adds to the residual stream by looking at a run, and proving that nothing was missed.
+"""Finding what adds to the residual stream by looking at a run; that nothing was missed, `apply.proof` proves.
 
 No table of model names: a few tokens go through the model, every module's output is kept, and the ones
 whose sum is the stream are the writers. What can't be explained is an error, never skipped.
@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.common.errors import NonFiniteError, WriterError
-from abliterate.edit.edit import Edit, normalised
+from abliterate.common.errors import WriterError
 from abliterate.models.handle import Handle
 from abliterate.models.trace import (
     Call,
@@ -32,7 +31,6 @@ from abliterate.models.trace import (
 
 SITES = ("pre", "mid", "post")
 PROBE_TOKENS = 8
-PROOF_TOKENS = 64  # enough for a mixture's router to send some to most experts
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,6 @@ class Layout(NamedTuple):
     mid_readers: tuple[nn.Module | None, ...]
 
 
-class Proof(NamedTuple):
-    """Largest |r.h|/|h| left at any site when every writer is edited at strength 1, and where it came."""
-
-    component: float
-    where: str
-
-
 def layout(handle: Handle) -> Layout:
     """Find the model's writers (once per handle).
 
@@ -126,84 +117,6 @@ def _projector(handle: Handle) -> tuple[Writer, ...]:
     return cached
 
 
-@torch.inference_mode()
-def prove(handle: Handle, direction: Float[Tensor, " d_model"] | None = None, *, seed: int = 0) -> Proof:
-    """Measure what is left of a direction in the residual stream.
-
-    Without `direction`: a random one is taken out of every writer, live, at strength 1; it must vanish at
-    every site. With `direction`: the model is looked at as it is (an edit already baked or attached).
-
-    Args:
-        handle: a loaded model.
-        direction: [d_model] or None.
-        seed: of the random direction and of the probe's tokens.
-
-    Returns:
-        Proof(component, where): the largest |r.h|/|h| over tokens and sites, in float64, and its place; when
-        the direction came back, the first place where it did.
-
-    Raises:
-        NonFiniteError: when the stream is not finite.
-
-    Example:
-        >>> component, where = prove(load("demo-model", dtype="float32"))
-        >>> component < 1e-5
-        True
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if direction is None:
-        direction = torch.randn(handle.d_model, generator=generator, dtype=torch.float64)
-        edit = Edit.uniform(find_writers(handle), direction)
-        live: Any = handle.attached(edit)
-    else:
-        live = contextlib.nullcontext()
-    r = normalised(direction).double()
-    worst = Proof(0.0, "nowhere")
-
-    def look(layer: int, site: str, stream: Tensor) -> None:
-        nonlocal worst
-        h = stream.to("cpu", torch.float64)
-        if not h.isfinite().all():
-            raise NonFiniteError(f"model {handle.source}: the stream at block {layer}, {site} is NaN or infinite")
-        component = float(((h @ r).abs() / h.norm(dim=-1).clamp_min(1e-30)).max())
-        if component > worst.component:
-            # what came back stays to the end: the place to name is the first, not that of the largest
-            came_back = worst.component > tolerance(handle)
-            where = worst.where if came_back else f"block {layer}, {site} ({_SIDE_BEFORE[site]} writes it)"
-            worst = Proof(component, where)
-
-    with live, watch_sites(handle, look):
-        handle.hidden_states(input_ids=_probe_ids(handle, seed, PROOF_TOKENS), use_cache=False)
-    return worst
-
-
-_SIDE_BEFORE = {"pre": "the block before or the embedding", "mid": "attention", "post": "mlp"}
-
-
-def tolerance(handle: Handle) -> float:
-    """Largest component that rounding alone explains: 1e-5 in float32; in half precision a share of the
-    1/sqrt(d_model) that a missed writer would leave."""
-    if handle.dtype in (torch.float32, torch.float64):
-        return 1e-5
-    eps = torch.finfo(handle.dtype).eps
-    return eps * (16 * max(1, handle.layers) / handle.d_model) ** 0.5
-
-
-def check_proof(handle: Handle) -> Proof:
-    """Prove the writers, and stop when one was missed.
-
-    Raises:
-        WriterError: naming the site where the direction came back.
-    """
-    proof = prove(handle)
-    if proof.component > tolerance(handle):
-        raise WriterError(
-            f"model {handle.source}: after editing every writer found, a component of {proof.component:.1e} is left "
-            f"at {proof.where}; a writer was missed there, so nothing was changed (please report the architecture)"
-        )
-    return proof
-
-
 @contextlib.contextmanager
 def watch_sites(handle: Handle, look: Callable[[int, str, Tensor], None]) -> Iterator[None]:
     """Call look(layer, site, stream [batch, position, d_model]) at every site of every block as the model runs."""
@@ -236,7 +149,8 @@ def watch_sites(handle: Handle, look: Callable[[int, str, Tensor], None]) -> Ite
             hook.remove()
 
 
-def _probe_ids(handle: Handle, seed: int, tokens: int) -> Tensor:
+def probe_ids(handle: Handle, seed: int, tokens: int) -> Tensor:
+    """Random token ids [1, token], at most as many as the model's context holds."""
     generator = torch.Generator().manual_seed(seed + 1)
     length = min(tokens, handle.context_length or tokens)
     return torch.randint(0, handle.vocabulary, (1, length), generator=generator).to(handle.device)
@@ -245,7 +159,7 @@ def _probe_ids(handle: Handle, seed: int, tokens: int) -> Tensor:
 def _look(handle: Handle) -> Layout:
     """Run a few tokens, then explain every addition to the stream by modules' outputs."""
     owner = {module: id(block) for block in handle.blocks for module in block.modules()}
-    ids = _probe_ids(handle, 0, PROBE_TOKENS)
+    ids = probe_ids(handle, 0, PROBE_TOKENS)
     calls = record(
         handle.decoder.modules(), lambda: handle.hidden_states(input_ids=ids, use_cache=False), handle.d_model, owner
     )

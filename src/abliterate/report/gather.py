@@ -180,14 +180,15 @@ def cosines(directions: Directions, position: int) -> dict[str, list[list[float 
 
 def direction_by_layer(edit: Edit, handle: Handle) -> Float[Tensor, "layer d_model"]:
     """What the edit takes most of out of each layer's writers; where it takes nothing, its strongest anywhere."""
-    strongest = edit.directions[int(edit.strengths.abs().amax(0).argmax())]
+    directions, strengths = torch.from_numpy(edit.directions), torch.from_numpy(edit.strengths).abs()
+    strongest = directions[int(strengths.amax(0).argmax())]
     along = strongest.repeat(handle.layers, 1)
     rows = {name: row for row, name in enumerate(edit.writers)}
     for layer in range(handle.layers):
         mine = [rows[w.name] for w in find_writers(handle) if w.layer == layer and w.name in rows]
-        sizes = edit.strengths[mine].abs().amax(0) if mine else torch.zeros(len(edit.directions))
+        sizes = strengths[mine].amax(0) if mine else torch.zeros(len(directions))
         if float(sizes.max()) > 0:
-            along[layer] = edit.directions[int(sizes.argmax())]
+            along[layer] = directions[int(sizes.argmax())]
     return along
 
 

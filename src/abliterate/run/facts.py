@@ -10,9 +10,10 @@ import torch
 from abliterate.common.names import public_name
 from abliterate.common.version import __version__
 from abliterate.edit.edit import Edit
-from abliterate.edit.recipe import Recipe, config_file
+from abliterate.edit.recipe import Recipe
 from abliterate.measure.document import SCHEMA as SCHEMA
 from abliterate.models.handle import Handle
+from abliterate.models.recipes import config_file
 from abliterate.models.stored import stored_names, stored_tensors
 from abliterate.models.writers import find_writers
 from abliterate.prompts.sets import Splits

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from abliterate.apply.hooks import attached
+from abliterate.apply.proof import Proof, check_proof, prove, tolerance
 from abliterate.common.errors import AbliterateError, WriterError
 from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
@@ -23,7 +25,7 @@ from abliterate.measure import Measurement
 from abliterate.measure.document import RunDocument
 from abliterate.measure.judges import make_judge
 from abliterate.models.handle import Handle
-from abliterate.models.writers import Proof, check_proof, find_writers, prove, tolerance
+from abliterate.models.writers import find_writers
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
 from abliterate.report import write_html
 from abliterate.run.facts import (
@@ -166,7 +168,7 @@ def _carried_out(
     recipes = [recipe_of(handle, one) for one in (edit, *(point.edit for point in points))]
     with whole_folder(out, overwrite=overwrite) as folder:
         with clock.stage("edit"):
-            live = attach_or_bake(handle, edit, settings, reporter) if holding.weights else edit.attached(handle)
+            live = attach_or_bake(handle, edit, settings, reporter) if holding.weights else attached(handle, edit)
         with live:
             left = _check_removed(handle, edit) if len(edit.directions) else None
             with clock.stage("measure edited"):

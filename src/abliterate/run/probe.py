@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from abliterate.apply.hooks import attached
+from abliterate.apply.proof import check_proof
 from abliterate.directions.activations import Activations, collect, sites_with_stream
 from abliterate.directions.means import difference_of_means
 from abliterate.edit.edit import Edit
@@ -24,7 +26,7 @@ from abliterate.measure.divergence import compare
 from abliterate.measure.judges import Judge
 from abliterate.measure.slots import rows_at_once, token_bytes
 from abliterate.models.handle import Handle, common_prefix
-from abliterate.models.writers import check_proof, find_writers
+from abliterate.models.writers import find_writers
 from abliterate.prompts.sets import Sides
 from abliterate.run.opening import set_prefill
 from abliterate.search.first_token import first_token
@@ -146,7 +148,7 @@ def probe(handle: Handle, sides: Sides, judge: Judge, settings: RunSettings, loa
     direction = torch.randn(handle.d_model, generator=torch.Generator().manual_seed(0))
     edit = Edit.uniform(find_writers(handle), direction, 1e-3)
     plain, _ = timed(handle, lambda: first_token(handle, ids))
-    with edit.attached(handle):
+    with attached(handle, edit):
         edited, _ = timed(handle, lambda: first_token(handle, ids))
     positions, batch_size = settings.collect.positions, settings.collect.batch_size
     collecting, activations = timed(
@@ -313,7 +315,7 @@ def gradient(
 @torch.inference_mode()
 def _baking(handle: Handle, edit: Edit) -> float:
     """Seconds to edit all writers, from editing a copy of one of each shape."""
-    from abliterate.apply.weights import removed
+    from abliterate.apply.removal import removed
 
     if handle.quantised:
         return 0.0

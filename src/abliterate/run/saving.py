@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abliterate.apply.biases import find_switch, lacking
+from abliterate.apply.hooks import attached
+from abliterate.apply.weights import bake
 from abliterate.common.reporting import Reporter
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
@@ -29,11 +31,11 @@ def attach_or_bake(
     if bakes_in_place(handle) or (settings.keep_tied and handle.tied and not handle.quantised):
         # hooks can't edit the head with the embedding
         reporter.say("baking the edit into the weights")
-        edit.bake(handle, keep_tied=settings.keep_tied)
+        bake(handle, edit, keep_tied=settings.keep_tied)
         return nullcontext()
     precision = "full precision" if handle.quantised else str(handle.source_dtype).removeprefix("torch.")
     reporter.say(f"measuring with the edit attached live; a copy in {precision} will be edited and saved")
-    return edit.attached(handle)
+    return attached(handle, edit)
 
 
 def to_save(handle: Handle, edit: Edit, settings: RunSettings) -> Handle:
@@ -44,7 +46,7 @@ def to_save(handle: Handle, edit: Edit, settings: RunSettings) -> Handle:
     dtype = names.get(handle.source_dtype or handle.dtype, "auto")
     plain = settings.load.model_copy(update={"dtype": dtype, "quantise": None, "device_map": "cpu"})
     copy = open_model(handle.source, plain)
-    edit.bake(copy, keep_tied=settings.keep_tied)
+    bake(copy, edit, keep_tied=settings.keep_tied)
     return copy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
 from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions, article_order, at
@@ -56,7 +57,7 @@ def article(
     tried: list[Candidate] = []
     texts: list[list[str]] = []
     for place in places:
-        with Edit.uniform(writers, at(directions, place)).attached(handle):
+        with attached(handle, Edit.uniform(writers, at(directions, place))):
             answers, refused = judged(handle, prompts, judge, max_new_tokens=max_new_tokens, stop_on=(True,))
         rate = Rate(sum(refused), len(refused))
         row = SITES.index(place.site)

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError, NonFiniteError
 from abliterate.common.reporting import SILENT, Reporter, untold
 from abliterate.directions.means import Directions, Place
@@ -350,7 +351,7 @@ class _Job:
             How many more steps that asks for: none, a few, or, after a new start, as many as at first.
         """
         prompts = self.train.target[: self.settings.validation_prompts]
-        with self.edit().attached(self.handle):
+        with attached(self.handle, self.edit()):
             answers, refused = judged(
                 self.handle, prompts, self.judge, max_new_tokens=REFUSAL_TOKENS, stop_on=(False, True)
             )
@@ -377,7 +378,7 @@ class _Job:
         """An edit judged on validation prompts by decoded answers and divergence; `found` says how it was come to."""
         settings = self.settings
         prompts = self.validation.target[: settings.validation_prompts]
-        with edit.attached(self.handle):
+        with attached(self.handle, edit):
             _, refused = judged(self.handle, prompts, self.judge, max_new_tokens=settings.decode_tokens)
             drift = compare(self.handle, self.held_out)
         return FrontierPoint(

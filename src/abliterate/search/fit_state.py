@@ -79,8 +79,8 @@ class FitState:
             for moment, value in optimiser.state.get(variable, {}).items():
                 tensors[f"{name}.{moment}"] = value
         for i, point in enumerate(self.points):
-            tensors[f"point.{i}.directions"] = point.edit.directions
-            tensors[f"point.{i}.strengths"] = point.edit.strengths
+            tensors[f"point.{i}.directions"] = torch.from_numpy(point.edit.directions)
+            tensors[f"point.{i}.strengths"] = torch.from_numpy(point.edit.strengths)
         names = ("step", "next_stop", "looked", "prompts", "openings")
         document = {name: getattr(self, name) for name in names} | {"points": [_note(p) for p in self.points]}
         write_state(self.path, self.key, document, tensors)

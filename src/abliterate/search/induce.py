@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
 from abliterate.common.reporting import SILENT, Reporter, Tick
 from abliterate.directions.means import Directions
@@ -248,7 +249,7 @@ def difference_along_answers(
 
 def counted(handle: Handle, candidate: Induced, prompts: Sequence[str], judge: Judge, tokens: int) -> Induced:
     """The candidate with answers decoded to their end and counted: a verdict doesn't tell a loop from a sentence."""
-    with candidate.edit.attached(handle):
+    with attached(handle, candidate.edit):
         refused, coherent, degenerate = refusals_in_sentences(handle, prompts, judge, tokens)
     return replace(candidate, refused=refused, coherent=coherent, degenerate=degenerate)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
 from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions, Place, at
@@ -260,12 +261,12 @@ class _Search:
         """Along the original's answers; None without a reference."""
         if reference is None:
             return None
-        with edit.attached(self.handle):
+        with attached(self.handle, edit):
             return compare(self.handle, reference).answer
 
     def _tried(self, edit: Edit, candidate: Candidate, count: int, tokens: int) -> Tried:
         prompts = self.prompts[:count]
-        live = edit.attached(self.handle) if edit.shifts or edit.writers else contextlib.nullcontext()
+        live = attached(self.handle, edit) if edit.shifts or edit.writers else contextlib.nullcontext()
         with live:
             answers, shown = judged(self.handle, prompts, self.judge, max_new_tokens=tokens, stop_on=())
         broken = [is_degenerate(a.text, finished=a.finished) for a in answers]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
 from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions, Place, at
@@ -220,7 +221,7 @@ def _decoded(
     scorer: _Scorer, candidate: Candidate, target: Sequence[str], judge: Judge, settings: SweepSettings
 ) -> Candidate:
     """The candidate with its refusals counted among decoded answers."""
-    with scorer.edit(candidate).attached(scorer.handle):
+    with attached(scorer.handle, scorer.edit(candidate)):
         _, refused = judged(scorer.handle, target, judge, max_new_tokens=settings.decode_tokens)
     return replace(candidate, refusals=Rate(sum(refused), len(refused)), stage="decoded")
 
@@ -258,7 +259,7 @@ class _Scorer:
     def rescored(self, candidate: Candidate, prompts: int) -> Candidate:
         """The candidate with bypass and divergence measured on the first `prompts` of each side."""
         target, baseline = self.target[:prompts], self.baseline[:prompts]
-        with self.edit(candidate).attached(self.handle):
+        with attached(self.handle, self.edit(candidate)):
             both = first_token(self.handle, [*target, *baseline])  # together: one run of the prefix they share
         return replace(
             candidate,

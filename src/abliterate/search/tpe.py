@@ -18,14 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError, NonFiniteError
 from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions
-from abliterate.edit.edit import Edit, Part, from_parts, normalised
+from abliterate.edit.edit import Edit, Part, as_array, from_parts, normalised
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, Writer, find_writers
 from abliterate.search.frontier import FrontierPoint, non_dominated
@@ -182,7 +184,7 @@ class _Builder:
             strength = self._strength(shape, writer)
             if strength:
                 direction = self._own(writer) if shared is None else shared
-                parts[writer.name] = Part(direction[None], torch.tensor([strength]))
+                parts[writer.name] = Part(as_array(direction)[None], np.array([strength], np.float32))
         return from_parts(parts, self.d_model)
 
     def _strength(self, shape: Shape, writer: Writer) -> float:
@@ -207,7 +209,7 @@ class _Builder:
         low = max(1, math.floor(layer)) if self.count > 1 else 0
         high = min(low + 1, self.count - 1)
         share = min(1.0, max(0.0, layer - low))
-        return normalised((1 - share) * self._at(low, "pre") + share * self._at(high, "pre"))
+        return torch.from_numpy(normalised((1 - share) * self._at(low, "pre") + share * self._at(high, "pre")))
 
     def _at(self, layer: int, site: str) -> Float[Tensor, " d_model"]:
         return self.unit[layer, SITES.index(site)]
@@ -218,7 +220,7 @@ def _scored(study: Any, trial: Any, handle: Handle, edit: Edit, aims: Sequence[O
     import optuna
 
     try:
-        with handle.attached(edit):
+        with attached(handle, edit):
             scores = [float(aim.score(handle)) for aim in aims]
     except NonFiniteError:
         scores = [RUINED] * len(aims)
@@ -239,7 +241,7 @@ def _frontier(
             continue
         edit = builder.edit(_shape_of(trial))
         scores = dict(zip(map(id, aims), trial.values, strict=True))
-        with handle.attached(edit):
+        with attached(handle, edit):
             refused, apart = (
                 scores[id(aim)] if id(aim) in scores else aim.score(handle) for aim in (refusals, divergence)
             )

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
@@ -45,7 +46,7 @@ class Loaded:
     def check_fits(self, edit: Edit) -> None:
         """Raise AbliterateError when the edit can't be attached."""
         try:
-            with self.lock, self.handle.attached(edit):
+            with self.lock, attached(self.handle, edit):
                 pass
         except ValueError as error:
             raise AbliterateError(f"the recipe doesn't fit {self.name}: {error}") from error

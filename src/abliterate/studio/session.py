@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
+import numpy as np
 
 from abliterate.common.errors import AbliterateError
 from abliterate.edit.edit import Edit
@@ -61,7 +61,7 @@ def grouped(edit: Edit, sides: Mapping[str, str], strengths: Strengths) -> Edit:
         strengths: the factors.
     """
     factors = [strengths.groups.get(sides.get(name, ""), 1.0) for name in edit.writers]
-    rows = edit.strengths * torch.tensor(factors, dtype=torch.float32)[:, None] if factors else edit.strengths
+    rows = edit.strengths * np.array(factors, np.float32)[:, None] if factors else edit.strengths
     return replace(edit, strengths=rows) * strengths.overall
 
 

@@ -12,14 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from abliterate.apply import factors
 from abliterate.apply.checkpoint import blocks, pieces
 from abliterate.apply.checkpoint.folder import local_folder
 from abliterate.apply.checkpoint.shards import read_shard
-from abliterate.apply.weights import bake, removed
+from abliterate.apply.removal import removed
+from abliterate.apply.weights import bake
 from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, OutputError, RecipeError, WriterError
+from abliterate.edit.algebra import factors
 from abliterate.edit.edit import Edit, orthonormal
-from abliterate.edit.recipe import recipe_for
+from abliterate.models.recipes import recipe_for
 from abliterate.models.writers import find_writers
 from apply.checkpoints import D_MODEL, ENTRIES, apply_to, small_recipe, small_shards, write_checkpoint
 from command import listing
@@ -220,7 +221,7 @@ def test_norm_preserving_keeps_norms_and_takes_the_direction_out(tmp_path, famil
     for writer in found:
         was, now = (t[writer.name].movedim(writer.axis, 0) for t in (old, new))
         torch.testing.assert_close(now.norm(dim=0), was.norm(dim=0), rtol=1e-5, atol=0)
-        r = factors(edit.parts[writer.name], writer.gain).right[0].double()
+        r = torch.from_numpy(factors(edit.parts[writer.name], writer.gain).right[0]).double()
         assert (r @ now).norm() < 1e-5 * (r @ was).norm()
         assert not torch.allclose(now, plain.model.get_parameter(writer.name).double().movedim(writer.axis, 0))
         if writer.bias:
@@ -233,7 +234,7 @@ def test_a_column_that_was_all_direction_is_not_blown_up(tmp_path):
     shards = small_shards(torch.float32)
     recipe = small_recipe()
     weight = shards["model-00001-of-00002.safetensors"]["a.weight"]
-    weight[:, 0] = 5 * recipe.edit.directions[0]
+    weight[:, 0] = 5 * torch.from_numpy(recipe.edit.directions[0])
     folder = write_checkpoint(tmp_path / "model", shards)
     apply_to(recipe, folder, tmp_path / "out", norm_preserving=True)
     new = tensors_of(tmp_path / "out")["a.weight"]
@@ -504,7 +505,7 @@ def test_float16_that_overflows_is_named(tmp_path):
     shards = small_shards(torch.float16)
     recipe = small_recipe(-1.0)
     shards["model-00001-of-00002.safetensors"]["a.weight"] = (
-        60000 * recipe.edit.directions[0].sign()[:, None].repeat(1, 24)
+        60000 * torch.from_numpy(recipe.edit.directions[0]).sign()[:, None].repeat(1, 24)
     ).half()
     folder = write_checkpoint(tmp_path / "model", shards)
     with pytest.raises(NonFiniteError, match=r"a\.weight"):

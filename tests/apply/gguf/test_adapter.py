@@ -16,7 +16,7 @@ from abliterate.apply.gguf.adapter import apply_gguf_adapter
 from abliterate.apply.gguf.form import apply_gguf
 from abliterate.common.errors import AbliterateError, OutputError, RecipeError, WriterError
 from abliterate.edit.edit import Edit
-from abliterate.edit.recipe import recipe_for
+from abliterate.models.recipes import recipe_for
 from gguf_files import OVERWRITE, SILENT, WIDTH, names, recipe_of, values_of, write_model
 from llama_cpp import LlamaCpp
 
@@ -37,7 +37,7 @@ def test_the_factors_are_the_edit_of_the_files_own_weights(tmp_path: Path, direc
     assert summary["writers"] == 5 and summary["skipped"] == []
     assert summary["bytes"] == (tmp_path / "lora.gguf").stat().st_size
     factors = factors_of(tmp_path / "lora.gguf")
-    r = recipe.edit.directions.double().numpy()
+    r = recipe.edit.directions.astype(np.float64)
     for name in ("blk.0.attn_output.weight", "blk.1.ffn_down.weight"):
         old = values_of(model, name)
         a, b = factors[f"{name}.lora_a"], factors[f"{name}.lora_b"]
@@ -60,7 +60,7 @@ def test_experts_have_factors_each(tmp_path: Path) -> None:
     factors, old = factors_of(tmp_path / "lora.gguf"), values_of(model, "blk.0.ffn_down_exps.weight")
     a, b = (factors[f"blk.0.ffn_down_exps.weight.lora_{x}"] for x in "ab")
     assert a.shape == (3, 1, old.shape[2]) and b.shape == (3, WIDTH, 1)
-    r = recipe.edit.directions[0].numpy()
+    r = recipe.edit.directions[0]
     assert np.abs(r @ (old + b @ a)).max() < 1e-6
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from abliterate.apply.gguf import requantise
 from abliterate.apply.gguf import types as ggml_types
-from abliterate.edit.algebra import ArrayFactors
+from abliterate.edit.algebra import Factors
 
 
 def test_blocks_whose_values_stay_keep_their_bytes() -> None:
@@ -17,7 +17,7 @@ def test_blocks_whose_values_stay_keep_their_bytes() -> None:
         raw = ggml_types.pack(generator.normal(size=(64, 256)).astype(np.float32), kind)
         r = np.zeros((1, 64), np.float32)
         r[0, :5] = 5**-0.5
-        new, _ = requantise.edited(raw, kind, 0, ArrayFactors(r, r))
+        new, _ = requantise.edited(raw, kind, 0, Factors(r, r))
         assert np.array_equal(new[5:], raw[5:]) and not np.array_equal(new[:5], raw[:5])
-        nothing = ArrayFactors(0 * r, r)
+        nothing = Factors(0 * r, r)
         assert np.array_equal(requantise.edited(raw, kind, 0, nothing)[0], raw)

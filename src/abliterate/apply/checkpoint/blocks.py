@@ -15,7 +15,7 @@ import numpy as np
 
 from abliterate.common.errors import NonFiniteError
 from abliterate.common.ranges import spans
-from abliterate.edit.algebra import LEAST_LEFT, ArrayFactors
+from abliterate.edit.algebra import LEAST_LEFT, Factors
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,7 +34,7 @@ FLOATS: dict[str, np.dtype[Any]] = {
 
 def take_out(
     read: Read, write: Callable[[Array], None], dtype: np.dtype[Any], shape: tuple[int, int, int],
-    change: ArrayFactors, *, keep_norms: bool = False, addition: Float[Array, "row width"] | None = None,
+    change: Factors, *, keep_norms: bool = False, addition: Float[Array, "row width"] | None = None,
     name: str = "a weight",
 ) -> None:  # fmt: skip
     """W <- W - left^T (right W) for every matrix W [d_model, inner] of a stack [outer, d_model, inner].
@@ -47,7 +47,7 @@ def take_out(
         write: takes the new rows, in their order, some at a time; what it is given is good until the next.
         dtype: of `FLOATS`.
         shape: outer, d_model, inner.
-        change: left and right [k, d_model], from `algebra.taken_out`.
+        change: left and right [k, d_model], from `algebra.factors`.
         keep_norms: rescale each column of W to the norm it had (see `apply.norms`).
         addition: what is then added to the rows, float32: a shift in a bias.
         name: for the error.

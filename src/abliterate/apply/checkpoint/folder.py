@@ -11,7 +11,7 @@ from typing import Any
 
 from abliterate.apply.checkpoint.shards import INDEX
 from abliterate.common.errors import ModelError, shorten
-from abliterate.edit.recipe_file import RecipeFile, check_model, config_hash
+from abliterate.edit.recipe import Recipe, check_model, config_hash
 
 # Weights in other formats, and what tells where in them a tensor is: they would be the unedited model's.
 OTHER_WEIGHTS = re.compile(
@@ -78,7 +78,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(recipe: RecipeFile, folder: Path, *, force: bool) -> None:
+def check_config(recipe: Recipe, folder: Path, *, force: bool) -> None:
     """Raise RecipeError when the recipe was made for a model of another config (`recipe.check_model`)."""
     if force or not recipe.model.get("config_hash"):
         return

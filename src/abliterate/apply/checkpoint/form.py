@@ -21,7 +21,7 @@ from abliterate.apply.checkpoint.plan import plan_checkpoint
 from abliterate.apply.checkpoint.work import prepare
 from abliterate.common.errors import AbliterateError, ModelError, OutputError
 from abliterate.common.files import check_folder, check_space, explained, whole_folder
-from abliterate.edit.recipe_file import RecipeFile, as_arrays
+from abliterate.edit.recipe import Recipe
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def apply_checkpoint(
-    recipe: Recipe | RecipeFile, model: str, out: Path, options: ApplyOptions, reporter: Reporter
+    recipe: Recipe, model: str, out: Path, options: ApplyOptions, reporter: Reporter
 ) -> dict[str, Any]:
     """Write a copy of a safetensors checkpoint with the edit in its weights, or change it in place.
 
@@ -53,7 +53,6 @@ def apply_checkpoint(
         OutputError: when the output is in the way, is the model itself, or doesn't fit on the disk.
     """
     started = time.monotonic()
-    recipe = as_arrays(recipe)
     if options.dtype is not None:
         raise AbliterateError("the form checkpoint keeps every tensor's dtype; leave out --dtype")
     folder = local_folder(model, options.revision, weights=not options.plan)
@@ -80,7 +79,7 @@ def check_apart(folder: Path, out: Path) -> None:
 
 
 def _to_folder(
-    recipe: RecipeFile, model: str, folder: Path, out: Path, options: ApplyOptions, reporter: Reporter
+    recipe: Recipe, model: str, folder: Path, out: Path, options: ApplyOptions, reporter: Reporter
 ) -> dict[str, Any]:
     if interrupted(folder):
         raise ModelError(
@@ -104,7 +103,7 @@ def _to_folder(
     return {"bytes": total, **work.summary}
 
 
-def _in_place(recipe: RecipeFile, folder: Path, options: ApplyOptions, reporter: Reporter) -> dict[str, Any]:
+def _in_place(recipe: Recipe, folder: Path, options: ApplyOptions, reporter: Reporter) -> dict[str, Any]:
     fingerprint = _fingerprint(recipe, options)
     with locked(folder):
         done = recover(folder)
@@ -131,7 +130,7 @@ def _in_place(recipe: RecipeFile, folder: Path, options: ApplyOptions, reporter:
     return summary
 
 
-def _fingerprint(recipe: RecipeFile, options: ApplyOptions) -> str:
+def _fingerprint(recipe: Recipe, options: ApplyOptions) -> str:
     """Says whether two applies are the same: their edits, and the options that change what is written."""
     edit = recipe.edit
     digest = hashlib.sha256(json.dumps([*edit.writers, options.norm_preserving, options.keep_tied]).encode())

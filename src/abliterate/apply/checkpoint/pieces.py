@@ -20,7 +20,7 @@ from abliterate.apply.checkpoint.blocks import FLOATS, take_out
 from abliterate.apply.checkpoint.shards import NewTensor, Shard, StoredRange
 from abliterate.common.ranges import copy_range, read_into, spans, write_from
 from abliterate.common.reporting import Reporter
-from abliterate.edit.algebra import ArrayFactors
+from abliterate.edit.algebra import Factors
 
 Array = np.ndarray[Any, Any]
 
@@ -42,7 +42,7 @@ class Change:
     """
 
     axis: int
-    factors: ArrayFactors
+    factors: Factors
     keep_norms: bool = False
     addition: Array | None = None
 

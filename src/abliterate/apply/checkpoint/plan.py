@@ -29,8 +29,8 @@ from abliterate.apply.checkpoint.work import prepare, stored_parts, tied_names
 from abliterate.common.errors import ModelError, OutputError
 from abliterate.common.ranges import spans
 from abliterate.common.reporting import Silent
-from abliterate.edit.algebra import ArrayFactors
-from abliterate.edit.recipe_file import RecipeFile
+from abliterate.edit.algebra import Factors
+from abliterate.edit.recipe import Recipe
 from abliterate.edit.stored_tensor import Shape
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Amounts:
     notes: list[str]
 
 
-def plan_checkpoint(recipe: RecipeFile, folder: Path, out: Path, options: ApplyOptions) -> dict[str, Any]:
+def plan_checkpoint(recipe: Recipe, folder: Path, out: Path, options: ApplyOptions) -> dict[str, Any]:
     """Say what `apply_checkpoint` would do; nothing is left on the disk.
 
     Args:
@@ -105,14 +105,14 @@ def _shards_there(folder: Path) -> bool:
     return all((folder / n).is_file() for n in names) if names else any(folder.glob("*.safetensors"))
 
 
-def _exact(recipe: RecipeFile, folder: Path, options: ApplyOptions) -> Amounts:
+def _exact(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
     work = prepare(recipe, folder, options, source=folder.name)
     total, outputs, told = work.total_bytes(options.in_place), work.written(options.in_place), work.summary
     edited = sum(o.shard.tensors[name].nbytes for o in outputs.values() for name in o.changes)
     return Amounts(total, total, edited, told["tensors"], told["writers"], len(outputs), True, told["notes"])
 
 
-def _estimate(recipe: RecipeFile, folder: Path, options: ApplyOptions) -> Amounts:
+def _estimate(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
     """The same from config.json and the index alone."""
     config, index = read_config(folder), read_index(folder)
     if index is None:
@@ -170,7 +170,7 @@ def _probe(folder: Path, d_model: int) -> dict[str, float]:
     inner = max(1, PROBE_BYTES // 8 // 2 // d_model)
     tensor = StoredRange("probe", "BF16", (d_model, inner), 0, 2 * d_model * inner)
     vector = np.full((1, d_model), d_model**-0.5, np.float32)
-    change = Change(0, ArrayFactors(vector, vector))
+    change = Change(0, Factors(vector, vector))
     values = np.random.default_rng(0).standard_normal((d_model, inner), np.float32).astype(ml_dtypes.bfloat16)
     try:
         with tempfile.TemporaryDirectory(prefix=".abliterate-probe-", dir=folder) as temporary:

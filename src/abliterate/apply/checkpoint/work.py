@@ -15,8 +15,8 @@ from abliterate.apply.checkpoint.folder import config_levels, config_with, other
 from abliterate.apply.checkpoint.pieces import Change, Output
 from abliterate.apply.checkpoint.shards import INDEX, Checkpoint, NewTensor, StoredRange, index_with, open_checkpoint
 from abliterate.common.errors import ModelError, NonFiniteError, RecipeError, WriterError, shorten
-from abliterate.edit.algebra import ArrayFactors, taken_out
-from abliterate.edit.recipe_file import RecipeFile
+from abliterate.edit.algebra import Factors, factors
+from abliterate.edit.recipe import Recipe
 from abliterate.edit.stored_tensor import Shape, StoredTensor, misfit
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Work:
         return sum(sizes) + sum(others)
 
 
-def prepare(recipe: RecipeFile, folder: Path, options: ApplyOptions, *, source: str) -> Work:
+def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str) -> Work:
     """Check everything but the config's hash (`folder.check_config`) and work out every change; nothing is written.
 
     Args:
@@ -106,7 +106,7 @@ def prepare(recipe: RecipeFile, folder: Path, options: ApplyOptions, *, source: 
 
 
 def stored_parts(
-    recipe: RecipeFile, folder: Path, config: dict[str, Any], there: dict[str, Shape | None]
+    recipe: Recipe, folder: Path, config: dict[str, Any], there: dict[str, Shape | None]
 ) -> dict[str, tuple[StoredTensor, ...]]:
     """The stored tensors of each writer that the edit touches: by the recipe's word where it fits, else by a skeleton.
 
@@ -131,13 +131,12 @@ def stored_parts(
 
 
 def _tensors_by_skeleton(
-    recipe: RecipeFile, folder: Path, config: dict[str, Any]
+    recipe: Recipe, folder: Path, config: dict[str, Any]
 ) -> dict[str, tuple[StoredTensor, ...]]:  # fmt: skip
-    from abliterate.edit.recipe import from_arrays
-    from abliterate.models.stored import tensors_for
+    from abliterate.models.recipes import tensors_for
 
     try:
-        return tensors_for(from_arrays(recipe), folder)
+        return tensors_for(recipe, folder)
     except (RecipeError, WriterError) as error:
         quantised = config.get("quantization_config")
         if isinstance(quantised, dict):
@@ -150,7 +149,7 @@ def _tensors_by_skeleton(
 
 
 def _changes(
-    recipe: RecipeFile, checkpoint: Checkpoint, stored: dict[str, tuple[StoredTensor, ...]], options: ApplyOptions,
+    recipe: Recipe, checkpoint: Checkpoint, stored: dict[str, tuple[StoredTensor, ...]], options: ApplyOptions,
     notes: list[str],
 ) -> tuple[dict[str, Change], int]:  # fmt: skip
     """What is done to each stored tensor, and how many writers that is."""
@@ -169,7 +168,7 @@ def _changes(
         for tensor in stored[writer]:
             _check_fits(tensor, checkpoint.tensor(tensor.name), len(part.directions[0]))
             gain = _gain(checkpoint, tensor)
-            taken = taken_out(*part, gain, tensor.gain.centred if tensor.gain else False)
+            taken = factors(part, gain, tensor.gain.centred if tensor.gain else False)
             keep = options.norm_preserving and not tensor.bias and len(tensor.shape) > 1
             changes[tensor.name] = Change(tensor.axis, taken, keep)
     if skipped:
@@ -198,7 +197,7 @@ def _gain(checkpoint: Checkpoint, tensor: StoredTensor) -> np.ndarray[Any, Any] 
     return gain
 
 
-def _held_shifts(recipe: RecipeFile, checkpoint: Checkpoint, changes: dict[str, Change]) -> HeldShifts | None:
+def _held_shifts(recipe: Recipe, checkpoint: Checkpoint, changes: dict[str, Change]) -> HeldShifts | None:
     """The biases that hold the edit's shifts, those of the checkpoint put among the changes; None without shifts.
 
     To find them takes a skeleton of the model, and torch.
@@ -206,18 +205,17 @@ def _held_shifts(recipe: RecipeFile, checkpoint: Checkpoint, changes: dict[str, 
     if not recipe.edit.shifts:
         return None
     from abliterate.apply.checkpoint.held_shifts import held_shifts
-    from abliterate.edit.recipe import from_arrays
 
-    held = held_shifts(from_arrays(recipe).edit.shifts, checkpoint)
+    held = held_shifts(recipe.edit.shifts, checkpoint)
     for name, addition in held.additions.items():
         nothing = np.zeros((0, checkpoint.tensor(name).shape[0]), np.float32)
-        old = changes.get(name, Change(0, ArrayFactors(nothing, nothing)))
+        old = changes.get(name, Change(0, Factors(nothing, nothing)))
         changes[name] = replace(old, addition=addition)
     return held
 
 
 def tied_names(
-    recipe: RecipeFile, folder: Path, config: dict[str, Any], there: set[str], changed: set[str]
+    recipe: Recipe, folder: Path, config: dict[str, Any], there: set[str], changed: set[str]
 ) -> tuple[str, str] | None:
     """The stored names of embedding and head where they are one tensor that the edit touches, else None.
 

@@ -67,7 +67,7 @@ def apply_control_vector(
         notes.append(f"{what}; left out")
     vectors: dict[int, np.ndarray] = {}
     for shift in edit.shifts:
-        vectors[shift.layer] = vectors.get(shift.layer, 0) + np.asarray(shift.vector)
+        vectors[shift.layer] = vectors.get(shift.layer, 0) + shift.vector
     if 0 in vectors:
         if not options.skip_unsupported:
             raise AbliterateError(

@@ -112,7 +112,7 @@ def _shift_biases(recipe: Recipe, file: GgufFile) -> dict[str, np.ndarray]:
                 f"the recipe adds a shift at the output of block {shift.layer}, and a GGUF of architecture "
                 f"{file.architecture} has no bias there that llama.cpp reads; use --as control-vector for the shifts"
             )
-        held[name] = held.get(name, np.zeros(recipe.edit.d_model, np.float32)) + np.asarray(shift.vector)
+        held[name] = held.get(name, np.zeros(recipe.edit.d_model, np.float32)) + shift.vector
     return held
 
 

@@ -20,7 +20,7 @@ from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS
 from abliterate.apply.gguf.file import GgufFile, GgufTensor
 from abliterate.apply.gguf.types import unpack
 from abliterate.common.errors import ModelError, RecipeError, WriterError
-from abliterate.edit.algebra import ArrayFactors, taken_out
+from abliterate.edit.algebra import Factors, factors
 from abliterate.edit.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Target(NamedTuple):
     experts: tuple[int, ...] | None
     bias: bool
     axis: int
-    change: ArrayFactors
+    change: Factors
 
 
 class Names:
@@ -221,15 +221,14 @@ def _target(writer: str, part: Any, stored: list[StoredTensor], names: Names, fi
     return Target(writer, tensor, experts, along_last and axis == 0, axis, _change(part, first, names, file, writer))
 
 
-def _change(part: Any, stored: StoredTensor, names: Names, file: GgufFile, writer: str) -> ArrayFactors:
+def _change(part: Any, stored: StoredTensor, names: Names, file: GgufFile, writer: str) -> Factors:
     gain = None
     if stored.gain is not None:
         norm = _tensor(stored.gain.name, names, file, f"the norm behind writer {writer}")
-        gain = unpack(np.array(file.raw(norm)), norm.kind).astype(np.float64)
+        gain = unpack(np.array(file.raw(norm)), norm.kind)
         if gain.shape != part.directions.shape[-1:]:
             raise WriterError(f"GGUF {file.path}: norm {norm.name} has shape {list(norm.shape)}; nothing was changed")
-    centred = stored.gain.centred if stored.gain else False
-    return taken_out(np.asarray(part.directions), np.asarray(part.strengths), gain, centred)
+    return factors(part, gain, stored.gain.centred if stored.gain else False)
 
 
 def _tensor(name: str, names: Names, file: GgufFile, what: str) -> GgufTensor:

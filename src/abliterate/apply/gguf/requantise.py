@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from abliterate.apply.gguf.types import PLAIN, Layout, layout_of, pack, unpack
-from abliterate.edit.algebra import ArrayFactors
+from abliterate.edit.algebra import Factors
 
 ROUNDS = 8
 # Stop when a round betters what is left by less than this share.
@@ -74,9 +74,7 @@ def chunks(raw: np.ndarray, kind: str, axis: int) -> Iterator[tuple[slice, slice
     yield from ((slice(None), slice(i, min(i + step, row_bytes))) for i in range(0, row_bytes, step))
 
 
-def edited(
-    raw: np.ndarray, kind: str, axis: int, change: ArrayFactors, rounds: int = ROUNDS
-) -> tuple[np.ndarray, Account]:
+def edited(raw: np.ndarray, kind: str, axis: int, change: Factors, rounds: int = ROUNDS) -> tuple[np.ndarray, Account]:
     """The packed matrix with the change made, in the same type, and how well that went.
 
     Blocks whose values the change leaves as they are keep their bytes.
@@ -111,7 +109,7 @@ def edited(
 
 
 def _constrained(
-    packed: Callable[[np.ndarray], np.ndarray], kind: str, axis: int, change: ArrayFactors, target: np.ndarray,
+    packed: Callable[[np.ndarray], np.ndarray], kind: str, axis: int, change: Factors, target: np.ndarray,
     asked: np.ndarray, rounds: int, layout: Layout,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Packed values whose component along change.right is as asked; see the module."""
@@ -150,7 +148,7 @@ def _take(into: np.ndarray, source: np.ndarray, better: np.ndarray, axis: int, w
 
 
 def _products(
-    change: ArrayFactors, axis: int
+    change: Factors, axis: int
 ) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray, np.ndarray], np.ndarray]]:
     """The component of values along change.right, and what a component along other vectors is as values."""
     if axis == 1:
