@@ -75,7 +75,11 @@ def contestants(models: Sequence[str], recipes: Sequence[str] = ()) -> list[Cont
         else:
             base = base or place
             found.append(Contestant(label or _name(place), place))
-    return _distinct(found)
+    labels = [contestant.label for contestant in found]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise AbliterateError(f"two columns are called '{twice}'; give them names: original=MODEL edited=MODEL")
+    return found
 
 
 def _labelled(text: str) -> tuple[str, str]:
@@ -103,14 +107,6 @@ def _base_of(adapter: Path) -> str:
     if not base:
         raise AbliterateError(f"adapter {adapter} doesn't say which model it is for; name that model first")
     return str(base)
-
-
-def _distinct(found: Sequence[Contestant]) -> list[Contestant]:
-    labels = [contestant.label for contestant in found]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice:
-        raise AbliterateError(f"two columns are called '{twice}'; give them names: original=MODEL edited=MODEL")
-    return list(found)
 
 
 @contextmanager
