@@ -36,6 +36,7 @@ from abliterate.common.files import check_folder, whole_folder
 from abliterate.common.names import is_local, public_name
 from abliterate.edit.algebra import Factors, factors
 from abliterate.edit.recipe import check_model
+from abliterate.models.pretrained import with_adapter
 from abliterate.models.writers import Writer, layout
 
 if TYPE_CHECKING:
@@ -174,8 +175,6 @@ def merged(model: Any, folder: str | Path) -> Any:
         model: the base model, as transformers loads it; it is changed.
         folder: the adapter.
     """
-    from peft import PeftModel
-
     from abliterate.apply.weights import untie
     from abliterate.models.handle import Handle
 
@@ -183,7 +182,7 @@ def merged(model: Any, folder: str | Path) -> Any:
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     if handle.tied and _name_of(handle, handle.embedding) in (config.get("target_modules") or []):
         untie(handle)
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    return with_adapter(model, folder).merge_and_unload()
 
 
 def _check_options(options: ApplyOptions) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate.apply.hooks import attached
 from abliterate.apply.weights import bake
 from abliterate.common.errors import AbliterateError, ModelError
+from abliterate.models.pretrained import from_pretrained, with_adapter
 
 if TYPE_CHECKING:
     from abliterate.models.handle import Handle
@@ -138,10 +139,8 @@ def opened(contestant: Contestant, settings: LoadSettings, *, force: bool = Fals
 
 def _attach_adapter(handle: Handle, folder: Path) -> None:
     """Put a PEFT adapter into the model's layers, beside the weights: merging would round it to their type."""
-    from peft import PeftModel
-
     try:
-        PeftModel.from_pretrained(handle.model, str(folder)).eval().requires_grad_(False)
+        with_adapter(handle.model, folder).eval().requires_grad_(False)
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         raise ModelError(f"adapter {folder} doesn't fit {handle.source}: {text}") from error
@@ -170,8 +169,8 @@ def _source_hash(source: str, settings: LoadSettings) -> str:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            source, revision=settings.revision or "main", trust_remote_code=settings.trust_remote_code
+        config = from_pretrained(
+            AutoConfig, source, revision=settings.revision or "main", trust_remote_code=settings.trust_remote_code
         )
     except Exception:
         return f"{source}@{settings.revision}"  # loading will say what is wrong
@@ -210,7 +209,8 @@ def has_template(source: str, settings: LoadSettings) -> bool:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = from_pretrained(
+            AutoTokenizer,
             str(path) if path.is_dir() else source,
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,

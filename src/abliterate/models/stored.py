@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from abliterate.common.errors import ModelError, WriterError, shorten
 from abliterate.edit.stored_tensor import Shape, StoredGain, StoredTensor
 from abliterate.models.handle import Handle
+from abliterate.models.pretrained import from_config, from_pretrained, wants_own_code
 from abliterate.models.writers import Writer, layout
 
 
@@ -207,9 +208,13 @@ def skeleton(folder: str | os.PathLike[str]) -> Handle:
     if not (source / "config.json").is_file():
         raise ModelError(f"model folder {source}: there is no config.json in it; name the folder that holds the model")
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = from_pretrained(AutoConfig, source)
         return skeleton_of(config, str(folder))
     except Exception as error:
+        if wants_own_code(error):
+            raise ModelError(
+                f"model folder {source} comes with code of its own, which isn't run to look at the model"
+            ) from error
         raise ModelError(f"model folder {source}: its config.json can't be used: {shorten(str(error), 300)}") from error
 
 
@@ -224,7 +229,7 @@ def skeleton_of(config: Any, source: str) -> Handle:
 
     config = copy.deepcopy(config)  # building a model notes its dtype there
     with torch.device("meta"):
-        model = auto_class(config).from_config(config, dtype=torch.float32)
+        model = from_config(auto_class(config), config, dtype=torch.float32)
     _fill(model)
     model.eval().requires_grad_(False)
     return Handle(model, tokenizer=None, source=source)

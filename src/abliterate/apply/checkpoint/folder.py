@@ -86,9 +86,16 @@ def check_config(recipe: Recipe, folder: Path, *, force: bool) -> None:
         return  # the very file that the recipe was made for; importing transformers takes longer than copying GiBs
     from transformers import AutoConfig
 
+    from abliterate.models.pretrained import from_pretrained, wants_own_code
+
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = from_pretrained(AutoConfig, folder)
     except Exception as error:
+        if wants_own_code(error):
+            raise ModelError(
+                f"model folder {folder} comes with code of its own, which isn't run to read its config; --force "
+                "applies the recipe without comparing it"
+            ) from error
         raise ModelError(
             f"model folder {folder}: its config.json can't be used: {shorten(str(error), 200)}; --force applies the "
             "recipe without comparing it"

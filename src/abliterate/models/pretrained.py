@@ -1,0 +1,44 @@
+"""The one door to transformers' and PEFT's loaders: code that comes with a model is run only on request.
+
+Where nothing is said, transformers asks at a terminal whether to run such code, and runs it on a `y`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def from_pretrained(
+    kind: Any, source: str | os.PathLike[str], *, trust_remote_code: bool = False, **options: Any
+) -> Any:
+    """What a class of transformers loads from a folder or the Hub.
+
+    Args:
+        kind: AutoConfig, AutoTokenizer, AutoModelForCausalLM, ...
+        source: folder or Hub id.
+        trust_remote_code: run the code that comes with it; without it such a source is an error, or, where
+            transformers has a class of its own for the model, that class is taken.
+        options: as the class takes them.
+
+    Raises:
+        Whatever the class raises; `wants_own_code` tells the case of a source that only its own code can load.
+    """
+    return kind.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code, **options)
+
+
+def from_config(kind: Any, config: Any, **options: Any) -> Any:
+    """A model of a class of transformers without weights; never by code that the config names."""
+    return kind.from_config(config, trust_remote_code=False, **options)
+
+
+def with_adapter(model: Any, folder: str | os.PathLike[str]) -> Any:
+    """A loaded model with a PEFT adapter put into its layers; no code comes with an adapter's tensors."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, os.fspath(folder))
+
+
+def wants_own_code(error: Exception) -> bool:
+    """Whether loading failed because the source can be loaded by its own code alone."""
+    return "trust_remote_code" in str(error)
