@@ -29,8 +29,8 @@ from abliterate.models.loading import load
 from abliterate.report.document import load_run
 from abliterate.report.markdown import markdown
 from abliterate.run.pipeline import measure_models, run
-from abliterate.settings.heal import HealRunSettings, resolve_heal
-from abliterate.settings.run import RunSettings
+from abliterate.settings.heal import HealRunSettings
+from abliterate.settings.run import RunSettings, resolve
 from documents import check_document
 from models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -95,11 +95,13 @@ def test_an_original_that_is_gone_isnt_named(ran, tmp_path):
 
 def test_prompts_are_split_as_the_run_split_them(ran):
     old = load_document(ran / "results.json")
-    found = with_settings_of_run(resolve_heal({"heal.preset": "self"}, environment={}), old)
+    found = with_settings_of_run(resolve({"heal.preset": "self"}, environment={}, kind=HealRunSettings), old)
     assert (found.seed, found.prompts.target, found.prompts.test_prompts) == (4, "bundled", 8)
     assert found.measure.max_new_tokens == 8
     assert found.heal.preset == "self"
-    named = resolve_heal({"seed": 1, "prompts.test_prompts": 5, "measure.max_new_tokens": 9}, environment={})
+    named = resolve(
+        {"seed": 1, "prompts.test_prompts": 5, "measure.max_new_tokens": 9}, environment={}, kind=HealRunSettings
+    )
     found = with_settings_of_run(named, old)
     assert (found.seed, found.prompts.target, found.prompts.test_prompts) == (1, "bundled", 5)
     assert found.measure.max_new_tokens == 9

@@ -8,8 +8,9 @@ import pytest
 
 from abliterate.common.errors import AbliterateError
 from abliterate.heal.training import Job
-from abliterate.settings.heal import PRESET_DEFAULTS, HealRunSettings, HealSettings, resolve_heal
+from abliterate.settings.heal import PRESET_DEFAULTS, HealRunSettings, HealSettings
 from abliterate.settings.options import options_of
+from abliterate.settings.run import resolve
 
 # Labonne 2024, "Uncensor any LLM with abliteration"; 100 warm-up steps of about 4,900
 ARTICLE = {
@@ -42,7 +43,7 @@ def test_file_environment_and_flags_in_this_order(tmp_path):
     file = tmp_path / "s.toml"
     file.write_text("seed = 3\n[heal]\nrank = 2\nbeta = 0.3\nmax_length = 99\n[measure]\nmax_new_tokens = 20\n")
     environment = {"ABLITERATE_HEAL__BETA": "0.4", "ABLITERATE_HEAL__MAX_LENGTH": "77", "ABLITERATE_HEAL": "no table"}
-    got = resolve_heal({"heal.max_length": 55, "heal.rank": None}, file, environment)
+    got = resolve({"heal.max_length": 55, "heal.rank": None}, file, environment, kind=HealRunSettings)
     assert (got.seed, got.measure.max_new_tokens) == (3, 20)
     assert (got.heal.rank, got.heal.beta, got.heal.max_length) == (2, 0.4, 55)
 
@@ -58,7 +59,7 @@ def test_file_environment_and_flags_in_this_order(tmp_path):
 )
 def test_a_wrong_value_is_named(flags, words):
     with pytest.raises(AbliterateError) as error:
-        resolve_heal(flags, environment={})
+        resolve(flags, environment={}, kind=HealRunSettings)
     assert all(word in str(error.value) for word in words)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -75,10 +75,10 @@ def chat(
         if stored:
             with attached(handle, stored.edit):
                 pass  # a recipe that doesn't fit is said before anything is typed
-    if piped:
-        _answer(talk, text)
-        return
-    _talk(talk)
+        if piped:
+            _answer(talk, text)
+        else:
+            _talk(talk, terminal.stream)
 
 
 def _answer(talk: Conversation, text: str) -> None:
@@ -93,11 +93,11 @@ def _answer(talk: Conversation, text: str) -> None:
     sys.stdout.flush()
 
 
-def _talk(talk: Conversation) -> None:
-    """Read lines until the end."""
+def _talk(talk: Conversation, err: TextIO) -> None:
+    """Read lines until the end; what isn't an answer goes to `err`."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history at the prompt
-    typer.echo("/help lists what can be typed; Ctrl-D ends", err=True)
+    typer.echo("/help lists what can be typed; Ctrl-D ends", err)
     compare = False
     while True:
         try:
@@ -114,16 +114,16 @@ def _talk(talk: Conversation) -> None:
             if line in ("/quit", "/exit"):
                 return
             if line.startswith("/"):
-                compare = _command(talk, line, compare)
+                compare = _command(talk, line, compare, err)
             elif compare:
                 compare = False
                 _compare(talk, line)
             else:
                 _answer(talk, line)
         except KeyboardInterrupt:
-            typer.echo("\n(stopped)", err=True)
+            typer.echo("\n(stopped)", err)
         except AbliterateError as error:
-            typer.echo(f"abliterate: {error}", err=True)
+            typer.echo(f"abliterate: {error}", err)
 
 
 def _prompt(talk: Conversation, compare: bool) -> str:
@@ -131,7 +131,7 @@ def _prompt(talk: Conversation, compare: bool) -> str:
     return f"[{mark}] > "
 
 
-def _command(talk: Conversation, line: str, compare: bool) -> bool:
+def _command(talk: Conversation, line: str, compare: bool, err: TextIO) -> bool:
     """Do what a line that starts with a slash says; returns whether the next answer is a comparison."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -152,7 +152,7 @@ def _command(talk: Conversation, line: str, compare: bool) -> bool:
         if not rest:
             raise AbliterateError("/save needs a file's name: /save talk.json")
         talk.save(Path(rest).expanduser())
-        typer.echo(f"saved {rest}", err=True)
+        typer.echo(f"saved {rest}", err)
     elif name == "/help":
         typer.echo(HELP)
     else:

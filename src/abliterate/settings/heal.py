@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from abliterate.settings.options import Stage, extras, option
-from abliterate.settings.run import RunSettings, resolve
+from abliterate.settings.run import RunSettings
 
 pairs = partial(option, panel="Preference pairs (dpo)")
 lora = partial(option, panel="LoRA")
@@ -103,10 +102,3 @@ class HealRunSettings(RunSettings):
 
     resume: bool = option(False, "Go on with an interrupted training of the same settings.")
     heal: HealSettings = Field(default_factory=lambda: HealSettings.model_validate({}))
-
-
-def resolve_heal(
-    flags: Mapping[str, Any], config: str | os.PathLike[str] | None = None, environment: Mapping[str, str] | None = None
-) -> HealRunSettings:
-    """As `abliterate.settings.run.resolve`, with the stage `heal` ("heal.learning_rate": 1e-5)."""
-    return resolve(flags, config, environment, kind=HealRunSettings)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 
+from abliterate.common import toml
 from abliterate.common.errors import AbliterateError
 from abliterate.settings.options import Stage, is_table, option
 
@@ -188,14 +189,10 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
     file = Path(path)
     if not file.is_file():
         raise AbliterateError(f"settings file {file} not found")
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return toml.loads(file.read_text(encoding="utf-8"))
+    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AbliterateError(f"settings file {file} is not valid TOML: {error}") from error
