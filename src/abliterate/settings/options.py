@@ -17,7 +17,7 @@ class Stage(BaseModel):
         panel: heading of its options in --help; None for the plain one.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # --help needs no validator
     panel: ClassVar[str | None] = None
 
 
