@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from abliterate.apply.forms import FORMS
+from abliterate.apply.hooks import Attachment
 from abliterate.commands.apply import EXAMPLES, FORMS_HELP
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, save_recipe
@@ -19,7 +20,7 @@ from abliterate.edit.stored_tensor import StoredTensor
 from abliterate.models.loading import load
 from abliterate.models.recipes import recipe_for
 from abliterate.models.writers import find_writers
-from abliterate.studio.conversation import Conversation
+from abliterate.studio.conversation import Conversation, Sampling
 from apply.checkpoints import small_recipe, small_shards, write_checkpoint
 from command import abliterate, fails, listing, succeeds
 from models import handle_of, save_tiny, tiny_llama
@@ -99,10 +100,12 @@ def test_a_shift_in_every_command(tmp_path, monkeypatch):
         assert json.loads((tmp_path / out / "config.json").read_text())["mlp_bias"] is True
     handle = load("model", dtype="float32")
     ids = torch.tensor([[5, 9, 17]])
-    talk = Conversation(handle, edit, strength=-0.5)
-    with talk._attached(talk.strength), torch.no_grad():
+    applied, few = load("b", dtype="float32"), Sampling(max_new_tokens=8)
+    with Attachment(handle, edit * -0.5), torch.no_grad():
         live = handle.model(ids).logits
-    torch.testing.assert_close(load("b", dtype="float32").model(ids).logits, live, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(applied.model(ids).logits, live, atol=1e-4, rtol=1e-4)
+    talk = Conversation(handle, edit, -0.5, few)
+    assert talk.reply("a fox") == Conversation(applied, sampling=few).reply("a fox")
     line = fails(tmp_path, "apply", "r.safetensors", "model", "--as", "adapter", "--out", "l", "--keep-tied")
     assert "keep-tied" in line
 
