@@ -199,6 +199,7 @@ def test_too_few_pairs_say_why(write, handle):
         load_preferences(settings(write(GOOD, {**GOOD, "chosen": REFUSAL})), handle)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl's own default
 def test_lengths_are_those_of_what_trl_trains_on(handle, tmp_path):
     from trl import DPOConfig, DPOTrainer
 

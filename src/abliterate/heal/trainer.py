@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from abliterate.common.errors import NonFiniteError, OutputError, shorten
 from abliterate.common.files import whole_file, whole_folder
@@ -113,6 +113,9 @@ def trainer_arguments(job: Job) -> dict[str, Any]:
     """Arguments of `transformers.TrainingArguments` that both presets have in common."""
     heal = resolve_auto(job.settings.heal)
     cuda = torch.cuda.is_available()
+    # transformers 5.24 calls it so, and warns of the name before
+    new = "activation_checkpointing"
+    checkpointing = new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
     arguments: dict[str, Any] = {
         "output_dir": str(job.checkpoints),
         "per_device_train_batch_size": heal.micro_batch,
@@ -127,7 +130,7 @@ def trainer_arguments(job: Job) -> dict[str, Any]:
         "weight_decay": heal.weight_decay,
         "max_grad_norm": heal.max_grad_norm,
         "bf16": heal.bf16 == "yes",
-        "gradient_checkpointing": heal.gradient_checkpointing,
+        checkpointing: heal.gradient_checkpointing,
         "seed": job.settings.seed,
         "data_seed": job.settings.seed,
         "use_cpu": not cuda,
@@ -146,7 +149,7 @@ def trainer_arguments(job: Job) -> dict[str, Any]:
     if heal.save_steps:
         arguments["save_steps"] = heal.save_steps
     if heal.gradient_checkpointing:
-        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        arguments[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
     return arguments
 
 
