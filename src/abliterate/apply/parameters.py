@@ -9,14 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.apply.checkpoint.blocks import FLOATS
 from abliterate.apply.checkpoint.folder import local_folder
 from abliterate.apply.checkpoint.shards import open_checkpoint
-from abliterate.common.errors import ModelError, WriterError, shorten
+from abliterate.common.errors import ModelError, WriterError
 from abliterate.edit.stored_tensor import StoredTensor
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
 from abliterate.models.recipes import resolved
-from abliterate.models.stored import checkpoint_shapes, names_in, skeleton, stored_tensors
+from abliterate.models.stored import names_in, skeleton, stored_tensors
 from abliterate.models.writers import Writer, layout
 
 
@@ -68,11 +69,9 @@ class FolderParameters(Parameters):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(skeleton(folder))
-        self.folder = folder
-        self._shapes = checkpoint_shapes(folder)
-        self._sources = names_in(self.handle.model, self._shapes)
+        self._checkpoint = open_checkpoint(folder)
+        self._sources = names_in(self.handle.model, self._checkpoint.files)
         self._stored = stored_tensors(self.handle, self._sources)
-        self._files = {name: folder / file for name, file in open_checkpoint(folder).files.items()}
 
     def named(self, names: Sequence[str]) -> dict[str, Writer]:
         owners: Mapping[str, str] = resolved(names, self._stored, self.handle.source)
@@ -114,22 +113,14 @@ class FolderParameters(Parameters):
         return tensor
 
     def _read(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self._files:
-            raise ModelError(f"model folder {self.folder} lacks tensor {name}; get its files again")
-        try:
-            with safe_open(str(self._files[name]), framework="pt") as shard:
-                tensor: Tensor = shard.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"model folder {self.folder}: {self._files[name].name} is damaged "
-                             f"({shorten(str(error))}); get it again") from error  # fmt: skip
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
+        place = self._checkpoint.tensor(name)
+        if place.dtype not in FLOATS:
             raise ModelError(
-                f"model folder {self.folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; "
+                f"model folder {self._checkpoint.folder}: {name} is stored as {place.dtype}; "
                 "an adapter is made from weights of 16 bits or more"
             )
-        return tensor
+        dtype: torch.dtype = getattr(torch, FLOATS[place.dtype].name)
+        return torch.frombuffer(self._checkpoint.raw(name), dtype=dtype).view(place.shape)
 
 
 def _turned(tensor: Tensor, axis: int, wanted: int) -> Tensor:

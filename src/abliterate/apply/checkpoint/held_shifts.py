@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from abliterate.apply.biases import Switch, find_switch, lacking, with_biases
+from abliterate.apply.checkpoint.blocks import FLOATS
 from abliterate.apply.checkpoint.shards import Checkpoint, NewTensor
 from abliterate.apply.shifts import bias_additions, check_shifts
 from abliterate.common.errors import WriterError
@@ -17,8 +17,6 @@ from abliterate.edit.edit import Shift
 from abliterate.models.handle import Handle
 from abliterate.models.stored import names_in, skeleton, skeleton_of, stored_tensors
 from abliterate.models.writers import layout
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class HeldShifts(NamedTuple):
@@ -85,14 +83,14 @@ def _with_new_biases(
     for name, shape in switch.biases.items():
         weights = sources.get(f"{name.removesuffix('bias')}weight", [])
         dtype = checkpoint.tensor(weights[0]).dtype if len(weights) == 1 else ""
-        if dtype not in DTYPES or not weights[0].endswith("weight"):
+        if dtype not in FLOATS or not weights[0].endswith("weight"):
             raise WriterError(
                 f"{checkpoint.folder}: the weight that {name} would stand beside is not one tensor of 16 bits or more, "
                 "so the checkpoint can't hold the shift; these forms can: adapter (with lora_bias), control-vector, "
                 "hooks"
             )
-        value = values.get(name, torch.zeros(shape)).to(DTYPES[dtype]).contiguous()
+        value = values[name].numpy() if name in values else np.zeros(shape, np.float32)
         stored = f"{weights[0].removesuffix('weight')}bias"
-        tensors.append(NewTensor(stored, dtype, tuple(shape), value.view(torch.uint8).numpy().tobytes()))
+        tensors.append(NewTensor(stored, dtype, tuple(shape), value.astype(FLOATS[dtype]).tobytes()))
         file = checkpoint.files[weights[0]] if name in values else file
     return HeldShifts({}, tensors, file, switch.field, len(values))

@@ -144,13 +144,10 @@ def _estimate(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
     )  # fmt: skip
 
 
-def _shapes(folder: Path, weight_map: dict[str, str]) -> dict[str, Shape | None]:
+def _shapes(folder: Path, files: dict[str, str]) -> dict[str, Shape | None]:
     """Shapes of the tensors that an index names; None where their shard isn't there."""
-    shapes: dict[str, Shape | None] = dict.fromkeys(weight_map)
-    for file in sorted(set(weight_map.values())):
-        if (folder / file).is_file():
-            shapes |= {name: tensor.shape for name, tensor in read_shard(folder / file).tensors.items()}
-    return shapes
+    there = {file: read_shard(folder / file).tensors for file in set(files.values()) if (folder / file).is_file()}
+    return {name: there[file][name].shape if name in there.get(file, ()) else None for name, file in files.items()}
 
 
 def _item_bytes(config: dict[str, Any]) -> tuple[int, str]:

@@ -224,12 +224,12 @@ def tied_names(
     """
     embedding, head = (recipe.model.get(key) for key in ("embedding", "head"))
     if embedding not in there:
-        if not changed & _looks_like_embedding(there):
-            return None
-        from abliterate.models.stored import checkpoint_shapes, names_in, skeleton, stored_names
+        if all(re.search(r"\.\d+\.", f".{name}") for name in changed):
+            return None  # all of them in blocks: no need to ask which is the embedding
+        from abliterate.models.stored import names_in, skeleton, stored_names
 
         handle = skeleton(folder)
-        names = stored_names(handle, names_in(handle.model, checkpoint_shapes(folder)))
+        names = stored_names(handle, names_in(handle.model, there))
         embedding, head = names["embedding"], names["head"]
     if embedding not in changed or head is None or head == embedding:
         return None
@@ -238,25 +238,15 @@ def tied_names(
     return str(embedding), str(head)
 
 
-def _looks_like_embedding(names: set[str]) -> set[str]:
-    """Names outside the blocks: an embedding's is among them. Saves asking what the model's is when only blocks are
-    edited."""
-    return {name for name in names if not re.search(r"\.\d+\.", f".{name}")}
-
-
 def _keep_tied(checkpoint: Checkpoint, changes: dict[str, Change], embedding: str, head: str, notes: list[str]) -> None:
     """Have the head edited as the embedding is, where the checkpoint holds both and they are one."""
-    if head in checkpoint.files and _equal(checkpoint, head, embedding):
+    if head in checkpoint.files:
+        one, other = checkpoint.tensor(head), checkpoint.tensor(embedding)
+        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+        if not (alike and checkpoint.raw(head) == checkpoint.raw(embedding)):
+            return
         changes[head] = changes[embedding]
-    if head not in checkpoint.files or head in changes:
-        notes.append("embedding and head stay tied, so the head is edited too (--keep-tied)")
-
-
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors are the same, bit for bit."""
-    first, second = checkpoint.tensor(one), checkpoint.tensor(other)
-    same = (first.dtype, first.shape) == (second.dtype, second.shape)
-    return same and checkpoint.raw(one) == checkpoint.raw(other)
+    notes.append("embedding and head stay tied, so the head is edited too (--keep-tied)")
 
 
 def _outputs(
