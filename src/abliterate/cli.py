@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import signal
 import sys
 
@@ -19,8 +18,7 @@ COMMANDS = (
 )  # fmt: skip
 
 for _name in COMMANDS:
-    if importlib.util.find_spec(f"abliterate.commands.{_name}"):
-        importlib.import_module(f"abliterate.commands.{_name}")
+    importlib.import_module(f"abliterate.commands.{_name}")
 
 
 def main() -> None:

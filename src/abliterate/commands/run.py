@@ -85,11 +85,11 @@ def demo(
 
 
 def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: Path | None, io: Output) -> None:
-    from abliterate.commands.terminal import plan_table
+    from abliterate.commands.terminal import rows_table
     from abliterate.run.plan import plan_run
 
     found = plan_run(source, settings, has_activations=activations is not None, reporter=terminal)
-    io.result(found.to_json(), plan_table(found.rows()))
+    io.result(found.to_json(), rows_table(found.rows(), ("", "planned"), "what the run would take here"))
 
 
 def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, io: Output) -> None:

@@ -67,7 +67,9 @@ class Terminal:
         if self.published:
             self.published.say(text)
         if not self.quiet:
-            self.console.print(f"[dim]{stamp:6.1f}s[/dim]  {_escape(text)}")
+            from rich.markup import escape
+
+            self.console.print(f"[dim]{stamp:6.1f}s[/dim]  {escape(text)}")
 
     def progress(self, stage: str, total: int) -> Tick:
         """A bar for a stage of `total` steps, or one line where there is no terminal."""
@@ -165,11 +167,6 @@ def measurement_table(document: dict[str, Any]) -> Table:
     return rows_table([row for row in rows if not row[0].startswith("divergence")], ("", "model"))
 
 
-def plan_table(rows: list[tuple[str, str]]) -> Table:
-    """What `abliterate run --plan` prints."""
-    return rows_table(rows, ("", "planned"), "what the run would take here")
-
-
 def places(out: Path, *, original: str | None = None, **names: str) -> str:
     """Where a command's outputs are, a line each; what wasn't written isn't told (a style has no report)."""
     there = {what: str(out / name) for what, name in names.items() if (out / name).exists()}
@@ -183,9 +180,3 @@ def output() -> Console:
     from rich.console import Console
 
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
