@@ -26,7 +26,7 @@ from abliterate.directions.activations import collect
 from abliterate.directions.means import Directions, difference_of_means
 from abliterate.edit.edit import Edit, orthonormal
 from abliterate.measure import judged
-from abliterate.measure.decode import decode
+from abliterate.measure.decode import Answer, decode
 from abliterate.measure.divergence import ANSWER_TOKENS, Reference, compare, make_reference
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
@@ -190,9 +190,7 @@ class Kept:
         answers, self.verdicts = judged(
             handle, self.keep.test, judge, max_new_tokens=max_new_tokens, batch_size=batch_size, stop_on=()
         )
-        said = [i for i, answer in enumerate(answers) if answer.ids]
-        ids = handle.prompt_ids([self.keep.test[i] for i in said])
-        self.reference = make_reference(handle, ids, [answers[i] for i in said])
+        self.reference = _along(handle, handle.prompt_ids(self.keep.test), answers)
 
     def to_json(
         self, handle: Handle, edit: Edit, judge: Judge, *, max_new_tokens: int, batch_size: int
@@ -214,15 +212,12 @@ class Kept:
         }
         if self.reference is None or self.verdicts is None:
             return document
-        divergence = compare(handle, self.reference)
         _, after = judged(handle, self.keep.test, judge, max_new_tokens=max_new_tokens, batch_size=batch_size)
         total = len(after)
         return {
             **document,
             "prompts": {"train": len(self.keep.train), "test": len(self.keep.test), "sha256": self.keep.test.sha256},
-            "divergence": {
-                "first_token": divergence.first_token, "answer": divergence.answer, "prompts": divergence.prompts,
-            },
+            "divergence": compare(handle, self.reference).to_json(),
             "original": Rate(sum(self.verdicts), total).to_json("refused"),
             "edited": Rate(sum(after), total).to_json("refused"),
             "changed": sum(a != b for a, b in zip(self.verdicts, after, strict=True)),
@@ -234,7 +229,12 @@ def kept_reference(handle: Handle, keep: Keep, tokens: int) -> Reference | None:
     if keep.directions is not None:
         return None
     ids = handle.prompt_ids(keep.train)
-    answers = decode(handle, ids, max_new_tokens=min(tokens, ANSWER_TOKENS))
+    return _along(handle, ids, decode(handle, ids, max_new_tokens=min(tokens, ANSWER_TOKENS)), tokens)
+
+
+def _along(
+    handle: Handle, ids: Sequence[Sequence[int]], answers: Sequence[Answer], tokens: int = ANSWER_TOKENS
+) -> Reference:
     said = [i for i, answer in enumerate(answers) if answer.ids]
     return make_reference(handle, [ids[i] for i in said], [answers[i] for i in said], answer_tokens=tokens)
 

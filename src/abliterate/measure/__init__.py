@@ -48,7 +48,6 @@ class Measurement:
     scores: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        divergence = self.divergence
         style: dict[str, Any] = {}
         if self.coherent is not None and self.scores is not None:
             score = dict(zip(("target", "baseline"), self.scores, strict=True))
@@ -56,8 +55,7 @@ class Measurement:
         return {
             "refusal": self.refusal.to_json("refused"),
             "over_refusal": self.over_refusal.to_json("refused"),
-            "divergence": divergence
-            and {"first_token": divergence.first_token, "answer": divergence.answer, "prompts": divergence.prompts},
+            "divergence": self.divergence and self.divergence.to_json(),
             "degenerate": self.degenerate.to_json(),
             "degenerate_on_target": self.degenerate_on_target.to_json(),
             "loss": {"baseline_answers": self.loss},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +35,10 @@ class Divergence(NamedTuple):
     answer: float
     loss: float
     prompts: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in results.json: without the loss, which stands by itself."""
+        return {"first_token": self.first_token, "answer": self.answer, "prompts": self.prompts}
 
 
 @dataclass
@@ -73,7 +77,7 @@ def make_reference(
     Args:
         handle: the original model.
         ids: token ids of baseline prompts that it answers.
-        answers: its answers to them, none empty of tokens.
+        answers: its answers to them; none empty of tokens.
         answer_tokens: how many tokens of each answer count.
         kept: how many tokens of each distribution are named.
         tick: told how many answers are read.

@@ -246,7 +246,7 @@ class Behaviour:
 
     @property
     def runs_as_style(self) -> bool:
-        """Whether a run of it is `styling.run_style`: its contrast isn't two prompt sets, or it is added."""
+        """Whether a run of it is `styling.Styling`: its contrast isn't two prompt sets, or it is added."""
         return self.kind != "prompts" or self.adds
 
     def resolved(self, settings: RunSettings) -> tuple[RunSettings, list[str]]:

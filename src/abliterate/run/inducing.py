@@ -23,7 +23,7 @@ from abliterate.search.sweep import Choice
 from abliterate.settings.run import layer_range
 
 
-class Induced(Strategy):
+class Inducing(Strategy):
     """The model's own refusals against its answers: a shift makes it refuse what it answers."""
 
     takes_out = False

@@ -1,6 +1,6 @@
 """The main job: find the direction, choose it by measurement, change the model, prove the result, write it down.
 
-One skeleton, `carried_out`, and a strategy for each kind of run: `refusing`, `styling`, `inducing`.
+One skeleton, `_carried_out`, and a strategy for each kind of run: `refusing`, `styling`, `inducing`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from abliterate.run.facts import (
     strengths_used,
     tied_fate,
 )
-from abliterate.run.inducing import Induced
+from abliterate.run.inducing import Inducing
 from abliterate.run.opening import Job, check_lengths, open_model, open_prompts, opened, resolve_behaviour, set_prefill
 from abliterate.run.refusing import Refusing
 from abliterate.run.saving import Held, attach_or_bake, bytes_to_write, held, save_model, to_save
@@ -136,7 +136,7 @@ def run_induce(
         NothingToDoError: the model hardly refuses its target prompts, so it has no refusal to copy.
     """
     refusal, settings, reporter = load_behaviour("refusal"), settings or RunSettings(), reporter or Silent()
-    return _carried_out(Induced(), model, out, settings, refusal, reporter, overwrite=overwrite)
+    return _carried_out(Inducing(), model, out, settings, refusal, reporter, overwrite=overwrite)
 
 
 def _carried_out(

@@ -54,7 +54,7 @@ SearchCost = Callable[[Costs, Counts, RunSettings], float]
 
 
 def sweep_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
-    """Seconds of `search.candidates.sweep`: all places screened, the best scored, a few decoded."""
+    """Seconds of `search.sweep.sweep`: all places screened, the best scored, a few decoded."""
     sizes = SweepSettings()
     layers = layer_range(settings.search.layers) if settings.search.layers else range(costs.layers)
     searched = [layer for layer in layers if layer < max(1, int(costs.layers * (1 - LAST_LAYERS_LEFT_OUT)))]

@@ -22,6 +22,7 @@ from abliterate.search.stand_ins import Staying
 from abliterate.search.sweep import Candidate, Choice, Choose, Show, SweepSettings, sweep
 from abliterate.settings.run import layer_range
 
+FIT_FILE, STUDY_FILE = "fit.safetensors", "study.journal"  # hidden, beside the output while a search runs
 KEPT_TOKENS = 8  # of the original's answers to kept prompts along which drifting counts
 
 
@@ -121,7 +122,7 @@ def _tpe(work: Work) -> Choice:
     from abliterate.search.objectives import DivergenceFromOriginal, Refusals, original_reference
     from abliterate.search.tpe import TpeSettings, tpe
 
-    options, kept = work.settings.search, study_file(work.out)
+    options, kept = work.settings.search, beside(work.out, STUDY_FILE)
     if not (work.settings.resume or options.study):
         kept.unlink(missing_ok=True)
     refusals = Refusals(work.validation.target, work.judge)
@@ -181,7 +182,7 @@ METHODS = {"fit": _fit, "sweep": _sweep, "article": _article, "tpe": _tpe}
 
 def _fit_state(work: Work) -> FitState:
     """Where the fit is written down while it runs."""
-    path, resume = fit_file(work.out), work.settings.resume
+    path, resume = beside(work.out, FIT_FILE), work.settings.resume
     hashes = [part.sha256 for side in (work.sides.target, work.sides.baseline) for part in side]
     if work.kept:
         hashes.append(work.kept.sha256)
@@ -194,18 +195,9 @@ def _fit_state(work: Work) -> FitState:
     return FitState.at(path, key, resume=resume)
 
 
-def fit_file(out: str | Path) -> Path:
-    """The hidden file beside an output folder in which a fit is written down while it runs."""
-    return beside(out, "fit.safetensors")
-
-
-def study_file(out: str | Path) -> Path:
-    """The hidden journal beside an output folder in which tpe keeps its study while it runs."""
-    return beside(out, "study.journal")
-
-
 def forget(out: str | Path) -> None:
     """Remove what a search wrote down for going on: the output is whole."""
-    fit_file(out).unlink(missing_ok=True)
-    for left in study_file(out).parent.glob(f"{study_file(out).name}*"):  # the journal and its lock
+    beside(out, FIT_FILE).unlink(missing_ok=True)
+    study = beside(out, STUDY_FILE)
+    for left in study.parent.glob(f"{study.name}*"):  # the journal and its lock
         left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run of one kind supplies to the skeleton that all kinds share (`pipeline.carried_out`)."""
+"""What a run of one kind supplies to the skeleton that all kinds share (`pipeline._carried_out`)."""
 
 from __future__ import annotations
 
