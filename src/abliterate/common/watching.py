@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.common.errors import AbliterateError
+from abliterate.common.resumable import beside
 
 LEAST_INTERVAL = 0.5  # seconds between writes
 LINES = 200  # most lines kept
@@ -94,8 +95,7 @@ class ProgressFile:
 
 def progress_file(out: str | Path) -> Path:
     """The hidden file beside an output in which its run's progress stands."""
-    final = Path(out).absolute()
-    return final.with_name(f".{final.name}.progress.json")
+    return beside(out, "progress.json")
 
 
 def read_progress(out: str | Path) -> Progress | None:

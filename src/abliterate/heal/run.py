@@ -21,6 +21,7 @@ from abliterate.cards.card import healed_card
 from abliterate.common.errors import OutputError
 from abliterate.common.files import check_space, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
+from abliterate.common.resumable import beside
 from abliterate.heal.sources import RESULTS, Sources, check, find_sources, with_settings_of_run
 from abliterate.heal.teacher import open_lessons, open_teacher
 from abliterate.heal.training import ADAPTER, CONFIGURATION, Job, Training
@@ -61,8 +62,7 @@ def _quantised(settings: HealRunSettings) -> HealRunSettings:
 
 def work_folder(out: str | Path) -> Path:
     """The hidden folder beside an output in which a training keeps its state."""
-    final = Path(out).absolute()
-    return final.with_name(f".{final.name}.heal")
+    return beside(out, "heal")
 
 
 def heal(

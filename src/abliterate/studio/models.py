@@ -71,14 +71,12 @@ class Models:
             if found is not None:
                 return found
             if len(self._loaded) >= self._most:
+                names = ", ".join(sorted(loaded.name for loaded in self._loaded.values()))
                 raise AbliterateError(
-                    f"{len(self._loaded)} models are in use on this page ({', '.join(self._loaded_names())}); "
+                    f"{len(self._loaded)} models are in use on this page ({names}); "
                     "take one of them, or come back when its users have left"
                 )
             handle = self._open(source)
             loaded = Loaded(name, source, handle, {w.name: w.side for w in find_writers(handle)})
             self._loaded[source] = loaded
             return loaded
-
-    def _loaded_names(self) -> list[str]:
-        return sorted(loaded.name for loaded in self._loaded.values())
