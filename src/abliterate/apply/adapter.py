@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.parameters import Parameters, open_parameters
 from abliterate.apply.removal import removed
-from abliterate.apply.shifts import check_shifts, total
+from abliterate.apply.shifts import check_shifts, multiple, total
 from abliterate.cards.card import adapter_card
 from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError, shorten
 from abliterate.common.files import check_folder, whole_folder
 from abliterate.common.names import is_local, public_name
 from abliterate.edit.algebra import Factors, factors
 from abliterate.edit.recipe import check_model
+from abliterate.models.outputs import adding, block_output, changed
 from abliterate.models.pretrained import with_adapter
 from abliterate.models.writers import Writer, layout
 
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS = 2**16  # rows of a weight widened to float64 at once
-PROBE_TOKENS = 8
 
 
 class LowRank(NamedTuple):
@@ -328,7 +328,7 @@ def _shift_biases(handle: Handle, recipe: Recipe, plan: Plan) -> dict[str, Tenso
 def _writes_as_it_is(handle: Handle, layer: int) -> tuple[str | None, float]:
     """A block's last linear layer to whose output v can be added so that the block's output moves by scale * v at
     every token, and the scale. Found by trying: not one behind a norm, nor one whose sum an MLP reads."""
-    before = _block_output(handle, layer)
+    before = block_output(handle, layer)
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(handle.d_model, generator=generator)
     vector *= before.norm(dim=-1).mean() / vector.norm()
@@ -336,38 +336,12 @@ def _writes_as_it_is(handle: Handle, layer: int) -> tuple[str | None, float]:
     for writer in reversed([w for w in layout(handle).writers if w.layer == layer and len(w.shape) == 2]):
         if _refused(handle, writer, modules[writer.module]):
             continue
-
-        def add(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
-            return out + vector.to(out)
-
-        hook = modules[writer.module].register_forward_hook(add)
-        try:
-            moved = _block_output(handle, layer) - before
-        finally:
-            hook.remove()
-        scale = float((moved @ vector).mean() / (vector @ vector))
-        rounding = 32 * torch.finfo(handle.dtype).eps * before.norm(dim=-1).max()
-        if abs(scale) > 1e-3 and (moved - scale * vector).norm(dim=-1).max() <= rounding:
-            return writer.module, 1.0 if abs(scale - 1) < 8 * torch.finfo(handle.dtype).eps else scale
+        with changed([(modules[writer.module], adding(vector))]):
+            moved = block_output(handle, layer) - before
+        scale = multiple(moved, vector, before, handle.dtype)
+        if scale is not None:
+            return writer.module, scale
     return None, 0.0
-
-
-@torch.no_grad()
-def _block_output(handle: Handle, layer: int) -> Float[Tensor, "token d_model"]:
-    """A block's output on a few random tokens, float32."""
-    seen: list[Tensor] = []
-
-    def look(_module: nn.Module, _args: Any, out: Any) -> None:
-        seen.append(out if isinstance(out, Tensor) else out[0])
-
-    hook = handle.blocks[layer].register_forward_hook(look)
-    try:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, handle.vocabulary, (1, PROBE_TOKENS), generator=generator)
-        handle.hidden_states(input_ids=ids.to(handle.device), use_cache=False)
-    finally:
-        hook.remove()
-    return seen[0].reshape(PROBE_TOKENS, -1).to("cpu", torch.float32)
 
 
 def low_rank(weight: Float[Tensor, ...], change: Factors, axis: int) -> LowRank:

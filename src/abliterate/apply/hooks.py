@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from abliterate.apply.removal import removed, weight_factors
 from abliterate.apply.shifts import check_shifts
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
+from abliterate.models.outputs import Change, adding, changed, taking_out
 
 
 class Attachment:
@@ -28,7 +28,7 @@ class Attachment:
         modules = {name: module for module, name in handle.module_names.items()}
         parameters = dict(handle.model.named_parameters())
         check_shifts(handle, edit.shifts)
-        self._hooks: list[tuple[nn.Module, Any]] = []
+        self._changes: list[tuple[nn.Module, Change]] = []
         self._swaps: list[tuple[nn.Parameter, Tensor]] = []
         self._undo = contextlib.ExitStack()
         for writer, change in weight_factors(handle, edit.parts):
@@ -39,18 +39,17 @@ class Attachment:
             dtype = parameter.dtype if parameter.is_floating_point() else handle.dtype
             left, right = (torch.from_numpy(factor).to(parameter.device, dtype) for factor in change)
             same_for_all = parameter.ndim == 1  # a norm's bias adds the same to every token
-            hook = _shift(-left.T @ (right @ parameter)) if same_for_all else _projector(left, right)
-            self._hooks.append((modules[writer.module], hook))
+            taken = adding(-left.T @ (right @ parameter)) if same_for_all else taking_out(left, right)
+            self._changes.append((modules[writer.module], taken))
         for shift in edit.shifts:
-            self._hooks.append((handle.blocks[shift.layer], _shift(torch.from_numpy(shift.vector))))
+            self._changes.append((handle.blocks[shift.layer], adding(torch.from_numpy(shift.vector))))
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as undo:
             for parameter, edited in self._swaps:
                 undo.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = edited
-            for module, hook in self._hooks:
-                undo.callback(module.register_forward_hook(hook).remove)
+            undo.enter_context(changed(self._changes))
             self._undo = undo.pop_all()
 
     def __exit__(self, *_: object) -> None:
@@ -62,29 +61,3 @@ def attached(handle: Handle, edit: Edit) -> Iterator[Handle]:
     """Take an edit's directions out of what each writer gives, and add its shifts, for as long as the context lasts."""
     with Attachment(handle, edit):
         yield handle
-
-
-def _projector(left: Tensor, right: Tensor) -> Any:
-    """A forward hook: out <- out - left^T (right out)."""
-    up, down = left.contiguous(), right.T.contiguous()
-
-    def project(out: Tensor) -> Tensor:
-        flat = out.reshape(-1, out.shape[-1])
-        weights = flat @ down.to(flat.dtype)
-        return torch.addmm(flat, weights, up.to(flat.dtype), alpha=-1).view_as(out)
-
-    return _on_first_tensor(project)
-
-
-def _shift(addition: Tensor) -> Any:
-    """A forward hook: out <- out + addition."""
-    return _on_first_tensor(lambda out: out + addition.to(out))
-
-
-def _on_first_tensor(change: Callable[[Tensor], Tensor]) -> Any:
-    """A forward hook that changes an output, or the first of several (an experts module may give its scores too)."""
-
-    def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
-        return change(out) if isinstance(out, Tensor) else (change(out[0]), *out[1:])
-
-    return hook

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from abliterate.common.errors import WriterError
 from abliterate.edit.edit import Shift, normalised
 from abliterate.models.handle import Handle
+from abliterate.models.outputs import block_output
 from abliterate.models.writers import Writer, layout
-
-PROBE_TOKENS = 8
 
 
 class Holder(NamedTuple):
@@ -51,8 +50,7 @@ def bias_holder(handle: Handle, layer: int) -> Holder:
     Raises:
         WriterError: when the block has none.
     """
-    block = handle.blocks[layer]
-    before = _output(handle, block)
+    before = block_output(handle, layer)
     generator = torch.Generator().manual_seed(0)
     vector = torch.from_numpy(normalised(torch.randn(handle.d_model, generator=generator))) * before.norm(dim=-1).mean()
     for writer in reversed([w for w in layout(handle).writers if w.layer == layer]):
@@ -61,16 +59,32 @@ def bias_holder(handle: Handle, layer: int) -> Holder:
             continue
         parameter = handle.model.get_parameter(name)
         with _added(parameter, vector, axis):
-            moved = _output(handle, block) - before
-        scale = float((moved @ vector).mean() / (vector @ vector))
-        rounding = 32 * torch.finfo(handle.dtype).eps * before.norm(dim=-1).max()
-        if abs(scale) > 1e-3 and (moved - scale * vector).norm(dim=-1).max() <= rounding:
-            exact = abs(scale - 1) < 8 * torch.finfo(handle.dtype).eps
-            return Holder(name, axis, 1.0 if exact else scale)
+            moved = block_output(handle, layer) - before
+        scale = multiple(moved, vector, before, handle.dtype)
+        if scale is not None:
+            return Holder(name, axis, scale)
     raise WriterError(
         f"{type(handle.model).__name__} {handle.source}: block {layer} has no bias that reaches its output as it is, "
         "so its weights can't hold a shift; these forms can: adapter (with lora_bias), control-vector, hooks"
     )
+
+
+def multiple(
+    moved: Float[Tensor, "token d_model"], vector: Float[Tensor, " d_model"], before: Float[Tensor, "token d_model"],
+    dtype: torch.dtype,
+) -> float | None:  # fmt: skip
+    """The number that a vector was multiplied by to move the stream so, at every token alike; None where there is none.
+
+    Args:
+        moved: by how much the stream moved.
+        vector: what was added somewhere.
+        before: the stream before, for what rounding in `dtype` explains.
+        dtype: the model's.
+    """
+    scale, eps = float((moved @ vector).mean() / (vector @ vector)), torch.finfo(dtype).eps
+    if abs(scale) <= 1e-3 or (moved - scale * vector).norm(dim=-1).max() > 32 * eps * before.norm(dim=-1).max():
+        return None
+    return 1.0 if abs(scale - 1) < 8 * eps else scale
 
 
 def bias_additions(handle: Handle, shifts: Sequence[Shift]) -> list[tuple[nn.Parameter, Float[Tensor, ...]]]:
@@ -116,21 +130,3 @@ def _added(parameter: nn.Parameter, vector: Tensor, axis: int) -> Iterator[None]
     finally:
         with torch.no_grad():
             parameter.copy_(was)
-
-
-@torch.no_grad()
-def _output(handle: Handle, block: nn.Module) -> Float[Tensor, "token d_model"]:
-    """The block's output on a few random tokens, in float32 on the CPU."""
-    seen: list[Tensor] = []
-
-    def look(_module: nn.Module, _args: object, out: Tensor | tuple[Tensor, ...]) -> None:
-        seen.append(out if isinstance(out, Tensor) else out[0])
-
-    hook = block.register_forward_hook(look)
-    try:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, handle.vocabulary, (1, PROBE_TOKENS), generator=generator)
-        handle.hidden_states(input_ids=ids.to(handle.device), use_cache=False)
-    finally:
-        hook.remove()
-    return seen[0].detach().reshape(PROBE_TOKENS, -1).to("cpu", torch.float32)

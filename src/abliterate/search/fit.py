@@ -33,6 +33,7 @@ from abliterate.measure.divergence import Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
+from abliterate.models.outputs import Change, changed
 from abliterate.models.writers import Writer, find_writers
 from abliterate.search.examples import Examples
 from abliterate.search.fit_settings import FitSettings
@@ -311,15 +312,12 @@ class _Job:
     def _live(self) -> Iterator[None]:
         """The edit as hooks whose directions and strengths carry gradients."""
         modules = {name: module for module, name in self.handle.module_names.items()}
-        unit, hooks = self._unit(), []
-        try:
-            for writer, group, strengths in zip(self.writers, self.group, self.strengths, strict=True):
-                left, right = live_factors(unit[group], strengths, writer.gain, writer.centred)
-                hooks.append(modules[writer.module].register_forward_hook(_projector(left, right)))
+        unit, changes = self._unit(), []
+        for writer, group, strengths in zip(self.writers, self.group, self.strengths, strict=True):
+            left, right = live_factors(unit[group], strengths, writer.gain, writer.centred)
+            changes.append((modules[writer.module], _taking_out(left, right)))
+        with changed(changes):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _unit(self) -> Float[Tensor, "block rank d_model"]:
         vectors = self.vectors
@@ -415,14 +413,13 @@ def live_factors(
     return strengths[:, None] * torch.linalg.solve(rows @ rows.T, rows), rows
 
 
-def _projector(left: Tensor, right: Tensor) -> Any:
-    def project(_module: Any, _args: Any, out: Any) -> Any:
-        stream = out if isinstance(out, Tensor) else out[0]
-        up, down = left.to(stream.device, stream.dtype), right.to(stream.device, stream.dtype)
-        changed = stream - (stream @ down.T) @ up
-        return changed if isinstance(out, Tensor) else (changed, *out[1:])
+def _taking_out(left: Tensor, right: Tensor) -> Change:
+    """`outputs.taking_out` in the order of sums that fits have always had: their recipes stay the same, bit for bit."""
 
-    return project
+    def take_out(out: Tensor) -> Tensor:
+        return out - (out @ right.to(out).T) @ left.to(out)
+
+    return take_out
 
 
 def _draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:

@@ -9,8 +9,8 @@ mean where the target's is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.batches import Prefix, buckets, inputs
 from abliterate.models.handle import Handle
+from abliterate.models.outputs import adding, changed
 from abliterate.models.writers import SITES, watch_sites
 from abliterate.search.examples import Examples
 from abliterate.search.packed import Packer, Row
@@ -310,20 +311,9 @@ class _Scorer:
         with self.adding(layer, vector):
             return float(self.loss(self.scored))
 
-    @contextmanager
-    def adding(self, layer: int, vector: Tensor) -> Iterator[None]:
+    def adding(self, layer: int, vector: Tensor) -> AbstractContextManager[None]:
         """A vector added at a block's output; gradients reach it."""
-
-        def add(_module: Any, _args: Any, out: Any) -> Any:
-            stream = out if isinstance(out, Tensor) else out[0]
-            moved = stream + vector.to(stream.device, stream.dtype)
-            return moved if isinstance(out, Tensor) else (moved, *out[1:])
-
-        hook = self.handle.blocks[layer].register_forward_hook(add)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return changed([(self.handle.blocks[layer], adding(vector))])
 
 
 class _Descent:

@@ -21,6 +21,7 @@ from abliterate.measure import judged
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
+from abliterate.models.outputs import adding, changed
 from abliterate.models.writers import SITES, find_writers, layout
 from abliterate.search.first_token import first_token, first_token_divergence, refusal_log_odds, refusal_weights
 from abliterate.search.frontier import FrontierPoint
@@ -279,36 +280,26 @@ class _Scorer:
 @contextlib.contextmanager
 def _added(handle: Handle, place: Place, vector: Float[Tensor, " d_model"]) -> Iterator[None]:
     """Add a vector to the stream at a site, at every token, for as long as the context lasts."""
-    hooks = []
+    plus = adding(vector)
 
     def add_to_input(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
-            return (_plus(args[0], vector), *args[1:]), kwargs
+            return (plus(args[0]), *args[1:]), kwargs
         first, *_ = kwargs
-        return args, {**kwargs, first: _plus(kwargs[first], vector)}
+        return args, {**kwargs, first: plus(kwargs[first])}
 
-    def add_to_output(_module: nn.Module, _args: Any, out: Any) -> Any:
-        return (_plus(out[0], vector), *out[1:]) if isinstance(out, tuple) else _plus(out, vector)
-
-    if place.site == "mid":
-        # what reads the stream there sees the vector, and the block hands it on
-        reader = layout(handle).mid_readers[place.layer]
-        assert reader is not None
-        hooks.append(reader.register_forward_pre_hook(add_to_input, with_kwargs=True))
-        after: nn.Module = handle.blocks[place.layer]
-    else:
-        before = place.layer - (place.site == "pre")
-        after = handle.blocks[before] if before >= 0 else handle.embedding
-    hooks.append(after.register_forward_hook(add_to_output))
-    try:
+    with contextlib.ExitStack() as stack:
+        if place.site == "mid":
+            # what reads the stream there sees the vector, and the block hands it on
+            reader = layout(handle).mid_readers[place.layer]
+            assert reader is not None
+            stack.callback(reader.register_forward_pre_hook(add_to_input, with_kwargs=True).remove)
+            after: nn.Module = handle.blocks[place.layer]
+        else:
+            before = place.layer - (place.site == "pre")
+            after = handle.blocks[before] if before >= 0 else handle.embedding
+        stack.enter_context(changed([(after, plus)]))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _plus(stream: Tensor, vector: Float[Tensor, " d_model"]) -> Tensor:
-    return stream + vector.to(stream.device, stream.dtype)
 
 
 def _places(directions: Directions, layers: range | None) -> list[Place]:
