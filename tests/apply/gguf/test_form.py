@@ -41,7 +41,7 @@ def test_every_writer_is_edited_and_all_else_keeps_its_bytes(tmp_path: Path, str
     model = write_model(tmp_path / "model.gguf", untied=True, biases=True)
     recipe = recipe_of(names(), strength)
     summary = apply_gguf(recipe, str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
-    r = recipe.edit.directions[0].double().numpy()
+    r = recipe.edit.directions[0].astype(np.float64)
     before, after = open_gguf(model), open_gguf(tmp_path / "out.gguf")
     edited = {"token_embd.weight": 1, "blk.0.attn_output.weight": 0, "blk.1.attn_output.weight": 0,
               "blk.0.ffn_down.weight": 0, "blk.1.ffn_down.weight": 0, "blk.0.attn_output.bias": 0,
@@ -69,7 +69,7 @@ def test_the_direction_stays_out_of_a_quantised_matrix(tmp_path: Path, kind: str
     model = write_model(tmp_path / "model.gguf", kind, **wide)
     recipe = recipe_of(names(), width=256, directions=2)
     summary = apply_gguf(recipe, str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
-    r = recipe.edit.directions.double().numpy()
+    r = recipe.edit.directions.astype(np.float64)
     left = before = 0.0
     for name in ("token_embd.weight", "blk.0.ffn_down.weight", "blk.1.attn_output.weight"):
         old, new = values_of(model, name), values_of(tmp_path / "out.gguf", name)
@@ -149,7 +149,7 @@ def test_experts_are_edited_where_they_are_stacked(tmp_path: Path, fused: bool) 
         tensors = {f"model.layers.{b}.mlp.experts.down_proj": (stored(b, 0), stored(b, 2)) for b in range(2)}
         recipe = replace(recipe, tensors=tensors)
     apply_gguf(recipe, str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
-    r = recipe.edit.directions[0].numpy()
+    r = recipe.edit.directions[0]
     old, new = (values_of(p, "blk.1.ffn_down_exps.weight") for p in (model, tmp_path / "out.gguf"))
     share = np.linalg.norm(r @ new, axis=-1) / np.linalg.norm(r @ old, axis=-1)
     assert share[0] < 0.02 and share[2] < 0.02
@@ -163,7 +163,7 @@ def test_behind_a_norm_the_gain_scaled_direction_goes(tmp_path: Path) -> None:
     gain = StoredGain("model.layers.0.input_layernorm.weight", 1.0)
     recipe = replace(recipe_of([name]), tensors={name: (StoredTensor(name, (WIDTH, WIDTH), 0, gain=gain),)})
     apply_gguf(recipe, str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
-    g, r = values_of(model, "blk.0.attn_norm.weight"), recipe.edit.directions[0].numpy()
+    g, r = values_of(model, "blk.0.attn_norm.weight"), recipe.edit.directions[0]
     new, old = (values_of(p, "blk.0.attn_output.weight") for p in (tmp_path / "out.gguf", model))
     assert np.abs((g * r) @ new).max() < 1e-6 < 1e-3 < np.abs((g * r) @ old).max()
 
@@ -364,7 +364,7 @@ def test_a_shift_goes_into_the_down_projections_bias(tmp_path: Path, biases: boo
     assert abs(planned["bytes"] - (tmp_path / "out.gguf").stat().st_size) <= 64
     name, found = "blk.1.ffn_down.bias", values_of(tmp_path / "out.gguf", "blk.1.ffn_down.bias")
     was = values_of(model, name) if biases else np.zeros(WIDTH)
-    wanted = without(was, r.numpy(), 1.0, 0) + sum(s.vector.numpy() for s in both.edit.shifts)
+    wanted = without(was, r, 1.0, 0) + sum(s.vector for s in both.edit.shifts)
     assert np.abs(found - wanted).max() < 1e-6
     apply_gguf(recipe, str(model), tmp_path / "without.gguf", OVERWRITE, SILENT)
     others = [n for n in open_gguf(tmp_path / "without.gguf").tensors if n != name]
