@@ -16,9 +16,9 @@ from abliterate.edit.recipe import Recipe, load_recipe
 from abliterate.edit.stored_tensor import StoredGain, StoredTensor
 from abliterate.models.handle import Handle
 from abliterate.models.recipes import recipe_for, tensors_for
+from abliterate.models.shards import checkpoint_shapes
 from abliterate.models.stored import (
     _saved,
-    checkpoint_shapes,
     names_in,
     skeleton,
     stored_names,

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from abliterate.apply.checkpoint.blocks import FLOATS
 from abliterate.apply.checkpoint.folder import local_folder
-from abliterate.apply.checkpoint.shards import open_checkpoint
 from abliterate.common.errors import ModelError, WriterError
 from abliterate.edit.stored_tensor import StoredTensor
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
 from abliterate.models.recipes import resolved
+from abliterate.models.shards import open_checkpoint
 from abliterate.models.stored import names_in, skeleton, stored_tensors
 from abliterate.models.writers import Writer, layout
 

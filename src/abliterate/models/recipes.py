@@ -16,7 +16,8 @@ from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, config_hash
 from abliterate.edit.stored_tensor import StoredTensor, misfit
 from abliterate.models.handle import Handle
-from abliterate.models.stored import checkpoint_shapes, names_in, skeleton, stored_names, stored_tensors
+from abliterate.models.shards import checkpoint_shapes
+from abliterate.models.stored import names_in, skeleton, stored_names, stored_tensors
 
 
 def recipe_for(edit: Edit, model: str | os.PathLike[str] | Handle | None = None) -> Recipe:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -126,38 +125,6 @@ def stored_names(handle: Handle, sources: Mapping[str, Sequence[str]] | None = N
 
         head = handle.model.get_output_embeddings()
         return {"tied": handle.tied, "embedding": name_of(handle.embedding), "head": name_of(head)}
-
-
-def checkpoint_shapes(folder: str | os.PathLike[str]) -> dict[str, Shape | None]:
-    """The names of a folder's tensors and their shapes, from the safetensors headers; None where the index names
-    a tensor whose file is not there.
-
-    Raises:
-        ModelError: when there are no safetensors files and no index, or a header is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(folder)
-    shapes: dict[str, Shape | None] = {}
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"model folder {folder}: {index.name} is damaged ({shorten(str(error))})") from error
-        shapes = dict.fromkeys(weight_map)
-        files = [file for file in files if file.name in set(weight_map.values())]  # others are copies or parts
-    if not files and not shapes:
-        raise ModelError(f"model folder {folder} holds no *.safetensors; only those are read")
-    for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    shapes[name] = tuple(shard.get_slice(name).get_shape())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"model folder {folder}: {file.name} is damaged ({shorten(str(error))})") from error
-    return shapes
 
 
 def names_in(model: Any, names: Iterable[str]) -> dict[str, list[str]]:

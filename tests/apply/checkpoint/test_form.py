@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.apply.checkpoint import blocks, pieces
 from abliterate.apply.checkpoint.folder import local_folder
-from abliterate.apply.checkpoint.shards import read_shard
 from abliterate.apply.removal import removed
 from abliterate.apply.weights import bake
 from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, OutputError, RecipeError, WriterError
 from abliterate.edit.algebra import factors
 from abliterate.edit.edit import Edit, orthonormal
 from abliterate.models.recipes import recipe_for
+from abliterate.models.shards import read_shard
 from abliterate.models.writers import find_writers
 from apply.checkpoints import D_MODEL, ENTRIES, apply_to, small_recipe, small_shards, write_checkpoint
 from command import listing

@@ -19,11 +19,11 @@ import torch
 
 from abliterate.apply.checkpoint import journal, pieces
 from abliterate.apply.checkpoint.journal import JOURNAL, interrupted
-from abliterate.apply.checkpoint.shards import open_checkpoint, read_shard
 from abliterate.common.errors import ModelError, OutputError
 from abliterate.common.files import host_tag
 from abliterate.common.reporting import Silent
 from abliterate.edit.recipe import save_recipe
+from abliterate.models.shards import open_checkpoint, read_shard
 from apply.checkpoints import apply_to, small_recipe, small_shards, write_checkpoint
 from command import listing, succeeds
 

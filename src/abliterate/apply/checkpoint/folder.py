@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from abliterate.apply.checkpoint.shards import INDEX
 from abliterate.common.errors import ModelError, shorten
 from abliterate.edit.recipe import Recipe, check_model, config_hash
+from abliterate.models.shards import INDEX
 
 # Weights in other formats, and what tells where in them a tensor is: they would be the unedited model's.
 OTHER_WEIGHTS = re.compile(

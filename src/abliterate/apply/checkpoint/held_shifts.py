@@ -10,11 +10,11 @@ import numpy as np
 
 from abliterate.apply.biases import Switch, find_switch, lacking, with_biases
 from abliterate.apply.checkpoint.blocks import FLOATS
-from abliterate.apply.checkpoint.shards import Checkpoint, NewTensor
 from abliterate.apply.shifts import bias_additions, check_shifts
 from abliterate.common.errors import WriterError
 from abliterate.edit.edit import Shift
 from abliterate.models.handle import Handle
+from abliterate.models.shards import Checkpoint, NewTensor
 from abliterate.models.stored import names_in, skeleton, skeleton_of, stored_tensors
 from abliterate.models.writers import layout
 

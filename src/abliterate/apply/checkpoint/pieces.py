@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from abliterate.apply.checkpoint.blocks import FLOATS, take_out
-from abliterate.apply.checkpoint.shards import NewTensor, Shard, StoredRange
 from abliterate.common.ranges import copy_range, read_into, spans, write_from
 from abliterate.common.reporting import Reporter
 from abliterate.edit.algebra import Factors
+from abliterate.models.shards import NewTensor, Shard, StoredRange
 
 Array = np.ndarray[Any, Any]
 

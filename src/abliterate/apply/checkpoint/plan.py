@@ -24,14 +24,13 @@ import numpy as np
 
 from abliterate.apply.checkpoint.folder import check_config, config_levels, other_files, read_config
 from abliterate.apply.checkpoint.pieces import WORKERS, Change, Piece, run_pieces
-from abliterate.apply.checkpoint.shards import StoredRange, read_index, read_shard
 from abliterate.apply.checkpoint.work import prepare, stored_parts, tied_names
 from abliterate.common.errors import ModelError, OutputError
 from abliterate.common.ranges import spans
 from abliterate.common.reporting import Silent
 from abliterate.edit.algebra import Factors
 from abliterate.edit.recipe import Recipe
-from abliterate.edit.stored_tensor import Shape
+from abliterate.models.shards import StoredRange, checkpoint_shapes, read_index
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
@@ -118,7 +117,7 @@ def _estimate(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
     if index is None:
         raise ModelError(f"model folder {folder} holds neither safetensors nor their index; a plan needs one of them")
     files: dict[str, str] = index["weight_map"]
-    stored = stored_parts(recipe, folder, config, _shapes(folder, files))
+    stored = stored_parts(recipe, folder, config, checkpoint_shapes(folder))
     edited = {tensor.name: math.prod(tensor.shape) for tensors in stored.values() for tensor in tensors}
     item, dtype = _item_bytes(config)
     notes = [f"the shards are not here: sizes are those of {dtype}, which config.json says the weights are"]
@@ -142,12 +141,6 @@ def _estimate(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
     return Amounts(
         total, total + more, sum(edited.values()) * item, len(edited), len(stored), len(written), False, notes,
     )  # fmt: skip
-
-
-def _shapes(folder: Path, files: dict[str, str]) -> dict[str, Shape | None]:
-    """Shapes of the tensors that an index names; None where their shard isn't there."""
-    there = {file: read_shard(folder / file).tensors for file in set(files.values()) if (folder / file).is_file()}
-    return {name: there[file][name].shape if name in there.get(file, ()) else None for name, file in files.items()}
 
 
 def _item_bytes(config: dict[str, Any]) -> tuple[int, str]:

@@ -13,11 +13,11 @@ import numpy as np
 from abliterate.apply.checkpoint.blocks import FLOATS
 from abliterate.apply.checkpoint.folder import config_levels, config_with, other_files, read_config
 from abliterate.apply.checkpoint.pieces import Change, Output
-from abliterate.apply.checkpoint.shards import INDEX, Checkpoint, NewTensor, StoredRange, index_with, open_checkpoint
 from abliterate.common.errors import ModelError, NonFiniteError, RecipeError, WriterError, shorten
 from abliterate.edit.algebra import Factors, factors
 from abliterate.edit.recipe import Recipe
 from abliterate.edit.stored_tensor import Shape, StoredTensor, misfit
+from abliterate.models.shards import INDEX, Checkpoint, NewTensor, StoredRange, index_with, open_checkpoint
 
 if TYPE_CHECKING:
     from abliterate.apply.checkpoint.held_shifts import HeldShifts

@@ -17,6 +17,7 @@ from typing import Any
 
 from abliterate.common.errors import ModelError, shorten
 from abliterate.common.ranges import read_into
+from abliterate.edit.stored_tensor import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -264,6 +265,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if tensor not in shards[file].tensors:
             raise ModelError(f"model folder {folder}: {INDEX} says that {file} holds {tensor}, and it doesn't")
     return Checkpoint(folder, shards, index, files)
+
+
+def checkpoint_shapes(folder: str | os.PathLike[str]) -> dict[str, Shape | None]:
+    """The names of a folder's tensors and their shapes, from the safetensors headers; None where the index names
+    a tensor whose file is not there.
+
+    Raises:
+        ModelError: when there are no safetensors files and no index, or a header is damaged.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    files = {folder / file for file in index["weight_map"].values()} if index else set(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"model folder {folder} holds no *.safetensors; only those are read")
+    shapes: dict[str, Shape | None] = dict.fromkeys(index["weight_map"]) if index else {}
+    for file in sorted(files):
+        if file.is_file():
+            shapes |= {name: tensor.shape for name, tensor in read_shard(file).tensors.items()}
+    return shapes
 
 
 def _no_weights(folder: Path, there: list[str]) -> str:
