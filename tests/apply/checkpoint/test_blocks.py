@@ -142,7 +142,7 @@ def test_a_value_that_is_not_finite_is_found(dtype, value, shape, keep_norms):
 def test_a_shift_that_overflows_is_found():
     bias, addition = torch.full((1, 8, 1), 65000.0).half(), np.full((1, 8), 1000, np.float32)
     with pytest.raises(NonFiniteError, match="bias"):
-        edited(bias, "F16", change_of(8, 1)[1], addition=addition, name="bias")
+        edited(bias, "F16", change_of(8, 1), addition=addition, name="bias")
 
 
 @pytest.mark.parametrize("centred", [False, True])
