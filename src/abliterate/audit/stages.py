@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from abliterate.audit.picture import draw
 from abliterate.audit.summary import summary
 from abliterate.audit.text import markdown
 from abliterate.common.files import check_apart, check_folder, whole_folder
-from abliterate.common.reporting import Clock, Reporter, Silent
+from abliterate.common.reporting import Clock, Reporter, Silent, each
 from abliterate.common.resumable import beside, key_of, read_state, write_state
 from abliterate.directions.means import Directions, Place, at, difference_of_means
 from abliterate.edit.edit import Edit, normalised
@@ -183,14 +183,6 @@ def fit_file(out: str | Path) -> Path:
 # --- The stages: each gives plain JSON ----------------------------------------------------------------
 
 
-def _each(work: Work, stage: str, items: Sequence[T]) -> Iterator[T]:
-    """The items one by one, the reporter told when each is done."""
-    tick = work.reporter.progress(stage, len(items))
-    for item in items:
-        yield item
-        tick(1)
-
-
 def _direction(work: Work) -> dict[str, Any]:
     """Where one direction, taken out of every writer, leaves least refused; and how much at several strengths."""
     place = best_place(work.jury, work.screen, work.directions)
@@ -199,7 +191,7 @@ def _direction(work: Work) -> dict[str, Any]:
     direction = at(work.directions, place)
     points = [
         {"strength": strength, **_judged(work, Edit.uniform(work.jury.writers, direction, strength))}
-        for strength in _each(work, "one direction at several strengths", work.settings.audit.strengths)
+        for strength in each(work.reporter, "one direction at several strengths", work.settings.audit.strengths)
     ]
     return {
         "place": {"layer": place.layer, "site": place.site, "position": place.position},
@@ -222,8 +214,8 @@ def _frontier(work: Work) -> dict[str, Any]:
         ),
         state=work.fit_state, reporter=work.reporter,
     )  # fmt: skip
-    judged = _each(work, "judging the frontier", fitted.frontier)
-    return {"points": [{**_point(point), **_judged(work, point.edit)} for point in judged]}
+    frontier = each(work.reporter, "judging the frontier", fitted.frontier)
+    return {"points": [{**_point(point), **_judged(work, point.edit)} for point in frontier]}
 
 
 def _point(point: FrontierPoint) -> dict[str, Any]:
@@ -248,7 +240,7 @@ def _directions(work: Work) -> dict[str, Any]:
     """Directions taken out together: each the one that still tells the sides apart when those before it are gone."""
     most, basis, found = work.settings.audit.max_directions, [work.direction], []
     places = [work.place]
-    for rank in _each(work, "taking out directions", range(1, most + 1)):
+    for rank in each(work.reporter, "taking out directions", range(1, most + 1)):
         edit = Edit.uniform(work.jury.writers, torch.stack(basis), 1.0)
         verdict = work.jury.verdict(edit, seed=work.settings.seed)
         found.append({"directions": rank, "layers": [p.layer for p in places], "test": verdict})
@@ -266,7 +258,7 @@ def _layers(work: Work) -> dict[str, Any]:
     """Which layers carry it: apart, by the first token; then the best of them together, by answers."""
     jury = work.jury
     rows = separations(jury.handle, work.directions, *jury.validation)
-    for layer in _each(work, "one layer at a time", range(jury.handle.layers)):
+    for layer in each(work.reporter, "one layer at a time", range(jury.handle.layers)):
         mine = [w for w in jury.writers if w.layer == layer]
         odds, divergence = (
             work.screen.score(Edit.uniform(mine, work.direction, 1.0)) if mine else (work.screen.odds, 0.0)
@@ -276,7 +268,7 @@ def _layers(work: Work) -> dict[str, Any]:
     order = [int(row["layer"] or 0) for row in sorted(rows, key=lambda r: -(r["lowered"] or 0.0))]
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n < len(order)] + [len(order)]
     together = []
-    for count in _each(work, "the best layers together", counts):
+    for count in each(work.reporter, "the best layers together", counts):
         chosen = set(order[:count])
         edit = Edit.uniform([w for w in jury.writers if w.layer in chosen], work.direction, 1.0)
         together.append({"layers": sorted(chosen), "test": jury.verdict(edit, seed=work.settings.seed)})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 Tick = Callable[[int], None]
 """Called with how many more steps of a stage are done."""
@@ -37,6 +37,16 @@ class Silent:
 
 
 SILENT = Silent()
+
+Item = TypeVar("Item")
+
+
+def each(reporter: Reporter, stage: str, items: Sequence[Item]) -> Iterator[Item]:
+    """The items one by one, each a step of a stage that is told when the next is asked for."""
+    tick = reporter.progress(stage, len(items))
+    for item in items:
+        yield item
+        tick(1)
 
 
 class _Libraries(io.TextIOBase):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from abliterate.common.reporting import SILENT, Tick, untold
 from abliterate.measure.coherence import is_degenerate
@@ -105,43 +105,61 @@ def measure(
         stop_on=lambda index: (True, False) if index < count and not one else (True,),
         tick=progress("answers", len(prompts)),
     )
-    target_answers, refused_target = answers[:count], refused[:count]
-    baseline_answers, refused_baseline = (answers, refused) if one else (answers[count:], refused[count:])
-    reference = original.reference if original else reference_of(handle, baseline, baseline_answers, refused_baseline)
+    on_target = Judged(answers[:count], refused[:count])
+    on_baseline = Judged(answers, refused) if one else Judged(answers[count:], refused[count:])
+    reference = original.reference if original else reference_of(handle, baseline, *on_baseline)
     divergence = None
     loss = reference.loss if reference else 0.0
     if original is not None and reference is not None:
         divergence = compare(handle, reference, progress("divergence", len(reference.rows)))
         loss = divergence.loss
     return Measurement(
-        refusal=Rate(sum(refused_target), len(refused_target)),
-        over_refusal=Rate(sum(refused_baseline), len(refused_baseline)),
+        refusal=on_target.rate,
+        over_refusal=on_baseline.rate,
         divergence=divergence,
-        degenerate=_degenerate(baseline_answers),
-        degenerate_on_target=_degenerate(
-            [a for a, refused in zip(target_answers, refused_target, strict=True) if not refused]
-        ),
+        degenerate=on_baseline.degenerate,
+        degenerate_on_target=Judged([a for a, shown in zip(*on_target, strict=True) if not shown], []).degenerate,
         loss=loss,
-        target_answers=target_answers,
-        baseline_answers=baseline_answers,
-        refused_target=refused_target,
-        refused_baseline=refused_baseline,
+        target_answers=on_target.answers,
+        baseline_answers=on_baseline.answers,
+        refused_target=on_target.shown,
+        refused_baseline=on_baseline.shown,
         reference=None if original else reference,
-        coherent=coherent_rate(target_answers, refused_target) if hasattr(judge, "scores") else None,
-        scores=(_mean_score(judge, target_answers), _mean_score(judge, baseline_answers)),
+        coherent=on_target.coherent if hasattr(judge, "scores") else None,
+        scores=(mean_score(judge, on_target.answers), mean_score(judge, on_baseline.answers)),
     )
 
 
-def coherent_rate(answers: Sequence[Answer], shown: Sequence[bool]) -> Rate:
-    """Answers that show the behaviour and are not degenerate; they must have been decoded to their end."""
-    pairs = zip(answers, shown, strict=True)
-    return Rate(sum(s and not is_degenerate(a.text, finished=a.finished) for a, s in pairs), len(answers))
-
-
-def _mean_score(judge: Judge, answers: Sequence[Answer]) -> float:
+def mean_score(judge: Judge, answers: Sequence[Answer]) -> float:
     """The mean of a style judge's scores; 0 for judges that give none."""
     scores: list[float] = getattr(judge, "scores", lambda texts: [])([a.text for a in answers])
     return sum(scores) / len(scores) if scores else 0.0
+
+
+class Judged(NamedTuple):
+    """Answers and, for each, whether it shows the behaviour (by default: refuses)."""
+
+    answers: list[Answer]
+    shown: list[bool]
+
+    @property
+    def rate(self) -> Rate:
+        """Answers that show it."""
+        return Rate(sum(self.shown), len(self.shown))
+
+    @property
+    def degenerate(self) -> Rate:
+        """Answers that are degenerate; of one stopped at a settled verdict it can only be seen whether it loops."""
+        return Rate(sum(_broken(a) for a in self.answers), len(self.answers))
+
+    @property
+    def coherent(self) -> Rate:
+        """Answers that show it and are not degenerate; they must have been decoded to their end."""
+        return Rate(sum(shown and not _broken(a) for a, shown in zip(*self, strict=True)), len(self.answers))
+
+
+def _broken(answer: Answer) -> bool:
+    return is_degenerate(answer.text, finished=answer.finished)
 
 
 def judged(
@@ -153,7 +171,7 @@ def judged(
     batch_size: int = BATCH,
     stop_on: tuple[bool, ...] | Callable[[int], tuple[bool, ...]] = (True, False),
     tick: Tick = untold,
-) -> tuple[list[Answer], list[bool]]:
+) -> Judged:
     """Greedy answers and the judge's verdicts.
 
     Decoding stops where the verdict is settled as one in `stop_on`, or in what that gives for the prompt's index.
@@ -170,7 +188,7 @@ def judged(
         settled=settled,
         tick=tick,
     )
-    return answers, judge.judge(prompts, [a.text for a in answers])
+    return Judged(answers, judge.judge(prompts, [a.text for a in answers]))
 
 
 def reference_of(
@@ -182,8 +200,3 @@ def reference_of(
         return None
     ids = handle.prompt_ids([baseline[i] for i in kept])
     return make_reference(handle, ids, [answers[i] for i in kept])
-
-
-def _degenerate(answers: Sequence[Answer]) -> Rate:
-    # an answer stopped at a settled verdict is neither ended nor cut short: it can only be seen to loop
-    return Rate(sum(is_degenerate(a.text, finished=a.finished) for a in answers), len(answers))

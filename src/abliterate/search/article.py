@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
-from abliterate.common.reporting import SILENT, Reporter
+from abliterate.common.reporting import SILENT, Reporter, each
 from abliterate.directions.means import Directions, article_order, at
 from abliterate.edit.edit import Edit
 from abliterate.measure import judged
 from abliterate.measure.judges import Judge
-from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, find_writers
+from abliterate.search import objectives
 from abliterate.search.sweep import Candidate, Choice, Choose, Show
 
 
@@ -53,13 +52,12 @@ def article(
     show(f"original: refuses {sum(refused)} of {len(refused)}", [a.text for a in plain])
     writers = find_writers(handle, layers)
     places = article_order(directions, layers=layers)[:candidates]
-    tick = reporter.progress("trying directions", len(places))
     tried: list[Candidate] = []
     texts: list[list[str]] = []
-    for place in places:
-        with attached(handle, Edit.uniform(writers, at(directions, place))):
-            answers, refused = judged(handle, prompts, judge, max_new_tokens=max_new_tokens, stop_on=(True,))
-        rate = Rate(sum(refused), len(refused))
+    for place in each(reporter, "trying directions", places):
+        edit = Edit.uniform(writers, at(directions, place))
+        found, _ = objectives.tried(handle, edit, prompts, judge, max_new_tokens=max_new_tokens, stop_on=(True,))
+        rate = found.rate
         row = SITES.index(place.site)
         tried.append(
             Candidate(
@@ -70,8 +68,7 @@ def article(
                 note=f"struck out: {rate.count} of {rate.total} answers refuse" if rate.count else "no answer refuses",
             )
         )
-        texts.append([a.text for a in answers])
-        tick(1)
+        texts.append([a.text for a in found.answers])
     left = [i for i, c in enumerate(tried) if c.refusals is not None and c.refusals.count == 0]
     reporter.say(f"{len(left)} of {len(tried)} candidates pass (no refusal in {len(prompts)} answers)")
     if not left:

@@ -22,19 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError, NonFiniteError
-from abliterate.common.reporting import SILENT, Reporter, untold
+from abliterate.common.reporting import SILENT, Reporter, each, untold
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
-from abliterate.measure import judged
 from abliterate.measure.decode import Answer
-from abliterate.measure.divergence import Reference, compare, make_reference
+from abliterate.measure.divergence import Reference, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
-from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.outputs import Change, changed
 from abliterate.models.writers import Writer, find_writers
+from abliterate.search import objectives
 from abliterate.search.examples import Examples
 from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
@@ -214,15 +212,13 @@ class _Job:
     def start(self, reporter: Reporter) -> str:
         """Put the variables at the best of a few starts, by the objective on a few prompts; says which."""
         starts = self._starts()
-        tick = reporter.progress("choosing where to start", len(starts))
         best, best_loss = "", math.inf
-        for name, vectors in starts.items():
-            self._put(vectors, 1.0)
+        for name in each(reporter, "choosing where to start", list(starts)):
+            self._put(starts[name], 1.0)
             with torch.no_grad():
                 loss = float(self._loss(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0))
             if loss < best_loss:
                 best, best_loss = name, loss
-            tick(1)
         if not best:
             raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
         self._put(starts[best], STARTING_STRENGTH)
@@ -349,10 +345,9 @@ class _Job:
             How many more steps that asks for: none, a few, or, after a new start, as many as at first.
         """
         prompts = self.train.target[: self.settings.validation_prompts]
-        with attached(self.handle, self.edit()):
-            answers, refused = judged(
-                self.handle, prompts, self.judge, max_new_tokens=REFUSAL_TOKENS, stop_on=(False, True)
-            )
+        (answers, refused), _ = objectives.tried(
+            self.handle, self.edit(), prompts, self.judge, max_new_tokens=REFUSAL_TOKENS, stop_on=(False, True)
+        )
         left = [(p, a) for p, a, r in zip(prompts, answers, refused, strict=True) if r and a.whole]
         self.state.looked = True
         if not left:
@@ -376,11 +371,12 @@ class _Job:
         """An edit judged on validation prompts by decoded answers and divergence; `found` says how it was come to."""
         settings = self.settings
         prompts = self.validation.target[: settings.validation_prompts]
-        with attached(self.handle, edit):
-            _, refused = judged(self.handle, prompts, self.judge, max_new_tokens=settings.decode_tokens)
-            drift = compare(self.handle, self.held_out)
+        answers, drift = objectives.tried(
+            self.handle, edit, prompts, self.judge, self.held_out, max_new_tokens=settings.decode_tokens
+        )
+        assert drift is not None
         return FrontierPoint(
-            edit, Rate(sum(refused), len(refused)), drift.first_token, divergence_along=drift.answer,
+            edit, answers.rate, drift.first_token, divergence_along=drift.answer,
             found=Moment.now(), **found,
         )  # fmt: skip
 

@@ -18,13 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
-from abliterate.common.reporting import SILENT, Reporter, Tick
+from abliterate.common.reporting import SILENT, Reporter, Tick, each
 from abliterate.directions.means import Directions
 from abliterate.edit.edit import Edit, normalised
 from abliterate.measure import judged
-from abliterate.measure.coherence import is_degenerate
 from abliterate.measure.decode import Answer
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
@@ -32,6 +30,7 @@ from abliterate.models.batches import Prefix, buckets, inputs
 from abliterate.models.handle import Handle
 from abliterate.models.outputs import adding, changed
 from abliterate.models.writers import SITES, watch_sites
+from abliterate.search import objectives
 from abliterate.search.examples import Examples
 from abliterate.search.packed import Packer, Row
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
@@ -173,20 +172,17 @@ def induce(
     along = difference_along_answers(handle, train)
     scorer = _Scorer(handle, train, settings, layers)
     tried: list[Induced] = []
-    tick = reporter.progress("scoring where to add", len(layers))
-    for layer in layers:
+    for layer in each(reporter, "scoring where to add", layers):
         at_prompt = _difference(directions, layer)
         for source, vector in zip(SOURCES, (at_prompt, along[layer]), strict=True):
             if bool(vector.isfinite().all()) and bool(vector.norm() > 0):
                 tried += _scored(scorer, layer, source, vector, at_prompt, settings.sizes)
-        tick(1)
     best = _best_of_each_layer(tried)[: settings.decoded]
-    tick = reporter.progress("decoding with it added", len(best))
     prompts = list(baseline[: settings.prompts])
-    decoded = []
-    for candidate in best:
-        decoded.append(counted(handle, candidate, prompts, judge, settings.decode_tokens))
-        tick(1)
+    decoded = [
+        counted(handle, candidate, prompts, judge, settings.decode_tokens)
+        for candidate in each(reporter, "decoding with it added", best)
+    ]
     winner = max(decoded, key=_merit)
     if _share(winner) < settings.enough and settings.steps:
         reporter.say(f"{winner} makes {_of(winner)} refuse in whole sentences; turning its vector by gradients")
@@ -250,17 +246,14 @@ def difference_along_answers(
 
 def counted(handle: Handle, candidate: Induced, prompts: Sequence[str], judge: Judge, tokens: int) -> Induced:
     """The candidate with answers decoded to their end and counted: a verdict doesn't tell a loop from a sentence."""
-    with attached(handle, candidate.edit):
-        refused, coherent, degenerate = refusals_in_sentences(handle, prompts, judge, tokens)
-    return replace(candidate, refused=refused, coherent=coherent, degenerate=degenerate)
+    found, _ = objectives.tried(handle, candidate.edit, prompts, judge, max_new_tokens=tokens, stop_on=())
+    return replace(candidate, refused=found.rate, coherent=found.coherent, degenerate=found.degenerate)
 
 
 def refusals_in_sentences(handle: Handle, prompts: Sequence[str], judge: Judge, tokens: int) -> tuple[Rate, Rate, Rate]:
     """Of answers decoded to their end: how many refuse, refuse in whole sentences, are degenerate."""
-    answers, refused = judged(handle, prompts, judge, max_new_tokens=tokens, stop_on=())
-    broken = [is_degenerate(answer.text, finished=answer.finished) for answer in answers]
-    both = sum(r and not b for r, b in zip(refused, broken, strict=True))
-    return Rate(sum(refused), len(answers)), Rate(both, len(answers)), Rate(sum(broken), len(answers))
+    found = judged(handle, prompts, judge, max_new_tokens=tokens, stop_on=())
+    return found.rate, found.coherent, found.degenerate
 
 
 def _whole_refusals(handle: Handle, train: Examples, judge: Judge, settings: InduceSettings) -> list[Answer]:

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from abliterate.apply.hooks import attached
 from abliterate.common.errors import PromptError
-from abliterate.measure import judged
+from abliterate.edit.edit import Edit
+from abliterate.measure import Judged, judged
 from abliterate.measure.decode import BATCH, decode
-from abliterate.measure.divergence import Reference, compare, make_reference
+from abliterate.measure.divergence import Divergence, Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 
 DECODE_TOKENS = 48
+
+
+def tried(
+    handle: Handle,
+    edit: Edit,
+    prompts: Sequence[str],
+    judge: Judge,
+    reference: Reference | None = None,
+    **decoding: Any,
+) -> tuple[Judged, Divergence | None]:  # fmt: skip
+    """Answers with an edit attached, judged, and the divergence behind a reference where there is one.
+
+    Args:
+        handle: the loaded original; the edit is gone afterwards.
+        edit: what is tried; one that does nothing leaves the model as it is.
+        prompts, judge: what is answered, and what decides whether the answers show the behaviour.
+        reference: of the original.
+        decoding: as for `measure.judged`.
+    """
+    with attached(handle, edit) if edit.shifts or edit.writers else contextlib.nullcontext():
+        answers = judged(handle, prompts, judge, **decoding)
+        return answers, compare(handle, reference) if reference is not None else None
 
 
 class Objective(Protocol):

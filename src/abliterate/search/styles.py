@@ -10,24 +10,22 @@ h <- h - c d.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
-from abliterate.common.reporting import SILENT, Reporter
+from abliterate.common.reporting import SILENT, Reporter, each
 from abliterate.directions.means import Directions, Place, at
 from abliterate.edit.edit import Edit, Shift
-from abliterate.measure import judged
-from abliterate.measure.coherence import is_degenerate
-from abliterate.measure.divergence import Reference, compare
+from abliterate.measure import mean_score
+from abliterate.measure.divergence import Reference
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, find_writers
+from abliterate.search import objectives
 from abliterate.search.frontier import FrontierPoint, choose, non_dominated
 from abliterate.search.objectives import original_reference
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT, Candidate, Choice
@@ -123,7 +121,7 @@ def add_style(
     search = _Search(handle, directions, prompts, judge, settings or StyleSettings(), reporter)
     screened = search.screen(shifts=1.0, removals=False, spread=search.settings.spread)
     finalists = sorted(screened, key=_most)[: search.settings.finalists]
-    decoded = [search.decoded(t) for t in search.ticking("decoding the best", finalists)]
+    decoded = [search.decoded(t) for t in each(reporter, "decoding the best", finalists)]
     best = min(decoded, key=_most)
     if not best.coherent.count:
         raise AbliterateError(
@@ -176,7 +174,7 @@ def remove_style(
     half = (settings.finalists + 1) // 2  # some of each: which is cheaper shows only now
     finalists = [*removals[:half], *shifts[: settings.finalists - half]]
     reference = original_reference(handle, baseline[: settings.prompts], answer_tokens=DIVERGENCE_TOKENS)
-    decoded = [search.decoded(t, reference) for t in search.ticking("decoding the best", finalists)]
+    decoded = [search.decoded(t, reference) for t in each(reporter, "decoding the best", finalists)]
     points = [
         FrontierPoint(
             t.edit, t.shown, t.candidate.divergence or 0.0, {"score": t.score, "degenerate": t.degenerate.to_json()}
@@ -212,8 +210,7 @@ class _Search:
     ) -> list[Tried]:
         """Every candidate on a few prompts; `shifts` is their sign, `spread` the share of blocks they are at."""
         settings, tried = self.settings, []
-        tick = self.reporter.progress("screening layers", len(self.layers))
-        for layer in self.layers:
+        for layer in each(self.reporter, "screening layers", self.layers):
             place = Place(layer, SITE, POSITION)
             row = SITES.index(SITE)
             candidate = Candidate(place, float(self.directions.separation[layer, row, POSITION]))
@@ -227,15 +224,13 @@ class _Search:
                 tried.append(self._screened(edit, replace(candidate, strength=shifts * size), reference))
                 if tried[-1].degenerate.rate > self.plain.degenerate.rate + RUINED:
                     break
-            tick(1)
         return tried
 
     def decoded(self, tried: Tried, reference: Reference | None = None) -> Tried:
         """A candidate on more prompts and longer answers, with its divergence if there is a reference."""
-        found = self._tried(tried.edit, tried.candidate, self.settings.prompts, self.settings.tokens)
-        divergence = self._divergence(tried.edit, reference)
+        found = self._tried(tried.edit, tried.candidate, self.settings.prompts, self.settings.tokens, reference)
         note = f"{found.degenerate.count} of {found.degenerate.total} degenerate, mean score {found.score:.2f}"
-        kept = replace(found.candidate, stage="decoded", divergence=divergence, note=note)
+        kept = replace(found.candidate, stage="decoded", note=note)
         return replace(found, candidate=kept)
 
     def choice(self, best: Tried, why: str, tried: Sequence[Tried], frontier: Sequence[FrontierPoint] = ()) -> Choice:
@@ -246,40 +241,19 @@ class _Search:
         latest[(winner.place, bool(best.edit.shifts), winner.strength)] = winner
         return Choice(best.edit, winner, list(latest.values()), list(frontier))
 
-    def ticking(self, stage: str, tried: Sequence[Tried]) -> Iterator[Tried]:
-        """Each in turn, with progress."""
-        tick = self.reporter.progress(stage, len(tried))
-        for one in tried:
-            yield one
-            tick(1)
-
     def _screened(self, edit: Edit, candidate: Candidate, reference: Reference | None) -> Tried:
-        candidate = replace(candidate, divergence=self._divergence(edit, reference))
-        return self._tried(edit, candidate, self.settings.screen_prompts, self.settings.screen_tokens)
+        return self._tried(edit, candidate, self.settings.screen_prompts, self.settings.screen_tokens, reference)
 
-    def _divergence(self, edit: Edit, reference: Reference | None) -> float | None:
-        """Along the original's answers; None without a reference."""
-        if reference is None:
-            return None
-        with attached(self.handle, edit):
-            return compare(self.handle, reference).answer
-
-    def _tried(self, edit: Edit, candidate: Candidate, count: int, tokens: int) -> Tried:
-        prompts = self.prompts[:count]
-        live = attached(self.handle, edit) if edit.shifts or edit.writers else contextlib.nullcontext()
-        with live:
-            answers, shown = judged(self.handle, prompts, self.judge, max_new_tokens=tokens, stop_on=())
-        broken = [is_degenerate(a.text, finished=a.finished) for a in answers]
-        scores = getattr(self.judge, "scores", lambda texts: [0.0])([a.text for a in answers])
-        total = len(answers)
-        return Tried(
-            edit,
-            replace(candidate, refusals=Rate(sum(shown), total)),
-            Rate(sum(shown), total),
-            Rate(sum(s and not b for s, b in zip(shown, broken, strict=True)), total),
-            Rate(sum(broken), total),
-            sum(scores) / max(1, len(scores)),
+    def _tried(
+        self, edit: Edit, candidate: Candidate, count: int, tokens: int, reference: Reference | None = None
+    ) -> Tried:
+        """A candidate's answers to so many prompts; its divergence, along the original's answers, with a reference."""
+        found, drift = objectives.tried(
+            self.handle, edit, self.prompts[:count], self.judge, reference, max_new_tokens=tokens, stop_on=()
         )
+        candidate = replace(candidate, refusals=found.rate, divergence=drift.answer if drift else None)
+        score = mean_score(self.judge, found.answers)
+        return Tried(edit, candidate, found.rate, found.coherent, found.degenerate, score)
 
 
 def shifted(directions: Directions, blocks: Sequence[int], size: float) -> Edit:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
-from abliterate.common.reporting import SILENT, Reporter
+from abliterate.common.reporting import SILENT, Reporter, each
 from abliterate.directions.means import Directions, Place, at
 from abliterate.edit.edit import Edit
-from abliterate.measure import judged
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.outputs import adding, changed
 from abliterate.models.writers import SITES, find_writers, layout
+from abliterate.search import objectives
 from abliterate.search.first_token import first_token, first_token_divergence, refusal_log_odds, refusal_weights
 from abliterate.search.frontier import FrontierPoint
 
@@ -142,40 +142,36 @@ def sweep(
         AbliterateError: when no layer is left to search.
     """
     settings, judge = settings or SweepSettings(), judge or LexicalJudge()
-    scorer = _Scorer(handle, directions, target, baseline, settings.layers)
+    scorer = _Scorer(handle, directions, target, baseline, judge, settings)
     places = _places(directions, settings.layers)
     if not places:
         raise AbliterateError(
             "no layer left to search; widen --layers (the last fifth of the layers is never searched)"
         )
-    tick = reporter.progress("screening directions", len(places))
-    screened = []
-    for place in places:
-        screened.append(scorer.score(place, settings.screen_prompts, induce=False, stage="screened"))
-        tick(1)
+    screened = [
+        scorer.score(place, settings.screen_prompts, induce=False, stage="screened")
+        for place in each(reporter, "screening directions", places)
+    ]
     bearable = [c for c in screened if _divergence(c) <= SCREEN_LIMIT]
     best = _trade_offs(bearable or screened, settings.scored)
-    tick = reporter.progress("scoring directions", len(best))
-    scored = []
-    for candidate in best:
-        scored.append(scorer.score(candidate.place, settings.score_prompts, induce=True, stage="scored"))
-        tick(1)
+    scored = [
+        scorer.score(candidate.place, settings.score_prompts, induce=True, stage="scored")
+        for candidate in each(reporter, "scoring directions", best)
+    ]
     if all(_broken_limits(c) for c in scored):
         reporter.say(
             "no candidate is within the paper's limits (divergence <= 0.1, induce > 0); the best trade-offs go on"
         )
     finalists = _trade_offs(scored, settings.decoded)
-    decoded = [
-        _decoded(scorer, c, target[: settings.score_prompts], judge, settings) for c in _ticking(finalists, reporter)
-    ]
+    decoded = [scorer.decoded(c) for c in each(reporter, "decoding the best", finalists)]
     winner, why = _choose(decoded, settings.max_refusal_rate)
     if winner.refusals is not None and winner.refusals.rate > settings.max_refusal_rate and len(decoded) > 1:
         reporter.say(f"one direction leaves {_of(winner)} refusals; trying planes of two")
         planes = [scorer.plane(winner, c, settings.score_prompts) for c in decoded if c.place != winner.place]
-        decoded += [_decoded(scorer, c, target[: settings.score_prompts], judge, settings) for c in planes]
+        decoded += [scorer.decoded(c) for c in planes]
         winner, why = _choose(decoded, settings.max_refusal_rate)
     reporter.say(f"chose {winner.place}{f' with {winner.second}' if winner.second else ''}: {why}")
-    weaker = _weakened(scorer, winner, target[: settings.score_prompts], judge, settings, reporter)
+    weaker = _weakened(scorer, winner, settings.score_prompts, reporter)
     decoded += weaker
     if weaker:
         winner = weaker[-1]
@@ -188,18 +184,15 @@ def sweep(
     return Choice(scorer.edit(winner), winner, [_with_note(c) for c in latest.values()])
 
 
-def _weakened(
-    scorer: _Scorer, winner: Candidate, target: Sequence[str], judge: Judge, settings: SweepSettings,
-    reporter: Reporter,
-) -> list[Candidate]:  # fmt: skip
+def _weakened(scorer: _Scorer, winner: Candidate, prompts: int, reporter: Reporter) -> list[Candidate]:
     """The winner at ever smaller strengths, as long as none is refused and the divergence falls."""
     kept: list[Candidate] = []
     if _refused(winner):
         return kept
     tick = reporter.progress("weakening", len(STRENGTHS))
     for strength in STRENGTHS:
-        weaker = scorer.rescored(replace(winner, strength=strength, note=""), settings.score_prompts)
-        weaker = _decoded(scorer, weaker, target, judge, settings)
+        weaker = scorer.rescored(replace(winner, strength=strength, note=""), prompts)
+        weaker = scorer.decoded(weaker)
         tick(1)
         if _refused(weaker) or _divergence(weaker) >= _divergence(kept[-1] if kept else winner):
             break
@@ -211,32 +204,17 @@ def _refused(candidate: Candidate) -> int:
     return candidate.refusals.count if candidate.refusals else 0
 
 
-def _ticking(candidates: Sequence[Candidate], reporter: Reporter) -> Iterator[Candidate]:
-    tick = reporter.progress("decoding the best", len(candidates))
-    for candidate in candidates:
-        yield candidate
-        tick(1)
-
-
-def _decoded(
-    scorer: _Scorer, candidate: Candidate, target: Sequence[str], judge: Judge, settings: SweepSettings
-) -> Candidate:
-    """The candidate with its refusals counted among decoded answers."""
-    with attached(scorer.handle, scorer.edit(candidate)):
-        _, refused = judged(scorer.handle, target, judge, max_new_tokens=settings.decode_tokens)
-    return replace(candidate, refusals=Rate(sum(refused), len(refused)), stage="decoded")
-
-
 class _Scorer:
     """The numbers that don't change between candidates, and how one candidate gets its scores."""
 
     def __init__(
-        self, handle: Handle, directions: Directions, target: Sequence[str], baseline: Sequence[str],
-        layers: range | None,
+        self, handle: Handle, directions: Directions, target: Sequence[str], baseline: Sequence[str], judge: Judge,
+        settings: SweepSettings,
     ) -> None:  # fmt: skip
-        self.handle, self.directions = handle, directions
+        self.handle, self.directions, self.judge, self.settings = handle, directions, judge, settings
+        self.texts = target[: settings.score_prompts]
         self.target, self.baseline = handle.prompt_ids(target), handle.prompt_ids(baseline)
-        self.writers = find_writers(handle, layers)
+        self.writers = find_writers(handle, settings.layers)
         self.original = first_token(handle, self.baseline)
         self.weights = refusal_weights(first_token(handle, self.target), self.original)
 
@@ -267,6 +245,12 @@ class _Scorer:
             bypass=self._log_odds(both[: len(target)]),
             divergence=first_token_divergence(self.original[: len(baseline)], both[len(target) :]),
         )
+
+    def decoded(self, candidate: Candidate) -> Candidate:
+        """The candidate with its refusals counted among decoded answers."""
+        tokens = self.settings.decode_tokens
+        found, _ = objectives.tried(self.handle, self.edit(candidate), self.texts, self.judge, max_new_tokens=tokens)
+        return replace(candidate, refusals=found.rate, stage="decoded")
 
     def _log_odds(self, logprobs: Float[Tensor, "prompt vocab"]) -> float:
         return float(refusal_log_odds(logprobs, self.weights).mean())
