@@ -27,9 +27,7 @@ from abliterate.search.fit import (
     _draw,
     _Job,
     blocks_to_edit,
-    editable,
     fit,
-    live_factors,
     next_scaled,
     next_weight,
 )
@@ -37,6 +35,7 @@ from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint
 from abliterate.search.stand_ins import Refusing, Staying, log_odds, told_apart
+from abliterate.search.variable_edit import editable, live_factors
 from heard import Heard
 from models import FAMILIES, handle_of
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
@@ -152,13 +151,13 @@ def test_what_is_fitted_is_the_edit_that_comes_out(family, rank):
     job = _Job(handle, directions, side, side, RefusesWithR(), options, (), FitState())
     job.start(Silent())
     with torch.no_grad():
-        job.strengths.uniform_(0.1, 1.2)
+        job.variables.strengths.uniform_(0.1, 1.2)
     ids = torch.tensor([handle.prompt_ids(texts)[0]])
     with torch.no_grad():
-        with job._live():
+        with job.variables.live():
             live = handle.model(input_ids=ids).logits
         plain = handle.model(input_ids=ids).logits
-        with job.edit().attached(handle):
+        with job.variables.edit().attached(handle):
             attached = handle.model(input_ids=ids).logits
     torch.testing.assert_close(live, attached, rtol=1e-3, atol=1e-4)
     assert (live - plain).abs().max() > 0.01

@@ -12,9 +12,8 @@ and didn't help: docs/fit.md.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +29,6 @@ from abliterate.measure.decode import Answer
 from abliterate.measure.divergence import Reference, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.models.handle import Handle
-from abliterate.models.outputs import Change, changed
-from abliterate.models.writers import Writer, find_writers
 from abliterate.search import objectives
 from abliterate.search.examples import Examples
 from abliterate.search.fit_settings import FitSettings
@@ -39,12 +36,12 @@ from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint, Moment, choose, non_dominated
 from abliterate.search.packed import Packer
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
+from abliterate.search.variable_edit import VariableEdit
 
 UNIT = 0.05  # nats of divergence that count as much as one unit of the stand-in for refusing
 STARTING_STRENGTH = 0.6
 START_PROMPTS = 12
 REFUSAL_TOKENS = 32
-PRUNED = 0.02  # a strength below it is none
 TOO_MANY_REFUSALS = 0.5  # past it, points with still less weight on refusing are of no use
 NOTHING_LEFT = 0.95  # refused past which an edit lighter still says nothing new
 HEAVIER = 2  # how often more weight is tried where the first point still refuses
@@ -120,7 +117,7 @@ def fit(
             state.next_stop = state.step + job.look_for_other_refusals(reporter)
             state.save()
             job.descend(weight, state.next_stop, reporter)
-        point = job.judge_point(job.edit(), weight=weight, step=state.step)
+        point = job.judge_point(job.variables.edit(), weight=weight, step=state.step)
         state.points.append(point)
         state.next_stop = state.step + settings.steps_between
         state.save()
@@ -174,12 +171,9 @@ class _Job:
         kept: Float[Tensor, "k d_model"] | None = None,
     ) -> None:  # fmt: skip
         self.handle, self.directions, self.settings, self.state = handle, directions, settings, state
-        self.judge, self.train, self.validation, self.also, self.kept = judge, train, validation, list(also), kept
+        self.judge, self.train, self.validation, self.also = judge, train, validation, list(also)
         self.blocks = settings.layers or blocks_to_edit(directions, handle.layers)
-        self.writers = editable(find_writers(handle, list(self.blocks)))
-        if not self.writers:
-            raise AbliterateError(f"no writer in blocks {self.blocks[0]} to {self.blocks[-1]} can be fitted")
-        self.group = [w.layer - self.blocks[0] for w in self.writers if w.layer is not None]
+        self.variables = VariableEdit(handle, self.blocks, settings.rank, kept, settings.seed)
         self.refusing = Refusing(
             handle.prompt_ids([*train.target, *train.over_refused]),
             [a.whole for a in (*train.refusals, *train.over_refusals)],
@@ -197,31 +191,29 @@ class _Job:
         self.rows = [list(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
         if state.prompts:
             self._take_in(state.prompts, state.openings)
-        shape = (len(self.blocks), settings.rank, handle.d_model)
-        self.vectors = torch.zeros(shape, requires_grad=True)
-        self.strengths = torch.zeros(len(self.writers), settings.rank, requires_grad=True)
+        vectors, strengths = self.variables.vectors, self.variables.strengths
         self.optimiser = torch.optim.Adam(
             [
-                {"params": [self.vectors], "lr": settings.rate / handle.d_model**0.5},
-                {"params": [self.strengths], "lr": settings.rate / 2},
+                {"params": [vectors], "lr": settings.rate / handle.d_model**0.5},
+                {"params": [strengths], "lr": settings.rate / 2},
             ],
             betas=(0.9, 0.95),
         )
-        state.bind(self.vectors, self.strengths, self.optimiser)
+        state.bind(vectors, strengths, self.optimiser)
 
     def start(self, reporter: Reporter) -> str:
         """Put the variables at the best of a few starts, by the objective on a few prompts; says which."""
         starts = self._starts()
         best, best_loss = "", math.inf
         for name in each(reporter, "choosing where to start", list(starts)):
-            self._put(starts[name], 1.0)
+            self.variables.put(starts[name], 1.0)
             with torch.no_grad():
                 loss = float(self._loss(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0))
             if loss < best_loss:
                 best, best_loss = name, loss
         if not best:
             raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
-        self._put(starts[best], STARTING_STRENGTH)
+        self.variables.put(starts[best], STARTING_STRENGTH)
         return best
 
     def best_place(self) -> Place:
@@ -241,15 +233,6 @@ class _Job:
         own = self.directions.unit[self.blocks[0] : self.blocks[-1] + 1, 2, -1]
         return {**starts, "each block's own direction": own}
 
-    @torch.no_grad()
-    def _put(self, first: Float[Tensor, "block d_model"], strength: float) -> None:
-        """Variables at these first directions; further ones at random, hardly used."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        self.vectors.copy_(torch.randn(self.vectors.shape, generator=generator) / self.handle.d_model**0.5)
-        self.vectors[:, 0] = first.clone()
-        self.strengths.fill_(strength / 6)
-        self.strengths[:, 0] = strength
-
     def descend(self, weight: float, until: int, reporter: Reporter) -> None:
         """Gradient steps at one weight until the step number `until`."""
         settings, state = self.settings, self.state
@@ -263,9 +246,7 @@ class _Job:
                 raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
             loss.backward()
             self.optimiser.step()
-            with torch.no_grad():
-                self.vectors.copy_(self._unit())
-                self.strengths.clamp_(0.0, settings.max_strength)
+            self.variables.keep_in_bounds(settings.max_strength)
             state.step += 1
             if state.step % SAVE_EVERY == 0 or state.step == until:
                 state.save()
@@ -285,9 +266,9 @@ class _Job:
         batches.append((1 / UNIT, self.staying, self.rows[1], self._batch(1, baselines, step)))
         for place, (own_weight, stand_in) in enumerate(self.also, start=2):
             batches.append((own_weight, stand_in, self.rows[place], self._batch(place, targets, step)))
-        with self._live():
+        with self.variables.live():
             logprobs = self.packer.logprobs([rows[i] for _, _, rows, picked in batches for i in picked])
-        total = self.settings.sparsity * self.strengths.mean()
+        total = self.settings.sparsity * self.variables.strengths.mean()
         for factor, stand_in, _, picked in batches:
             own, logprobs = logprobs[: len(picked)], logprobs[len(picked) :]
             total = total + factor * stand_in.loss(picked, own).to(total.device)
@@ -304,40 +285,6 @@ class _Job:
         count = self.known if which == 0 else len(self.rows[which])
         return _draw(count, min(size, count), step, self.settings.seed, which)
 
-    @contextlib.contextmanager
-    def _live(self) -> Iterator[None]:
-        """The edit as hooks whose directions and strengths carry gradients."""
-        modules = {name: module for module, name in self.handle.module_names.items()}
-        unit, changes = self._unit(), []
-        for writer, group, strengths in zip(self.writers, self.group, self.strengths, strict=True):
-            left, right = live_factors(unit[group], strengths, writer.gain, writer.centred)
-            changes.append((modules[writer.module], _taking_out(left, right)))
-        with changed(changes):
-            yield
-
-    def _unit(self) -> Float[Tensor, "block rank d_model"]:
-        vectors = self.vectors
-        if self.kept is not None:  # a parametrisation: gradients don't see what is kept
-            vectors = vectors - (vectors @ self.kept.T) @ self.kept
-        if self.settings.rank == 1:
-            return vectors / vectors.norm(dim=-1, keepdim=True)
-        q, r = torch.linalg.qr(vectors.transpose(1, 2))
-        return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).transpose(1, 2)
-
-    @torch.no_grad()
-    def edit(self) -> Edit:
-        """The edit as it is now, writers that do nothing left out."""
-        unit, rank = self._unit().double(), self.settings.rank
-        kept = [i for i, row in enumerate(self.strengths) if bool((row > PRUNED).any())]
-        strengths = torch.zeros(len(kept), len(self.blocks) * rank)
-        for place, i in enumerate(kept):
-            at = self.group[i] * rank
-            row = self.strengths[i]
-            strengths[place, at : at + rank] = torch.where(row > PRUNED, row, 0.0)
-        used = strengths.any(0)
-        directions = (unit / unit.norm(dim=-1, keepdim=True)).flatten(0, 1).float()
-        return Edit(tuple(self.writers[i].name for i in kept), directions[used], strengths[:, used])
-
     def look_for_other_refusals(self, reporter: Reporter) -> int:
         """Decode answers to training targets; refusals that are left, in other words, are lowered too from now on.
 
@@ -346,7 +293,12 @@ class _Job:
         """
         prompts = self.train.target[: self.settings.validation_prompts]
         (answers, refused), _ = objectives.tried(
-            self.handle, self.edit(), prompts, self.judge, max_new_tokens=REFUSAL_TOKENS, stop_on=(False, True)
+            self.handle,
+            self.variables.edit(),
+            prompts,
+            self.judge,
+            max_new_tokens=REFUSAL_TOKENS,
+            stop_on=(False, True),
         )
         left = [(p, a) for p, a, r in zip(prompts, answers, refused, strict=True) if r and a.whole]
         self.state.looked = True
@@ -386,36 +338,6 @@ def blocks_to_edit(directions: Directions, layers: int) -> range:
     separation = directions.separation[:, 0, -1].nan_to_num(-1.0)
     parted = (separation >= 0.5 * separation.max()).nonzero().flatten()
     return range(max(0, int(parted[0]) - max(1, layers // 8)), layers)
-
-
-def editable(writers: Sequence[Writer]) -> list[Writer]:
-    """Writers that a hook on their module's output can edit: weights, not a norm's bias."""
-    return [w for w in writers if w.module and len(w.shape) > 1 and w.side in ("attention", "mlp")]
-
-
-def live_factors(
-    directions: Float[Tensor, "rank d_model"],
-    strengths: Float[Tensor, " rank"],
-    gain: Float[Tensor, " d_model"] | None,
-    centred: bool,
-) -> tuple[Float[Tensor, "rank d_model"], Float[Tensor, "rank d_model"]]:
-    """`apply.factors` with gradients: (left, right) of out - left^T (right out)."""
-    if gain is None and not centred:
-        return strengths[:, None] * directions, directions
-    rows = directions if gain is None else directions * gain.clone()
-    if centred:
-        rows = rows - rows.mean(-1, keepdim=True)
-    rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return strengths[:, None] * torch.linalg.solve(rows @ rows.T, rows), rows
-
-
-def _taking_out(left: Tensor, right: Tensor) -> Change:
-    """`outputs.taking_out` in the order of sums that fits have always had: their recipes stay the same, bit for bit."""
-
-    def take_out(out: Tensor) -> Tensor:
-        return out - (out @ right.to(out).T) @ left.to(out)
-
-    return take_out
 
 
 def _draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:

@@ -10,7 +10,6 @@ mean where the target's is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.errors import AbliterateError
-from abliterate.common.reporting import SILENT, Reporter, Tick, each
+from abliterate.common.reporting import SILENT, Reporter, each
 from abliterate.directions.means import Directions
 from abliterate.edit.edit import Edit, normalised
 from abliterate.measure import judged
@@ -28,18 +27,14 @@ from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.batches import Prefix, buckets, inputs
 from abliterate.models.handle import Handle
-from abliterate.models.outputs import adding, changed
 from abliterate.models.writers import SITES, watch_sites
 from abliterate.search import objectives
 from abliterate.search.examples import Examples
-from abliterate.search.packed import Packer, Row
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
+from abliterate.search.turning import REFUSAL_TOKENS, WHOLE_TOKENS, Descent, RefusalScorer
 
 SITE = "post"
 SOURCES = ("prompt", "answer")
-REFUSAL_TOKENS = 14  # of a refusal that are scored: its opening and most of its sentence
-WHOLE_TOKENS = 40  # of a refusal behind which a vector is turned: to its end, for an answer has to end too
-STEP = 0.15  # of a turned vector, as `search.fit` steps: in radians, roughly
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ def induce(
     if not train.refusals or not train.baseline:
         raise AbliterateError("inducing needs prompts that the model refuses and prompts that it answers")
     along = difference_along_answers(handle, train)
-    scorer = _Scorer(handle, train, settings, layers)
+    scorer = RefusalScorer(handle, train, settings.scored, layers, settings.seed)
     tried: list[Induced] = []
     for layer in each(reporter, "scoring where to add", layers):
         at_prompt = _difference(directions, layer)
@@ -265,75 +260,8 @@ def _whole_refusals(handle: Handle, train: Examples, judge: Judge, settings: Ind
     return ended or list(train.refusals)
 
 
-class _Scorer:
-    """How likely the model's own refusals are behind baseline prompts, with a vector added at a block's output."""
-
-    def __init__(self, handle: Handle, train: Examples, settings: InduceSettings, layers: Sequence[int]) -> None:
-        self.handle = handle
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.wanted: list[Tensor] = []
-        rows = self._rows(train.baseline[: settings.scored], [a.whole[:REFUSAL_TOKENS] for a in train.refusals])
-        self.packer = Packer(handle, rows, first_block=min(layers))
-        self.scored = list(range(len(rows)))
-        self.turning: list[int] = []
-
-    def take_in(self, prompts: Sequence[str], refusals: Sequence[Answer]) -> None:
-        """Whole refusals behind these prompts, for the turning."""
-        self.turning = self.packer.add(self._rows(prompts, [a.whole[:WHOLE_TOKENS] for a in refusals]))
-
-    def _rows(self, prompts: Sequence[str], refusals: Sequence[list[int]]) -> list[Row]:
-        """Each prompt with a refusal drawn for it."""
-        said, rows = [refusal for refusal in refusals if refusal], []
-        for prompt in self.handle.prompt_ids(prompts):
-            refusal = said[int(torch.randint(len(said), (1,), generator=self.generator))]
-            rows.append(Row([*prompt, *refusal[:-1]], len(refusal)))
-            self.wanted.append(torch.tensor(refusal))
-        return rows
-
-    def loss(self, picked: Sequence[int]) -> Float[Tensor, ""]:
-        """Mean over rows of the nats per token."""
-        logprobs = self.packer.logprobs(picked)
-        each = [
-            -own.gather(-1, self.wanted[i].to(own.device)[:, None]).mean()
-            for i, own in zip(picked, logprobs, strict=True)
-        ]
-        return torch.stack(each).mean()
-
-    @torch.no_grad()
-    def score(self, layer: int, vector: Float[Tensor, " d_model"]) -> float:
-        with self.adding(layer, vector):
-            return float(self.loss(self.scored))
-
-    def adding(self, layer: int, vector: Tensor) -> AbstractContextManager[None]:
-        """A vector added at a block's output; gradients reach it."""
-        return changed([(self.handle.blocks[layer], adding(vector))])
-
-
-class _Descent:
-    """A vector on its way down the loss, a few rows a step."""
-
-    def __init__(self, scorer: _Scorer, start: Induced) -> None:
-        self.scorer, self.start, self.done = scorer, start, 0
-        self.vector = torch.nn.Parameter(start.vector.detach().clone())
-        rate = STEP * float(start.vector.norm()) / len(start.vector) ** 0.5
-        self.optimiser = torch.optim.Adam([self.vector], lr=rate)
-
-    def go(self, steps: int, tick: Tick) -> float:
-        """Take some steps; returns the loss there."""
-        rows, size = self.scorer.turning, min(8, len(self.scorer.turning))
-        for _ in range(steps):
-            picked = [rows[(self.done * size + k) % len(rows)] for k in range(size)]
-            self.optimiser.zero_grad()
-            with torch.enable_grad(), self.scorer.adding(self.start.layer, self.vector):
-                self.scorer.loss(picked).backward()
-            self.optimiser.step()
-            self.done += 1
-            tick(1)
-        return self.scorer.score(self.start.layer, self.vector.detach())
-
-
 def _scored(
-    scorer: _Scorer, layer: int, source: str, vector: Tensor, at_prompt: Tensor, sizes: Sequence[float]
+    scorer: RefusalScorer, layer: int, source: str, vector: Tensor, at_prompt: Tensor, sizes: Sequence[float]
 ) -> list[Induced]:
     """One direction at growing sizes, up to the first that makes refusals less likely again."""
     found: list[Induced] = []
@@ -347,7 +275,7 @@ def _scored(
 
 
 def _turned(
-    scorer: _Scorer, starts: Sequence[Induced], directions: Directions, settings: InduceSettings,
+    scorer: RefusalScorer, starts: Sequence[Induced], directions: Directions, settings: InduceSettings,
     reporter: Reporter,
 ) -> list[Induced]:  # fmt: skip
     """The vector that gradient steps bring farthest, whole and a little more and less of it.
@@ -356,12 +284,13 @@ def _turned(
     """
     first = max(1, settings.steps // 3)
     tick = reporter.progress("turning the vector", first * len(starts) + settings.steps - first)
-    descents = [_Descent(scorer, start) for start in starts]
+    descents = [Descent(scorer, start.layer, start.vector) for start in starts]
     losses = [descent.go(first, tick) for descent in descents]
-    best = descents[losses.index(min(losses))]
+    farthest = losses.index(min(losses))
+    best, start = descents[farthest], starts[farthest]
     best.go(settings.steps - first, tick)
-    layer, vector = best.start.layer, best.vector.detach()
-    unit = float(best.start.vector.norm()) / best.start.size
+    layer, vector = best.layer, best.vector.detach()
+    unit = float(start.vector.norm()) / start.size
     cosine = float(normalised(vector) @ normalised(_difference(directions, layer)))
     return [
         Induced(layer, "turned", factor * float(vector.norm()) / unit, scorer.score(layer, factor * vector), cosine,

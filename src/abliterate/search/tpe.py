@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.apply.hooks import attached
-from abliterate.common.errors import AbliterateError, NonFiniteError
+from abliterate.common.errors import AbliterateError, NonFiniteError, shorten
 from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions
 from abliterate.edit.edit import Edit, Part, as_array, from_parts, normalised
@@ -235,11 +235,14 @@ def _frontier(
     handle: Handle, builder: _Builder, trials: Sequence[Any], aims: Sequence[Objective], refusals: Refusals,
     divergence: DivergenceFromOriginal,
 ) -> list[FrontierPoint]:  # fmt: skip
+    import optuna
+
     points = []
     for trial in trials:
         if max(trial.values) >= RUINED:
             continue
-        edit = builder.edit(_shape_of(trial))
+        # its parameters are suggested again as they were
+        edit = builder.edit(suggested(optuna.trial.FixedTrial(trial.params)))
         scores = dict(zip(map(id, aims), trial.values, strict=True))
         with attached(handle, edit):
             refused, apart = (
@@ -258,13 +261,6 @@ def _frontier(
 def _kept(aims: Sequence[Objective], divergence: DivergenceFromOriginal) -> list[DivergenceFromOriginal]:
     """The objectives that are divergences on other prompts than the baseline's."""
     return [aim for aim in aims if isinstance(aim, DivergenceFromOriginal) and aim is not divergence]
-
-
-def _shape_of(trial: Any) -> Shape:
-    """The shape of a finished trial: its parameters are suggested again as they were."""
-    import optuna
-
-    return suggested(optuna.trial.FixedTrial(trial.params))
 
 
 # --- The study ----------------------------------------------------------------------------------------
@@ -320,11 +316,7 @@ def _storage(study: str | None) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
     except Exception as error:  # the database's driver raises its own kinds
-        raise AbliterateError(f"study {study} can't be opened: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise AbliterateError(f"study {study} can't be opened: {shorten(str(error), 200)}") from error
 
 
 def _fingerprint(
