@@ -11,7 +11,7 @@ from abliterate.common.errors import AbliterateError
 from abliterate.directions.activations import Activations
 from abliterate.directions.keep import Kept
 from abliterate.directions.means import Directions
-from abliterate.measure import Measurement, coherent_rate
+from abliterate.measure import Judged, Measurement
 from abliterate.measure.judges import Judge
 from abliterate.models.handle import Handle
 from abliterate.run.opening import Job
@@ -64,7 +64,7 @@ class Inducing(Strategy):
         return Patient(judge)
 
     def numbers(self, measurement: Measurement) -> dict[str, Any]:
-        whole = coherent_rate(measurement.baseline_answers, measurement.refused_baseline)
+        whole = Judged(measurement.baseline_answers, measurement.refused_baseline).coherent
         return {**measurement.to_json(), "coherent_over_refusal": whole.to_json("refused")}
 
     def prompt_facts(self) -> dict[str, Any]:
