@@ -108,9 +108,8 @@ class _Package(ModuleType):
     """This package: `abliterate.measure` is the function, also once the folder of that name is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _PUBLIC and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from abliterate.bench.cards import model_index, write_cards, write_index
 from abliterate.bench.models import Contestant
 from abliterate.bench.table import BenchResult, Table
-from abliterate.cards.card import with_benchmark
+from abliterate.cards.others import with_benchmark
 
 ROWS: list[dict[str, Any]] = [
     {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from abliterate.cards.card import find_upstream
+from abliterate.cards.head import find_upstream
 from abliterate.run.pipeline import run
 from abliterate.settings.run import RunSettings
 from models import save_tiny

@@ -195,11 +195,11 @@ def test_the_card_tells_it(healed):
 def test_the_report_tells_it(healed):
     document, out = healed[0].document, healed[1]
     loaded = load_run(out)
-    assert [state for state, _ in loaded.states] == ["original", "edited", "healed"]
+    assert list(loaded.results.states) == ["original", "edited", "healed"]
     text = markdown(loaded, None)
     assert "# fox, abliterated and healed" in text
     assert "the healed model refuses 0" in text
-    assert "Then healed: the original's answers to 12 training baseline prompts" in text
+    assert "Healed by the original model's teaching: its distributions along its own answers to 12 training" in text
     assert "healed against edited" in text
     assert "\n  - healed: " in text
     command = next(line for line in text.splitlines() if line.startswith("abliterate heal "))

@@ -9,7 +9,8 @@ import shutil
 import pytest
 
 from abliterate.common.errors import AbliterateError
-from abliterate.report.document import load_run, public, public_source
+from abliterate.common.names import public, public_source
+from abliterate.report.document import load_run
 from abliterate.report.repeat import repeat_command
 from abliterate.settings.run import RunSettings
 
@@ -56,8 +57,8 @@ def test_public_source(source, expected):
 def test_candidates_stand_in_for_a_frontier(done):
     loaded = load_run(done)
     assert not loaded.has_frontier
-    decoded = [c for c in loaded.results["candidates"] if c["refusal"]]
-    assert [p.divergence for p in loaded.points] == [c["divergence"] for c in decoded]
+    decoded = [c for c in loaded.results.candidates if c.refusal]
+    assert [p.divergence for p in loaded.points] == [c.divergence for c in decoded]
     assert sum(p.chosen for p in loaded.points) == 1
     assert {s.side for s in loaded.strengths} == {"embedding", "attention", "mlp"}
 
@@ -70,7 +71,7 @@ def test_frontier_with_its_strengths(frontier):
     assert loaded.points[2].strengths == loaded.strengths
     assert loaded.points[0].strengths[0].largest == pytest.approx(0.25)
     assert loaded.directions == 4
-    assert [name for name, _ in loaded.states] == ["original", "edited", "healed"]
+    assert list(loaded.results.states) == ["original", "edited", "healed"]
 
 
 def test_a_frontier_reads_no_file_outside_the_folder(copy, done):
@@ -156,7 +157,7 @@ def parsed(command: str, monkeypatch) -> tuple[str, RunSettings]:
 def test_the_command_repeats_the_settings(done, monkeypatch, tiny_folder):
     loaded = load_run(done)
     source, settings = parsed(repeat_command(loaded), monkeypatch)
-    assert settings.model_dump() == loaded.results["settings"]
+    assert settings.model_dump() == loaded.results.settings.model_dump(exclude_unset=True)
     assert source == tiny_folder.name
 
 

@@ -73,11 +73,11 @@ def test_outcome_draws_what_was_measured(frontier):
     loaded = load_run(frontier)
     figure = all_figures(loaded)["outcome"]
     assert [trace["name"] for trace in figure.data] == ["original", "edited", "healed"]
-    for trace, (_, measured) in zip(figure.data, loaded.states, strict=True):
-        rate = measured["refusal"]
-        assert trace["x"][0] == pytest.approx(100 * rate["rate"])
-        assert trace["x"][0] + trace["error_x"]["array"][0] == pytest.approx(100 * rate["ci95"][1])
-        assert trace["x"][0] - trace["error_x"]["arrayminus"][0] == pytest.approx(100 * rate["ci95"][0])
+    for trace, (_, measured) in zip(figure.data, loaded.results.states.items(), strict=True):
+        rate = measured.refusal
+        assert trace["x"][0] == pytest.approx(100 * rate.rate)
+        assert trace["x"][0] + trace["error_x"]["array"][0] == pytest.approx(100 * rate.ci95[1])
+        assert trace["x"][0] - trace["error_x"]["arrayminus"][0] == pytest.approx(100 * rate.ci95[0])
     assert "healed 2 of 9 = 22.2%" in figure.summary
 
 

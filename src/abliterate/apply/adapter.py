@@ -30,7 +30,7 @@ from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.parameters import Parameters, open_parameters
 from abliterate.apply.removal import removed
 from abliterate.apply.shifts import check_shifts, multiple, total
-from abliterate.cards.card import adapter_card
+from abliterate.cards.others import adapter_card
 from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError, shorten
 from abliterate.common.files import check_folder, whole_folder
 from abliterate.common.names import is_local, public_name

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.apply.hooks import attached
@@ -28,7 +30,58 @@ class Proof(NamedTuple):
     where: str
 
 
+class InStream(NamedTuple):
+    """What of some directions is in the stream of a model, at every site and token of the proof's probe.
+
+    Attributes:
+        places: (block, site), in the order they came.
+        share: r.h/|h| in float64.
+    """
+
+    places: list[tuple[int, str]]
+    share: Float[Tensor, "place token direction"]
+
+    def largest(self, direction: int, negligible: float = 0.0) -> Proof:
+        """The largest |r.h|/|h| of a direction, and its place; where more than `negligible` came, the first place.
+
+        What came back stays to the end: the place to name is the first, not that of the largest.
+        """
+        sizes = self.share[:, :, direction].abs().amax(1)
+        if not len(sizes) or float(sizes.max()) == 0:
+            return Proof(0.0, "nowhere")
+        came_back = (sizes > negligible).nonzero().flatten() if negligible else sizes[:0]
+        layer, site = self.places[int(came_back[0]) if len(came_back) else int(sizes.argmax())]
+        return Proof(float(sizes.max()), f"block {layer}, {site} ({_SIDE_BEFORE[site]} writes it)")
+
+
 @torch.inference_mode()
+def in_stream(handle: Handle, directions: Sequence[Values], *, seed: int = 0) -> InStream:
+    """Measure what of each direction the stream holds, the model being looked at as it is.
+
+    Args:
+        handle: a loaded model, with or without an edit baked or attached.
+        directions: one or more, [d_model], of any length but zero.
+        seed: of the probe's tokens.
+
+    Raises:
+        NonFiniteError: when the stream is not finite.
+    """
+    unit = torch.stack([torch.from_numpy(normalised(direction)).double() for direction in directions])
+    places: list[tuple[int, str]] = []
+    shares: list[Tensor] = []
+
+    def look(layer: int, site: str, stream: Tensor) -> None:
+        h = stream[0].to("cpu", torch.float64)
+        if not h.isfinite().all():
+            raise NonFiniteError(f"model {handle.source}: the stream at block {layer}, {site} is NaN or infinite")
+        places.append((layer, site))
+        shares.append((h @ unit.T) / h.norm(dim=-1, keepdim=True).clamp_min(1e-30))
+
+    with watch_sites(handle, look):
+        handle.hidden_states(input_ids=probe_ids(handle, seed, PROOF_TOKENS), use_cache=False)
+    return InStream(places, torch.stack(shares))
+
+
 def prove(handle: Handle, direction: Values | None = None, *, seed: int = 0) -> Proof:
     """Measure what is left of a direction in the residual stream.
 
@@ -52,31 +105,13 @@ def prove(handle: Handle, direction: Values | None = None, *, seed: int = 0) -> 
         >>> component < 1e-5
         True
     """
-    generator = torch.Generator().manual_seed(seed)
+    live: Any = contextlib.nullcontext()
     if direction is None:
+        generator = torch.Generator().manual_seed(seed)
         direction = torch.randn(handle.d_model, generator=generator, dtype=torch.float64)
-        edit = Edit.uniform(find_writers(handle), direction)
-        live: Any = attached(handle, edit)
-    else:
-        live = contextlib.nullcontext()
-    r = torch.from_numpy(normalised(direction)).double()
-    worst = Proof(0.0, "nowhere")
-
-    def look(layer: int, site: str, stream: Tensor) -> None:
-        nonlocal worst
-        h = stream.to("cpu", torch.float64)
-        if not h.isfinite().all():
-            raise NonFiniteError(f"model {handle.source}: the stream at block {layer}, {site} is NaN or infinite")
-        component = float(((h @ r).abs() / h.norm(dim=-1).clamp_min(1e-30)).max())
-        if component > worst.component:
-            # what came back stays to the end: the place to name is the first, not that of the largest
-            came_back = worst.component > tolerance(handle)
-            where = worst.where if came_back else f"block {layer}, {site} ({_SIDE_BEFORE[site]} writes it)"
-            worst = Proof(component, where)
-
-    with live, watch_sites(handle, look):
-        handle.hidden_states(input_ids=probe_ids(handle, seed, PROOF_TOKENS), use_cache=False)
-    return worst
+        live = attached(handle, Edit.uniform(find_writers(handle), direction))
+    with live:
+        return in_stream(handle, [direction], seed=seed).largest(0, tolerance(handle))
 
 
 def tolerance(handle: Handle) -> float:

@@ -60,7 +60,7 @@ def write_cards(result: BenchResult, contestants: Sequence[Contestant]) -> list[
 
     The reference, somebody else's model as a rule, is left alone unless it is the only one.
     """
-    from abliterate.cards.card import with_benchmark
+    from abliterate.cards.others import with_benchmark
 
     section = result.text.replace("# Benchmark\n", "## Benchmark\n", 1)
     written = []

@@ -69,12 +69,11 @@ def _write_axolotl(
 def _heal(
     model: str, original: str | None, out: Path, settings: HealRunSettings, terminal: Terminal, io: Output
 ) -> None:
-    from abliterate.cards.card import measured_states, result_rows
-    from abliterate.commands.terminal import places, result_table
+    from abliterate.commands.terminal import places, run_result
     from abliterate.heal.run import heal as run_heal
 
     document = run_heal(model, out, settings, original=original, overwrite=io.overwrite, reporter=terminal).document
     written = places(
         out, model="model", adapter="adapter", card="model/README.md", results="results.json", report="report.html"
     )
-    io.result(document, result_table(result_rows(document), measured_states(document)), written)
+    io.result(document, *run_result(document), written)

@@ -82,15 +82,14 @@ def _use(entry: dict[str, Any]) -> str:
 
 def _measured(console: Console, provenance: dict[str, Any]) -> None:
     """The closing table of the run that made the recipe, where provenance holds its numbers."""
-    from abliterate.cards.card import result_rows
+    from abliterate.cards.tables import results_of
     from abliterate.commands.terminal import result_table
 
-    try:
-        rows = result_rows(provenance)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # free-form: another tool may write its own
+    table = results_of(provenance)
+    if table is None:  # free-form: another tool may write its own
         _fields(console, "measured", {k: provenance[k] for k in ("original", "edited") if k in provenance})
         return
-    console.print(result_table(rows))
+    console.print(result_table(table))
 
 
 def _draw_strengths(console: Console, recipe: Recipe) -> None:

@@ -93,13 +93,12 @@ def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: P
 
 
 def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, io: Output) -> None:
-    from abliterate.cards.induced import induced_rows
-    from abliterate.commands.terminal import places, result_table
+    from abliterate.commands.terminal import places, run_result
     from abliterate.run.pipeline import run_induce
 
     document = run_induce(source, out, settings, overwrite=io.overwrite, reporter=terminal).document
     written = places(out, model="model", recipe="recipe.safetensors", results="results.json")
-    io.result(document, result_table(induced_rows(document)), written)
+    io.result(document, *run_result(document), written)
 
 
 def _default_folder(model: str) -> Path:
@@ -121,8 +120,7 @@ def _run(
     source: str, out: Path, settings: RunSettings, terminal: Terminal, io: Output,
     activations: Path | None = None, show_completions: bool = False,
 ) -> None:  # fmt: skip
-    from abliterate.cards.card import result_rows
-    from abliterate.commands.terminal import places, result_table
+    from abliterate.commands.terminal import places, run_result
     from abliterate.run.pipeline import run as run_pipeline
 
     def show(heading: str, answers: list[str]) -> None:
@@ -138,7 +136,7 @@ def _run(
         out, model="model", recipe="recipe.safetensors", card="model/README.md", results="results.json",
         report="report.html", original=source,
     )  # fmt: skip
-    io.result(result.document, result_table(result_rows(result.document)), written)
+    io.result(result.document, *run_result(result.document), written)
 
 
 def _ask(terminal: Terminal, candidates: list[Candidate]) -> int:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # not imported before something is shown: some commands take 
     from rich.progress import Progress
     from rich.table import Table
 
+    from abliterate.cards.tables import Table as Results
+
 
 class Terminal:
     """A reporter on standard error; results go to standard output.
@@ -152,19 +154,30 @@ def rows_table(
     return table
 
 
-def result_table(rows: list[tuple[str, ...]], states: Sequence[str] = ("original", "edited")) -> Table:
+def result_table(found: Results) -> Table:
     """The closing table: a column for each model measured."""
-    return rows_table(rows, ("", *states), " against ".join(states))
+    return rows_table(found.rows, found.header, " against ".join(found.header[1:]))
+
+
+def run_result(document: dict[str, Any]) -> tuple[Table, str]:
+    """What `abliterate run` and `heal` print of a result: the closing table, and how the edit was found and proved."""
+    from abliterate.cards.edit import said
+    from abliterate.cards.tables import results
+    from abliterate.measure.document import RunDocument
+
+    found = RunDocument.model_validate(document)
+    return result_table(results(found)), "\n".join(said(found))
 
 
 def measurement_table(document: dict[str, Any]) -> Table:
     """What `abliterate measure` prints: one column, or two when there is an original to compare with."""
-    from abliterate.cards.card import result_rows
+    from abliterate.cards.tables import results
+    from abliterate.measure.document import RunDocument
 
-    if document["edited"] is not None:
-        return result_table(result_rows(document))
-    rows = [row[:2] for row in result_rows({**document, "edited": document["original"]})]
-    return rows_table([row for row in rows if not row[0].startswith("divergence")], ("", "model"))
+    found = RunDocument.model_validate(document)
+    if found.edited is not None:
+        return result_table(results(found))
+    return rows_table([row for row in results(found).rows if not row[0].startswith("divergence")], ("", "model"))
 
 
 def places(out: Path, *, original: str | None = None, **names: str) -> str:

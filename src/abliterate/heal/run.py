@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from abliterate.cards.card import healed_card
+from abliterate.cards.card import model_card
 from abliterate.common.errors import OutputError
 from abliterate.common.files import check_space, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
@@ -26,6 +26,7 @@ from abliterate.heal.sources import RESULTS, Sources, check, find_sources, with_
 from abliterate.heal.teacher import open_lessons, open_teacher
 from abliterate.heal.training import ADAPTER, CONFIGURATION, Job, Training
 from abliterate.measure import Measurement
+from abliterate.measure.document import RunDocument
 from abliterate.measure.judges import Judge, make_judge
 from abliterate.models.handle import Handle
 from abliterate.models.loading import DTYPES
@@ -116,8 +117,9 @@ def heal(
     with whole_folder(out, overwrite=overwrite) as folder:
         with clock.stage("save"):
             document = _document(sources, handle, training, measuring)
+            card = model_card(RunDocument.model_validate(document))
             save_model(handle if at_home else _in_source_dtype(job, handle, training), folder / "model")
-            (folder / "model" / "README.md").write_text(healed_card(handle, document), encoding="utf-8")
+            (folder / "model" / "README.md").write_text(card, encoding="utf-8")
             _copy_training(job, training, sources, folder)
         document["timings_s"] = clock.seconds
         (folder / RESULTS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

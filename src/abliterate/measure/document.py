@@ -280,6 +280,11 @@ class BehaviourFacts(Part):
     words: Words = Field(default_factory=Words)
     judge: str | None = None
 
+    @property
+    def runs_as_style(self) -> bool:
+        """Whether its contrast isn't two sets of prompts, or it is added."""
+        return self.kind != "prompts" or self.sign == "add"
+
 
 class SplitFacts(Part):
     """How many prompts a split has, and the SHA-256 of them."""

@@ -127,7 +127,7 @@ def _add_card(parcel: Parcel, paths: list[Path]) -> None:
         OutputError: when one of them is damaged or something else.
     """
     from abliterate.apply.gguf.file import open_gguf
-    from abliterate.cards.card import gguf_card, recipe_card
+    from abliterate.cards.others import gguf_card, recipe_card
 
     if any(item.path == "README.md" for item in parcel.items):
         return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from abliterate.cards.tables import inline
 from abliterate.report import story
+from abliterate.report.charts import Figure
 from abliterate.report.document import Loaded
-from abliterate.report.figures import Figure, Table, all_figures
+from abliterate.report.figures import all_figures
 from abliterate.report.repeat import repeat_command
 
 
@@ -28,54 +30,40 @@ def markdown(loaded: Loaded, pictures: str | None, missing: str | None = None) -
         f"# {story.title(loaded)}", "", story.verdict(loaded), "",
         *([f"Pictures are left out: {missing}.", ""] if missing else []),
         *_list(loaded.missing),
-        "## Did it work?", "", *show("outcome"), *_table(figures["outcome"].table),
+        "## Did it work?", "", *show("outcome"), *_numbers(figures["outcome"]),
         *_list(story.paired_sentences(loaded)),
-        "## What did it cost?", "", *_table(story.costs(loaded)), *_list(story.cost_notes(loaded)),
+        "## What did it cost?", "", *story.costs(loaded).markdown(), *_list(story.cost_notes(loaded)),
         *_examples(loaded, "baseline"),
-        "## What was changed?", "", *_list(story.changed(loaded)), *show("strengths", "tokens"),
+        "## What was changed?", "", *_list(story.changed(loaded)), *story.directions(loaded).markdown(),
+        *show("strengths", "tokens"),
         "## How was it chosen?", "", *_list(story.chosen(loaded)),
         *show(*separation, "projection", "cosines", "frontier", "candidates"),
-        *(_table(figures["frontier"].table) if "frontier" in figures else []),
-        "## Can I trust it?", "", *_list(story.trust(loaded)), *_table(story.prompt_table(loaded)),
+        *(_numbers(figures["frontier"]) if "frontier" in figures else []),
+        "## Can I trust it?", "", *_list(story.trust(loaded)), *story.prompt_table(loaded).markdown(),
         "## How do I repeat it?", "", "```", repeat_command(loaded), "```", "",
-        *_table(story.environment(loaded)), *_table(story.timings(loaded)),
+        *story.environment(loaded).markdown(), *story.timings(loaded).markdown(),
     ]  # fmt: skip
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _picture(figure: Figure, pictures: str | None) -> list[str]:
     if pictures is None:
-        return [f"{figure.title}: {_inline(figure.summary)}", ""]
-    return [f"![{_inline(figure.title)}]({pictures}/{figure.name}.png)", "", f"*{_inline(figure.summary)}*", ""]
+        return [f"{figure.title}: {inline(figure.summary)}", ""]
+    return [f"![{inline(figure.title)}]({pictures}/{figure.name}.png)", "", f"*{inline(figure.summary)}*", ""]
 
 
-def _table(table: Table | None) -> list[str]:
-    if table is None or not table.rows:
-        return []
-    rows = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
-    return ["| " + " | ".join(table.header) + " |", "|" + " --- |" * len(table.header), *rows, ""]
+def _numbers(figure: Figure) -> list[str]:
+    return figure.table.markdown() if figure.table else []
 
 
 def _list(items: Iterable[str]) -> list[str]:
-    lines = [f"- {_inline(item)}" for item in items]
+    lines = [f"- {inline(item)}" for item in items]
     return [*lines, ""] if lines else []
 
 
 def _examples(loaded: Loaded, side: str) -> list[str]:
     lines = []
     for entry in story.examples(loaded, side):
-        lines.append(f"- **{_inline(entry['prompt'])}**")
-        lines += [f"  - {state}: {_inline(found['answer'])}" for state, found in entry["states"].items()]
+        lines.append(f"- **{inline(entry['prompt'])}**")
+        lines += [f"  - {state}: {inline(found['answer'])}" for state, found in entry["states"].items()]
     return [*lines, ""] if lines else []
-
-
-def _cell(text: str) -> str:
-    return _inline(text).replace("|", "\\|")
-
-
-def _inline(text: str) -> str:
-    """On one line, with nothing that Markdown or HTML would take for a mark."""
-    line = " ".join(text.split())
-    for mark in ("\\", "`", "*", "_", "[", "]", "<", ">"):
-        line = line.replace(mark, "\\" + mark)
-    return line

@@ -10,8 +10,9 @@ from importlib import resources
 from typing import Any
 
 from abliterate.report import story
+from abliterate.report.charts import Figure
 from abliterate.report.document import Loaded
-from abliterate.report.figures import Figure, all_figures
+from abliterate.report.figures import all_figures
 from abliterate.report.repeat import repeat_command
 
 

@@ -6,7 +6,9 @@ import shlex
 from pathlib import PurePath
 from typing import Any
 
-from abliterate.report.document import Loaded, public_source
+from abliterate.common.names import public_source
+from abliterate.measure.document import HealFacts, RunDocument
+from abliterate.report.document import Loaded
 
 SOURCES = ("target", "baseline", "chat_template")
 
@@ -16,11 +18,12 @@ def repeat_command(loaded: Loaded) -> str:
     from abliterate.settings.options import options_of
     from abliterate.settings.run import ENVIRONMENT_PREFIX, RunSettings
 
-    settings: dict[str, Any] = loaded.results.get("settings") or {}
-    if loaded.get("heal"):
-        return _heal_command(loaded, settings)
+    results = loaded.results
+    settings = results.settings.model_dump(mode="json", exclude_unset=True)
+    if results.heal:
+        return _heal_command(results, results.heal, settings)
     defaults, flags = RunSettings().model_dump(), options_of(RunSettings)
-    words = ["abliterate", "run" if loaded.get("recipe") else "measure", model_name(loaded)]
+    words = ["abliterate", "run" if results.recipe else "measure", model_name(results)]
     variables = []
     for stage, name, value in _flat(settings):
         default = defaults.get(stage, {}).get(name) if stage else defaults.get(name)
@@ -36,16 +39,16 @@ def repeat_command(loaded: Loaded) -> str:
     return " ".join([*variables, *(shlex.quote(word) for word in words)])
 
 
-def _heal_command(loaded: Loaded, settings: dict[str, Any]) -> str:
+def _heal_command(results: RunDocument, heal: HealFacts, settings: dict[str, Any]) -> str:
     """The command that heals so again; the model edited is named as it lay."""
     from abliterate.settings.heal import HealRunSettings
 
     healing = settings.get("heal") or {}
     preset = {"preset": healing.get("preset", "dpo")}
     defaults = HealRunSettings.model_validate({"heal": preset}).model_dump(mode="json")
-    words = ["abliterate", "heal", public_source(str(loaded.get("heal", "model") or "MODEL"))]
-    if loaded.get("heal", "original"):
-        words += ["--original", model_name(loaded)]
+    words = ["abliterate", "heal", public_source(heal.model or "MODEL")]
+    if heal.original:
+        words += ["--original", model_name(results)]
     words += ["--preset", preset["preset"]]
     own = healing.get("self_teaching") or {}
     flat = [("heal", name, value) for name, value in healing.items() if name not in ("preset", "self_teaching")]
@@ -60,9 +63,9 @@ def _heal_command(loaded: Loaded, settings: dict[str, Any]) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def model_name(loaded: Loaded) -> str:
+def model_name(results: RunDocument) -> str:
     """The model as the command line names it."""
-    name = public_source(str(loaded.get("model", "source") or "MODEL"))
+    name = public_source(results.model.source or "MODEL")
     return "demo" if name.startswith("demo-model-") else name
 
 

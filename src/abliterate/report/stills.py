@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from abliterate.report.figures import Figure
+from abliterate.report.charts import Figure
 
 COLOURS = {
     "@target": "#c2410c", "@baseline": "#1d64b4", "@original": "#6b7280", "@edited": "#15803d", "@healed": "#7e3fb3",

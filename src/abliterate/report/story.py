@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from abliterate.report.document import Loaded, public, public_source
-from abliterate.report.figures import Table
+from abliterate.cards import edit
+from abliterate.cards.tables import Table, divergences, losses, shares, state_table
+from abliterate.cards.words import joined, number, percent
+from abliterate.common.names import public, public_source
+from abliterate.measure.document import STATES, Share
+from abliterate.report.document import Loaded
 from abliterate.report.repeat import model_name
-from abliterate.report.words import count_of, counted, joined, number, percent
 
-TIED = {
-    "kept": "Embedding and head stay tied, so the head is edited with the embedding.",
-    "untied": "The embedding, tied to the head in the base model, is untied: it is edited and the head is not.",
-}
-PROOFS = {
-    "writers": "With a random direction taken out of every writer found, the largest component left in the stream is",
-    "edited": "Of this edit's direction, the edited model's stream holds at most",
-}
 HASH = 12  # characters shown
 WIDE = 0.2  # an interval wider than this says little
 
 
 def title(loaded: Loaded) -> str:
     """The report's name."""
-    done = [word for word, key in (("abliterated", "recipe"), ("healed", "heal")) if loaded.get(key)]
-    return f"{model_name(loaded)}, {joined(done)}" if done else model_name(loaded)
+    done = [word for word, key in (("abliterated", "recipe"), ("healed", "heal")) if getattr(loaded.results, key)]
+    name = model_name(loaded.results)
+    return f"{name}, {joined(done)}" if done else name
 
 
 def verdict(loaded: Loaded) -> str:
     """Did it work, in a sentence."""
-    rates = [(state, m["refusal"]) for state, m in loaded.states if m.get("refusal")]
-    if not rates:
-        return "No refusals were measured."
-    first, *later = rates
-    what = f"{counted(first[1])} of {first[1]['total']}"
+    (state, before), *later = ((state, measured.refusal) for state, measured in loaded.results.states.items())
     if not later:
-        return f"The model refuses {what} held-out target prompts ({_interval(first[1])})."
-    parts = [f"the {state} model refuses {counted(rate)} ({_interval(rate)})" for state, rate in later]
-    text = f"Of {first[1]['total']} held-out target prompts the {first[0]} model refuses {counted(first[1])} "
-    return f"{text}({_interval(first[1])}), {joined(parts)}."
+        what = f"{before.counted} of {before.total}"
+        return f"The model refuses {what} held-out target prompts ({_interval(before)})."
+    parts = [f"the {name} model refuses {share.counted} ({_interval(share)})" for name, share in later]
+    text = f"Of {before.total} held-out target prompts the {state} model refuses {before.counted} "
+    return f"{text}({_interval(before)}), {joined(parts)}."
 
 
 def paired_sentences(loaded: Loaded) -> list[str]:
@@ -69,100 +61,62 @@ def _model(state: str) -> str:
 
 def costs(loaded: Loaded) -> Table:
     """What the edit cost: every number but the refusals, for each model measured."""
-    rows = []
-    for label, path in (("over-refusals", "over_refusal"), ("degenerate answers to baseline prompts", "degenerate"),
-                        ("degenerate among answered target prompts", "degenerate_on_target")):  # fmt: skip
-        rows.append([label, *(count_of(m[path]) if m.get(path) else "-" for _, m in loaded.states)])
-    for label, key in (("divergence at the first token, nats", "first_token"),
-                       ("divergence along answers, nats", "answer")):  # fmt: skip
-        row = [label]
-        for state, measured in loaded.states:
-            divergence = measured.get("divergence")
-            row.append(number(divergence[key]) if divergence else "0" if state == "original" else "-")
-        rows.append(row)
-    losses = [(m.get("loss") or {}).get("baseline_answers") for _, m in loaded.states]
-    rows.append(["loss on the original's answers, nats per token", *(number(value) for value in losses)])
-    return Table(["", *(state for state, _ in loaded.states)], rows)
+    found = loaded.results
+    return state_table(
+        found,
+        [
+            shares(found, "over-refusals", "over_refusal"),
+            shares(found, "degenerate answers to baseline prompts", "degenerate"),
+            shares(found, "degenerate among answered target prompts", "degenerate_on_target"),
+            divergences(found, "divergence at the first token, nats", "first_token", number),
+            divergences(found, "divergence along answers, nats", "answer", number),
+            losses(found, "loss on the original's answers, nats per token", number),
+        ],
+    )
 
 
 def cost_notes(loaded: Loaded) -> list[str]:
     """Costs that stand out: only differences whose intervals don't overlap."""
-    if len(loaded.states) < 2:
-        return []
-    (first, before), *later = loaded.states
     said = []
+    (first, before), *later = loaded.results.states.items()
     for state, after in later:
         for key, label in (("over_refusal", "over-refusals"), ("degenerate", "degenerate answers")):
-            if not (before.get(key) and after.get(key)):
-                continue
-            (low, high), (was_low, was_high) = after[key]["ci95"], before[key]["ci95"]
-            if low > was_high:
-                said.append(f"The {state} model has more {label} than the {first}: the intervals don't overlap.")
-            elif high < was_low:
-                said.append(f"The {state} model has fewer {label} than the {first}: the intervals don't overlap.")
-        divergence = after.get("divergence")
-        if divergence and divergence.get("prompts") is not None:
+            now, was = getattr(after, key), getattr(before, key)
+            more = "more" if now and was and now.ci95[0] > was.ci95[1] else ""
+            fewer = "fewer" if now and was and now.ci95[1] < was.ci95[0] else ""
+            if more or fewer:
+                said.append(
+                    f"The {state} model has {more or fewer} {label} than the {first}: the intervals don't overlap."
+                )
+        if after.divergence and after.divergence.prompts is not None:
             said.append(
-                f"Divergence of the {state} model is counted on the {divergence['prompts']} baseline prompts that the "
-                f"{first} answers."
+                f"Divergence of the {state} model is counted on the {after.divergence.prompts} baseline prompts that "
+                f"the {first} answers."
             )
     return said
 
 
 def changed(loaded: Loaded) -> list[str]:
     """What was changed."""
-    recipe, healing = loaded.get("recipe"), _healing(loaded)
-    if not recipe:
-        return healing or ["Nothing was edited in this run; it measured a model."]
-    said = []
-    direction = recipe.get("direction")
-    if direction:
-        second = direction.get("second")
-        where = f"layer {direction['layer']}, site {direction['site']}, position {direction['position']}"
-        if second:
-            where += f", with that at layer {second['layer']}, site {second['site']}, position {second['position']}"
-        found = "Fitted by gradients from" if recipe.get("method") == "fit" else "Direction:"
-        said.append(f"{found} the difference of means at {where}; method {recipe.get('method')}.")
-    values = [w.largest for w in loaded.strengths or () if w.strengths] or list((recipe.get("strength") or {}).values())
-    if values:
-        low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-        span = low if low == high else f"{low} to {high}"
-        said.append(f"Taken out of {recipe.get('writers')} writers of the residual stream, strength {span}.")
-    if loaded.directions > 1:
-        said.append(f"The recipe holds {loaded.directions} directions; no writer need use them all.")
-    if recipe.get("tied") in TIED:
-        said.append(TIED[recipe["tied"]])
-    return said + healing
+    recipe, heal = loaded.results.recipe, loaded.results.heal
+    found = [*edit.how_found(recipe), *edit.what_changed(recipe)] if recipe else []
+    said = [edit.plain(text) for text in (*found, *(edit.how_healed(heal) if heal else ()))]
+    return said or ["Nothing was edited in this run; it measured a model."]
 
 
-def _healing(loaded: Loaded) -> list[str]:
-    """How the edited model was trained back, in a sentence or two."""
-    heal = loaded.get("heal")
-    if not heal:
-        return []
-    resolved = heal.get("settings") or {}
-    lora = f"A LoRA of rank {resolved.get('rank')}, merged into the weights"
-    if heal.get("preset") == "self":
-        said = [
-            f"Then healed: the original's answers to {heal.get('lessons')} training baseline prompts were learnt from, "
-            f"its refusals held away ({heal.get('steps')} steps). {lora}."
-        ]
-    else:
-        source = public_source(str(resolved.get("data") or "preference pairs"))
-        said = [f"Then healed by preference tuning on {source} ({heal.get('steps')} steps). {lora}."]
-    return said
+def directions(loaded: Loaded) -> Table:
+    """What is left of each direction, where there are several."""
+    return edit.directions(loaded.results.recipe) if loaded.results.recipe else Table([])
 
 
 def chosen(loaded: Loaded) -> list[str]:
     """How the edit was chosen."""
-    search = loaded.get("settings", "search") or {}
-    direction = loaded.get("recipe", "direction") or {}
-    said = []
-    if search:
-        said.append(f"Method {search.get('method')}, on validation prompts: neither those that made the directions nor "
+    said, method, winner = [], loaded.results.settings.search.get("method"), loaded.winner
+    if method:
+        said.append(f"Method {method}, on validation prompts: neither those that made the directions nor "
                     "those of the numbers above.")  # fmt: skip
-    if direction.get("note"):
-        said.append(f"Why this one: {public(direction['note'])}.")
+    if winner and winner.note:
+        said.append(f"Why this one: {public(winner.note)}.")
     seen = loaded.seen("prompts")
     if seen:
         said.append(
@@ -175,66 +129,64 @@ def chosen(loaded: Loaded) -> list[str]:
 
 def trust(loaded: Loaded) -> list[str]:
     """What speaks for the numbers and what against."""
-    said: list[str] = []
-    for name, what in PROOFS.items():
-        proof = loaded.get("recipe", "proof", name)
-        if proof:
-            said.append(f"{what} {proof['component']:.1e} of a vector's length (at {proof['where']}).")
-    if loaded.get("recipe", "proof") and _partial(loaded):
-        said.append(
-            "This edit leaves some writers, or part of the direction, as they were: what is left need not be small."
-        )
-    dtype = loaded.get("model", "dtype")
-    if dtype and dtype != "float32" and loaded.get("recipe", "proof"):
-        said.append(f"The model ran in {dtype}, whose rounding is what is left; in float32 it must be below 1e-5.")
-    for side in ("target", "baseline"):
-        test = loaded.get("prompts", side, "test")
-        if test:
-            said.append(f"The {side} numbers count {test['count']} test prompts; no prompt is in two splits.")
-    for state, measured in loaded.states:
-        low, high = measured["refusal"]["ci95"]
+    results, said = loaded.results, []
+    recipe, prompts, measure = results.recipe, results.prompts, results.settings.measure
+    if recipe and recipe.proof:
+        said += [edit.plain(text) for text in edit.what_is_left(recipe)]
+        if any(row.largest != 1 for row in loaded.strengths or ()):
+            said.append("This edit leaves some writers, or part of a direction, as they were: what is left need not be "
+                        "small.")  # fmt: skip
+        dtype = results.model.dtype
+        if dtype and dtype != "float32":
+            said.append(f"The model ran in {dtype}, whose rounding is what is left; in float32 it must be below 1e-5.")
+    for name, side in (("target", prompts.target), ("baseline", prompts.baseline)):
+        if side:
+            said.append(f"The {name} numbers count {side.test.count} test prompts; no prompt is in two splits.")
+    for state, measured in results.states.items():
+        low, high = measured.refusal.ci95
         if high - low > WIDE:
             width = f"{100 * (high - low):.0f} points wide"
             said.append(f"Few prompts: the interval of the {state} model's refusals is {width}.")
-    judge = loaded.get("settings", "measure", "judge")
-    if judge == "lexical":
+    if measure.judge == "lexical":
         said.append(
             "The refusal judge is lexical: it reads words, and misses unusual refusals. Read its rates as lower bounds."
         )
-    elif judge:
-        said.append(f"Refusals were judged by {public(str(judge))}.")
-    limit = loaded.get("settings", "measure", "max_new_tokens")
-    if limit:
-        said.append(f"Answers are greedy and at most {limit} tokens long: a refusal that comes later isn't seen.")
-    for side, key, verb in (("target", "refused", "refuses"), ("baseline", "answered", "answers")):
-        rate = loaded.get("prompts", "filter", key)
-        if rate:
-            said.append(
-                f"The original {verb} {rate[key]} of {rate['total']} {side} training prompts; only these made the "
-                "directions."
-            )
-    for note in loaded.get("prompts", "notes") or ():
-        said.append(f"{public(note).capitalize()}.")
-    return said
+    elif measure.judge:
+        said.append(f"Refusals were judged by {public(measure.judge)}.")
+    if measure.max_new_tokens:
+        said.append(
+            f"Answers are greedy and at most {measure.max_new_tokens} tokens long: a refusal that comes later isn't "
+            "seen."
+        )
+    if prompts.filter:
+        for name, share, verb in (("target", prompts.filter.refused, "refuses"),
+                                  ("baseline", prompts.filter.answered, "answers")):  # fmt: skip
+            if share:
+                said.append(
+                    f"The original {verb} {share.counted} of {share.total} {name} training prompts; only these made "
+                    "the directions."
+                )
+    return [*said, *(f"{public(note).capitalize()}." for note in prompts.notes)]
 
 
 def prompt_table(loaded: Loaded) -> Table:
     """Sources, counts and hashes of the prompts."""
     rows = []
-    for side in ("target", "baseline"):
-        sets = loaded.get("prompts", side) or {}
+    for name, side in (("target", loaded.results.prompts.target), ("baseline", loaded.results.prompts.baseline)):
+        if side is None:
+            continue
         for split in ("train", "validation", "test"):
-            part = sets.get(split)
-            if part:
-                rows.append([side, public_source(sets["source"]), split, str(part["count"]), part["sha256"][:HASH]])
+            part = getattr(side, split)
+            rows.append([name, public_source(side.source), split, str(part.count), part.sha256[:HASH]])
     return Table(["side", "source", "split", "prompts", f"sha256, first {HASH}"], rows)
 
 
 def environment(loaded: Loaded) -> Table:
     """Versions, machine and model."""
-    rows = [[name, public(str(value))] for name, value in (loaded.results.get("environment") or {}).items()]
+    rows = [[name, public(str(value))] for name, value in loaded.results.environment.items()]
+    model = loaded.results.model.model_dump(by_alias=True)
     for key in ("class", "revision", "config_hash", "parameters", "layers", "d_model", "dtype", "prefill"):
-        value = loaded.get("model", key)
+        value = model[key]
         if value is not None:
             text = f"{value:,}" if isinstance(value, int) else str(value)
             rows.append([f"model {key}", text[:HASH] if key == "config_hash" else text])
@@ -243,7 +195,7 @@ def environment(loaded: Loaded) -> Table:
 
 def timings(loaded: Loaded) -> Table:
     """Seconds per stage, and the whole."""
-    seconds = loaded.results.get("timings_s") or {}
+    seconds = loaded.results.timings_s
     rows = [[name, f"{value:.1f}"] for name, value in seconds.items()]
     if rows:
         rows.append(["together", f"{sum(seconds.values()):.1f}"])
@@ -252,13 +204,12 @@ def timings(loaded: Loaded) -> Table:
 
 def examples(loaded: Loaded, side: str) -> list[dict[str, Any]]:
     """The test split's first prompts with verdicts, and the answers that may be shown."""
-    found: Sequence[dict[str, Any]] = loaded.seen("examples", side) or ()
     allowed = side == "baseline" or loaded.show_completions
     shown = []
-    for entry in found:
+    for entry in loaded.seen("examples", side) or ():
         states = {
             state: {k: v for k, v in entry[state].items() if allowed or k != "answer"}
-            for state in ("original", "edited", "healed")
+            for state in STATES
             if state in entry
         }
         shown.append({"prompt": entry["prompt"], "states": states})
@@ -268,7 +219,7 @@ def examples(loaded: Loaded, side: str) -> list[dict[str, Any]]:
 def target_answers_note(loaded: Loaded) -> str:
     """Why answers to target prompts are, or aren't, in the report."""
     entries = loaded.seen("examples", "target") or ()
-    kept = any("answer" in entry[state] for entry in entries for state in ("original", "edited") if state in entry)
+    kept = any("answer" in entry[state] for entry in entries for state in STATES[:2] if state in entry)
     if not loaded.show_completions:
         return "Answers to target prompts are left out of this file; --show-completions puts them in."
     if not kept:
@@ -276,11 +227,6 @@ def target_answers_note(loaded: Loaded) -> str:
     return "Answers to target prompts, folded away. Decoding stops where the judge's verdict is settled."
 
 
-def _partial(loaded: Loaded) -> bool:
-    """Whether the edit takes less than all of its direction out of every writer."""
-    return any(row.largest != 1 for row in loaded.strengths or ())
-
-
-def _interval(rate: dict[str, Any]) -> str:
-    low, high = rate["ci95"]
-    return f"{percent(rate['rate'])}, 95% interval {percent(low)} to {percent(high)}"
+def _interval(share: Share) -> str:
+    low, high = share.ci95
+    return f"{percent(share.rate)}, 95% interval {percent(low)} to {percent(high)}"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from abliterate.cards.induced import induced_card
 from abliterate.common.errors import AbliterateError
 from abliterate.directions.activations import Activations
 from abliterate.directions.keep import Kept
 from abliterate.directions.means import Directions
 from abliterate.measure import Judged, Measurement
 from abliterate.measure.judges import Judge
-from abliterate.models.handle import Handle
 from abliterate.run.opening import Job
 from abliterate.run.showing import Shown, filtered
 from abliterate.run.stages import collected
@@ -76,9 +73,6 @@ class Inducing(Strategy):
 
     def found(self, direction: dict[str, Any]) -> dict[str, Any]:
         return {"induced": {name: value for name, value in direction.items() if name != "note"}}
-
-    def write_card(self, path: Path, handle: Handle, document: dict[str, Any]) -> None:
-        path.write_text(induced_card(handle, document), encoding="utf-8")
 
 
 class Patient:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.apply.hooks import attached
-from abliterate.apply.proof import Proof, check_proof, prove, tolerance
-from abliterate.common.errors import AbliterateError, WriterError
+from abliterate.apply.proof import Proof, check_proof
+from abliterate.cards.card import model_card
+from abliterate.common.errors import AbliterateError
 from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.directions.activations_file import save_activations
@@ -41,6 +42,7 @@ from abliterate.run.facts import (
 from abliterate.run.inducing import Inducing
 from abliterate.run.opening import Job, check_lengths, open_model, open_prompts, opened, resolve_behaviour, set_prefill
 from abliterate.run.refusing import Refusing
+from abliterate.run.removing import Removal, proofs
 from abliterate.run.saving import Held, attach_or_bake, bytes_to_write, held, save_model, to_save
 from abliterate.run.searching import forget
 from abliterate.run.showing import filtered
@@ -165,12 +167,13 @@ def _carried_out(
     holding = held(handle, edit)
     document = _document(strategy, job, choice, holding)
     points = choice.frontier if strategy.keeps_frontier else []
+    removal = Removal(handle, edit) if len(edit.directions) else None
     recipes = [recipe_of(handle, one) for one in (edit, *(point.edit for point in points))]
     with whole_folder(out, overwrite=overwrite) as folder:
         with clock.stage("edit"):
             live = attach_or_bake(handle, edit, settings, reporter) if holding.weights else attached(handle, edit)
         with live:
-            left = _check_removed(handle, edit) if len(edit.directions) else None
+            removed = removal.check(handle) if removal else []
             with clock.stage("measure edited"):
                 edited = measured(handle, sides, judge, settings, reporter, "edited", original)
                 kept_found = kept.to_json(handle, edit, judge, **decoding(settings)) if kept else None
@@ -179,13 +182,14 @@ def _carried_out(
         with clock.stage("save"):
             document |= {"original": strategy.numbers(original), "edited": strategy.numbers(edited)}
             if proof is not None:
-                document["recipe"]["proof"] = {"writers": _component(proof), "edited": _component(left)}
+                document["recipe"] |= {"proof": proofs(proof, removed), "removed": removed}
             if kept_found:
                 document["kept"] = kept_found
             document["frontier"] = _save_recipes(recipes, choice, document, strategy.found, folder, clock)
             if holding.weights:
                 save_model(to_save(handle, edit, settings), folder / "model")
-                strategy.write_card(folder / "model" / "README.md", handle, document)
+                card = model_card(RunDocument.model_validate(document))
+                (folder / "model" / "README.md").write_text(card, encoding="utf-8")
         document["timings_s"] = clock.seconds
         typed = RunDocument.model_validate(document)
         typed.save(folder / "results.json")
@@ -221,23 +225,6 @@ def _searched(strategy: Strategy, job: Job, keep: Keep | None) -> tuple[Choice, 
             directions, kept = keeping(job.handle, keep, directions, contrasted, job.reporter)
     with clock.stage("search"):
         return strategy.search(job, directions, kept), directions, kept
-
-
-def _check_removed(handle: Handle, edit: Edit) -> Proof:
-    left = prove(handle, edit.directions[0])
-    whole = len(edit.writers) == len(find_writers(handle)) and bool((edit.strengths == 1).all())
-    # a direction that the weights are large along leaves more of their rounding than a random one: in half precision
-    # the bound is what tells it from a missed writer, which leaves 1/sqrt(d_model)
-    half = 0.4 * handle.d_model**-0.5 if handle.dtype.itemsize < 4 else 0.0
-    if whole and left.component > max(tolerance(handle), half):
-        raise WriterError(
-            f"after baking, a component of {left.component:.1e} is left at {left.where}; nothing was written"
-        )
-    return left
-
-
-def _component(proof: Proof | None) -> dict[str, Any] | None:
-    return proof and {"component": proof.component, "where": proof.where}
 
 
 def _document(strategy: Strategy, job: Job, choice: Choice, holding: Held) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from abliterate.cards.card import write_card
 from abliterate.common.names import public_name
 from abliterate.directions.activations import Activations
 from abliterate.directions.activations_file import load_activations
@@ -77,6 +76,3 @@ class Refusing(Strategy):
 
     def prompt_facts(self) -> dict[str, Any]:
         return {"filter": self.counted.to_json() if self.counted else None}
-
-    def write_card(self, path: Path, handle: Handle, document: dict[str, Any]) -> None:
-        write_card(path, handle, document)

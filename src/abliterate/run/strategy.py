@@ -75,7 +75,3 @@ class Strategy:
     def found(self, direction: dict[str, Any]) -> dict[str, Any]:
         """What a recipe says of how its direction was found."""
         return {"found_at": direction}
-
-    def write_card(self, path: Path, handle: Handle, document: dict[str, Any]) -> None:
-        """Write the saved model's card."""
-        raise NotImplementedError

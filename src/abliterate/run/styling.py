@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from abliterate.cards.style import style_card
 from abliterate.common.errors import NothingToDoError
 from abliterate.directions.activations import Activations
 from abliterate.directions.contrast import Rows, collect_contrast, contrast
@@ -13,7 +11,6 @@ from abliterate.directions.keep import Kept
 from abliterate.directions.means import Directions
 from abliterate.measure import judged
 from abliterate.measure.rates import Rate
-from abliterate.models.handle import Handle
 from abliterate.run.opening import Job
 from abliterate.run.stages import decoding
 from abliterate.run.strategy import Strategy
@@ -87,6 +84,3 @@ class Styling(Strategy):
             "validation": {"original": self.before.to_json("refused")},
             "contrast": {"target": len(self.rows.target), "baseline": len(self.rows.baseline)},
         }
-
-    def write_card(self, path: Path, handle: Handle, document: dict[str, Any]) -> None:
-        path.write_text(style_card(handle, document), encoding="utf-8")

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from abliterate.common.errors import AbliterateError, OutputError, RecipeError, shorten
+from abliterate.common.names import public
 from abliterate.edit.recipe import KEY, MOST_BYTES
 from abliterate.measure.document import load_document
-from abliterate.report.document import public
 
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".csv")
 MOST_PROMPT_BYTES = 10 * 10**6

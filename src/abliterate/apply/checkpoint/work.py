@@ -62,7 +62,7 @@ def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str)
     Raises:
         ModelError, RecipeError, WriterError: see `apply_checkpoint`.
     """
-    from abliterate.cards.applied import applied_card
+    from abliterate.cards.others import applied_card
 
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)

@@ -1,0 +1,202 @@
+"""Judging a model: refusals, over-refusals, divergence, degenerate answers, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from abliterate.common.reporting import SILENT, Tick, untold
+from abliterate.measure.coherence import is_degenerate
+from abliterate.measure.decode import BATCH, Answer, decode
+from abliterate.measure.divergence import Divergence, Reference, compare, make_reference
+from abliterate.measure.judges import Judge, LexicalJudge
+from abliterate.measure.rates import Rate
+from abliterate.models.handle import Handle
+
+
+@dataclass
+class Measurement:
+    """One model's numbers, as they stand in results.json.
+
+    Attributes:
+        refusal: refused target prompts.
+        over_refusal: refused baseline prompts.
+        divergence: from the original; None for the original itself.
+        degenerate: empty, looping or unended answers to baseline prompts, all decoded to the limit.
+        degenerate_on_target: the same on target prompts that are not refused (refusals stop early).
+        loss: mean negative log-likelihood of the original's answers to baseline prompts, nats per token.
+        target_answers, baseline_answers: what was decoded; kept out of `to_json`.
+        refused_target, refused_baseline: the judge's verdicts on them.
+        reference: for an original: what later measurements are compared with.
+        coherent: for a judge of style: answers to target prompts that show it and are not degenerate.
+        scores: for such a judge: its mean score on target and on baseline prompts.
+    """
+
+    refusal: Rate
+    over_refusal: Rate
+    divergence: Divergence | None
+    degenerate: Rate
+    degenerate_on_target: Rate
+    loss: float
+    target_answers: list[Answer] = field(repr=False)
+    baseline_answers: list[Answer] = field(repr=False)
+    refused_target: list[bool] = field(repr=False)
+    refused_baseline: list[bool] = field(repr=False)
+    reference: Reference | None = field(default=None, repr=False)
+    coherent: Rate | None = None
+    scores: tuple[float, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        style: dict[str, Any] = {}
+        if self.coherent is not None and self.scores is not None:
+            score = dict(zip(("target", "baseline"), self.scores, strict=True))
+            style = {"coherent": self.coherent.to_json("refused"), "score": score}
+        return {
+            "refusal": self.refusal.to_json("refused"),
+            "over_refusal": self.over_refusal.to_json("refused"),
+            "divergence": self.divergence and self.divergence.to_json(),
+            "degenerate": self.degenerate.to_json(),
+            "degenerate_on_target": self.degenerate_on_target.to_json(),
+            "loss": {"baseline_answers": self.loss},
+            **style,
+        }
+
+
+def measure(
+    handle: Handle,
+    target: Sequence[str],
+    baseline: Sequence[str],
+    *,
+    original: Measurement | None = None,
+    judge: Judge | None = None,
+    max_new_tokens: int = 100,
+    batch_size: int = BATCH,
+    progress: Callable[[str, int], Tick] = SILENT.progress,
+) -> Measurement:
+    """Measure a model on held-out prompts.
+
+    Args:
+        handle: the model, with or without an edit attached or baked.
+        target, baseline: held-out prompts; where they are the same, answers are decoded once and count for both.
+        original: the original's measurement on the same baseline prompts, to get a divergence from it;
+            None when `handle` is the original.
+        judge: decides what a refusal is; the lexical one by default.
+        max_new_tokens: longest answer decoded.
+        batch_size: rows decoded at a time.
+        progress: progress(stage, total) gives the function to call with the number done.
+
+    Example:
+        >>> before = measure(h, target, baseline)
+        >>> with edit.attached(h):
+        ...     after = measure(h, target, baseline, original=before)
+    """
+    judge = judge or LexicalJudge()
+    one = list(target) == list(baseline)
+    prompts, count = list(target) if one else [*target, *baseline], len(target)
+    # Together: baseline prompts take the places of refusals, which stop early. They go on to the limit:
+    # whether one loops is seen only there.
+    answers, refused = judged(
+        handle,
+        prompts,
+        judge,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_on=lambda index: (True, False) if index < count and not one else (True,),
+        tick=progress("answers", len(prompts)),
+    )
+    on_target = Judged(answers[:count], refused[:count])
+    on_baseline = Judged(answers, refused) if one else Judged(answers[count:], refused[count:])
+    reference = original.reference if original else reference_of(handle, baseline, *on_baseline)
+    divergence = None
+    loss = reference.loss if reference else 0.0
+    if original is not None and reference is not None:
+        divergence = compare(handle, reference, progress("divergence", len(reference.rows)))
+        loss = divergence.loss
+    return Measurement(
+        refusal=on_target.rate,
+        over_refusal=on_baseline.rate,
+        divergence=divergence,
+        degenerate=on_baseline.degenerate,
+        degenerate_on_target=Judged([a for a, shown in zip(*on_target, strict=True) if not shown], []).degenerate,
+        loss=loss,
+        target_answers=on_target.answers,
+        baseline_answers=on_baseline.answers,
+        refused_target=on_target.shown,
+        refused_baseline=on_baseline.shown,
+        reference=None if original else reference,
+        coherent=on_target.coherent if hasattr(judge, "scores") else None,
+        scores=(mean_score(judge, on_target.answers), mean_score(judge, on_baseline.answers)),
+    )
+
+
+def mean_score(judge: Judge, answers: Sequence[Answer]) -> float:
+    """The mean of a style judge's scores; 0 for judges that give none."""
+    scores: list[float] = getattr(judge, "scores", lambda texts: [])([a.text for a in answers])
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+class Judged(NamedTuple):
+    """Answers and, for each, whether it shows the behaviour (by default: refuses)."""
+
+    answers: list[Answer]
+    shown: list[bool]
+
+    @property
+    def rate(self) -> Rate:
+        """Answers that show it."""
+        return Rate(sum(self.shown), len(self.shown))
+
+    @property
+    def degenerate(self) -> Rate:
+        """Answers that are degenerate; of one stopped at a settled verdict it can only be seen whether it loops."""
+        return Rate(sum(_broken(a) for a in self.answers), len(self.answers))
+
+    @property
+    def coherent(self) -> Rate:
+        """Answers that show it and are not degenerate; they must have been decoded to their end."""
+        return Rate(sum(shown and not _broken(a) for a, shown in zip(*self, strict=True)), len(self.answers))
+
+
+def _broken(answer: Answer) -> bool:
+    return is_degenerate(answer.text, finished=answer.finished)
+
+
+def judged(
+    handle: Handle,
+    prompts: Sequence[str],
+    judge: Judge,
+    *,
+    max_new_tokens: int,
+    batch_size: int = BATCH,
+    stop_on: tuple[bool, ...] | Callable[[int], tuple[bool, ...]] = (True, False),
+    tick: Tick = untold,
+) -> Judged:
+    """Greedy answers and the judge's verdicts.
+
+    Decoding stops where the verdict is settled as one in `stop_on`, or in what that gives for the prompt's index.
+    """
+
+    def settled(index: int, text: str) -> bool:
+        return judge.settled(prompts[index], text) in (stop_on(index) if callable(stop_on) else stop_on)
+
+    answers = decode(
+        handle,
+        handle.prompt_ids(prompts),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        settled=settled,
+        tick=tick,
+    )
+    return Judged(answers, judge.judge(prompts, [a.text for a in answers]))
+
+
+def reference_of(
+    handle: Handle, baseline: Sequence[str], answers: Sequence[Answer], refused: Sequence[bool]
+) -> Reference | None:
+    """The original's distributions on the baseline prompts it answers: undoing an over-refusal is not damage."""
+    kept = [i for i, r in enumerate(refused) if not r and answers[i].ids]
+    if not kept:
+        return None
+    ids = handle.prompt_ids([baseline[i] for i in kept])
+    return make_reference(handle, ids, [answers[i] for i in kept])
