@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import abliterate as ab
-from abliterate.apply.adapter import merged
+from abliterate.apply.adapter.form import merged
 from abliterate.apply.forms import ApplyOptions, apply_recipe
 from abliterate.common.reporting import Silent
 from abliterate.edit.edit import Edit

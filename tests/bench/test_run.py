@@ -28,7 +28,7 @@ EDITED = ("model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.o_pro
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, a recipe for the first, the first with it baked in, and an adapter that is the recipe."""
-    from abliterate.apply.adapter import apply_adapter
+    from abliterate.apply.adapter.form import apply_adapter
     from abliterate.apply.forms import ApplyOptions
     from abliterate.common.reporting import Silent
 

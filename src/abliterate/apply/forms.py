@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMS: dict[str, str] = {
     "checkpoint": "abliterate.apply.checkpoint.form:apply_checkpoint",
-    "adapter": "abliterate.apply.adapter:apply_adapter",
+    "adapter": "abliterate.apply.adapter.form:apply_adapter",
     "gguf": "abliterate.apply.gguf.form:apply_gguf",
     "gguf-adapter": "abliterate.apply.gguf.adapter:apply_gguf_adapter",
     "control-vector": "abliterate.apply.gguf.control_vector:apply_control_vector",

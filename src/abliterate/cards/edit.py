@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from abliterate.cards.tables import Table
 from abliterate.cards.words import counted, span
 from abliterate.common.names import public_name, public_source
-from abliterate.measure.document import Candidate, HealFacts, PlaceOf, RecipeFacts, Removed, RunDocument
+from abliterate.measure.document import HealFacts, RecipeFacts, Removed, RunDocument
+from abliterate.measure.numbers import Candidate, PlaceOf
 
 TIED = {
     "kept": "embedding and head stay tied, so the head is edited with the embedding",

@@ -15,7 +15,7 @@ from abliterate.cards.head import head, split
 from abliterate.cards.tables import results_of
 from abliterate.cards.words import counted, span
 from abliterate.common.names import is_local, public_name
-from abliterate.measure.document import Candidate, Span
+from abliterate.measure.numbers import Candidate, Span
 
 if TYPE_CHECKING:
     from abliterate.edit.recipe import Recipe

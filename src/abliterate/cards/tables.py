@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from abliterate.cards.words import count_of
-from abliterate.measure.document import Measured, RunDocument
+from abliterate.measure.document import RunDocument
+from abliterate.measure.numbers import Measured
 
 
 @dataclass

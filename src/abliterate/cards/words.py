@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from abliterate.measure.document import Share, Span
+from abliterate.measure.numbers import Share, Span
 
 
 def percent(share: float) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.cards.tables import Table
-from abliterate.measure.document import Share
+from abliterate.measure.numbers import Share
 
 DIVERGING = [[0.0, "@cold"], [0.5, "@paper"], [1.0, "@warm"]]
 Trace = dict[str, Any]

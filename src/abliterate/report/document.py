@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from abliterate.cards.words import number
 from abliterate.common.errors import AbliterateError, RecipeError
 from abliterate.common.names import public
-from abliterate.measure.document import Candidate, FrontierPoint, PlaceOf, RunDocument, Share, load_document
+from abliterate.measure.document import RunDocument, load_document
+from abliterate.measure.numbers import Candidate, FrontierPoint, PlaceOf, Share
 
 if TYPE_CHECKING:
     from abliterate.edit.edit import Edit

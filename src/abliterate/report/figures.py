@@ -7,7 +7,7 @@ from typing import Any
 
 from abliterate.cards.tables import Table
 from abliterate.cards.words import count_of, joined, number
-from abliterate.measure.document import Candidate
+from abliterate.measure.numbers import Candidate
 from abliterate.report.charts import Figure, Frame, Trace, axis, bars, digits, layer_axis, ring, scatter
 from abliterate.report.document import Loaded, Point, WriterStrength, place_name
 from abliterate.report.streams import cosine_map, projection, separation, tokens

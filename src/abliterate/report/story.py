@@ -8,7 +8,8 @@ from abliterate.cards import edit
 from abliterate.cards.tables import Table, divergences, losses, shares, state_table
 from abliterate.cards.words import joined, number, percent
 from abliterate.common.names import public, public_source
-from abliterate.measure.document import STATES, Share
+from abliterate.measure.document import STATES
+from abliterate.measure.numbers import Share
 from abliterate.report.document import Loaded
 from abliterate.report.repeat import model_name
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from abliterate.cards.tables import Table
 from abliterate.cards.words import number, percent
-from abliterate.measure.document import PlaceOf
+from abliterate.measure.numbers import PlaceOf
 from abliterate.report.charts import Figure, Frame, Trace, axis, digits, heat, layer_axis, scatter, stars
 from abliterate.report.document import Loaded
 

@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 
 from abliterate.common.errors import AbliterateError
-from abliterate.measure.document import Share, load_document
+from abliterate.measure.document import load_document
+from abliterate.measure.numbers import Share
 
 WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 640, 260, 62, 44, 16
 

@@ -13,7 +13,8 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from abliterate.apply.adapter import apply_adapter, low_rank, merged, truncated
+from abliterate.apply.adapter.form import apply_adapter, merged
+from abliterate.apply.adapter.low_rank import low_rank, truncated
 from abliterate.apply.forms import ApplyOptions
 from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.weights import bake

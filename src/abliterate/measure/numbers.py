@@ -1,0 +1,154 @@
+"""The numbers of results.json as types: shares and their intervals, what was measured of a model, a search's points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Part(BaseModel):
+    """An object of results.json."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+
+class Share(Part):
+    """A count of a total with its 95% Wilson interval; what is counted has one of three names."""
+
+    refused: int | None = None
+    answered: int | None = None
+    count: int | None = None
+    total: int
+    rate: float
+    ci95: tuple[float, float]
+
+    @property
+    def counted(self) -> int:
+        """How many, whatever the name."""
+        return next((n for n in (self.refused, self.answered, self.count) if n is not None), 0)
+
+
+class DivergenceNumbers(Part):
+    """KL(original || model) in nats per token."""
+
+    first_token: float
+    answer: float
+    prompts: int | None = None
+
+
+class Loss(Part):
+    """Mean negative log-likelihood in nats per token."""
+
+    baseline_answers: float
+
+
+class BySide(Part):
+    """A number for target and for baseline prompts."""
+
+    target: float
+    baseline: float
+
+
+class Measured(Part):
+    """One model's numbers on the test split: the JSON part of `measure.Measurement`.
+
+    Attributes:
+        refusal, over_refusal: target and baseline prompts that show the behaviour (by default: refused).
+        divergence: from the original; None for the original itself.
+        degenerate, degenerate_on_target: of answers to baseline prompts, and to target prompts that don't show it.
+        loss: on the original's answers.
+        coherent, score: of a style: shown and not degenerate; the judge's mean score.
+        coherent_over_refusal: of induced refusals: baseline prompts refused in whole sentences.
+    """
+
+    refusal: Share
+    over_refusal: Share | None = None
+    divergence: DivergenceNumbers | None = None
+    degenerate: Share | None = None
+    degenerate_on_target: Share | None = None
+    loss: Loss | None = None
+    coherent: Share | None = None
+    score: BySide | None = None
+    coherent_over_refusal: Share | None = None
+
+
+class Span(Part):
+    """The least and the largest of some numbers."""
+
+    min: float
+    max: float
+
+
+class PlaceOf(Part):
+    """Where in the stream a direction was found."""
+
+    layer: int
+    site: str
+    position: int
+
+
+class Candidate(Part):
+    """A direction that a search looked at and what it found of it; `stage` says how far it came.
+
+    `source` and the fields after it are of shifts that induce refusals.
+    """
+
+    layer: int
+    site: str
+    position: int | None = None
+    second: PlaceOf | None = None
+    strength: float | None = None
+    separation: float | None = None
+    bypass: float | None = None
+    induce: float | None = None
+    divergence: float | None = None
+    refusal: Share | None = None
+    stage: str | None = None
+    note: str = ""
+    source: str | None = None
+    size: float | None = None
+    loss: float | None = None
+    cosine: float | None = None
+    coherent_refusal: Share | None = None
+    degenerate: Share | None = None
+
+    def is_at(self, other: Candidate) -> bool:
+        """Whether both are the same direction at the same strength."""
+        return all(
+            getattr(self, name) == getattr(other, name) for name in ("layer", "site", "position", "second", "strength")
+        )
+
+
+class FrontierPoint(Part):
+    """An edit on the frontier and what validation found.
+
+    Attributes:
+        refusal: of target prompts.
+        divergence: from the original at the first answer token, in nats.
+        divergence_along: the same along its answers.
+        weight: what the fit weighed refusals with to get there.
+        scaled: of a fitted edit's strengths, where the point is such an edit made lighter.
+        trial, parameters, objectives: of a search by trials.
+        score, degenerate: of a style.
+        seconds, cpu_seconds: after the run's start, and of the process, when it was there.
+        recipe: its file beside results.json.
+        strengths: writer to strength, where no recipe holds them.
+        chosen: whether the run took it; None where the file doesn't say.
+    """
+
+    refusal: Share
+    divergence: float
+    divergence_along: float | None = None
+    weight: float | None = None
+    scaled: float | None = None
+    trial: int | None = None
+    parameters: dict[str, Any] | None = None
+    objectives: dict[str, float] | None = None
+    score: float | None = None
+    degenerate: Share | None = None
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    recipe: str | None = None
+    strengths: dict[str, Any] | None = None
+    chosen: bool | None = None

@@ -1,0 +1,123 @@
+"""From the tables of a source to prompts by split: which column, which turn of a chat, each checked to be text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from abliterate.common.errors import PromptError
+from abliterate.common.errors import shorten as shorten
+from abliterate.prompts.chat import CHATML as CHATML
+from abliterate.prompts.chat import check_context as check_context
+from abliterate.prompts.chat import format_prompts as format_prompts
+from abliterate.prompts.chat import instruction_suffix_length as instruction_suffix_length
+from abliterate.prompts.chat import resolve_chat_template as resolve_chat_template
+from abliterate.prompts.sources import BUNDLED as BUNDLED
+from abliterate.prompts.sources import SHORT_NAMES as SHORT_NAMES
+from abliterate.prompts.sources import SPLIT_NAMES, Origin, Table, listed, read_tables
+from abliterate.prompts.sources import HubUnreachableError as HubUnreachableError
+from abliterate.prompts.sources import Role as Role
+from abliterate.prompts.sources import hub_answers as hub_answers
+
+COLUMN_NAMES = (
+    *("text", "prompt", "instruction", "question", "goal", "query"),
+    *("input", "request", "behavior", "content", "messages", "conversations"),
+)
+
+
+MIN_PROMPTS = 8
+
+
+def read_splits(origin: Origin) -> tuple[dict[str, list[str]], list[str]]:
+    """Prompts by split: `train`, `validation`, `test`, or `""` for a source that isn't divided."""
+    tables = read_tables(origin)
+    notes: list[str] = []
+    if origin.split is not None and origin.dataset is None:
+        tables = {"": _named_split(tables, origin)}
+    elif len(tables) == 1:
+        tables = {"": next(iter(tables.values()))}
+    unknown = [name for name in tables if name and name.casefold() not in SPLIT_NAMES]
+    if unknown and not any(SPLIT_NAMES.get(name.casefold()) == "train" for name in tables):
+        how = "name one as id:split" if origin.dataset else "call one 'train'"
+        raise PromptError(f"{origin.label} has no split 'train'{listed(tables)}; {how}")
+    if unknown:
+        notes.append(f"{origin.label}: splits left aside: {', '.join(map(repr, unknown))}")
+    splits: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        if name not in unknown:
+            splits.setdefault(SPLIT_NAMES.get(name.casefold(), ""), []).extend(_texts(table, origin, notes))
+    if not any(splits.values()):
+        raise PromptError(f"{origin.label} is empty; put at least {MIN_PROMPTS} prompts into it")
+    return splits, notes
+
+
+def _named_split(tables: Mapping[str, Table], origin: Origin) -> Table:
+    wanted = origin.split or ""
+    for name, table in tables.items():
+        if name == wanted or SPLIT_NAMES.get(name.casefold()) == SPLIT_NAMES.get(wanted.casefold(), wanted):
+            return table
+    raise PromptError(f"{origin.label} has no split '{wanted}'{listed(filter(None, tables))}; name one it has")
+
+
+def _texts(table: Table, origin: Origin, notes: list[str]) -> list[str]:
+    """The prompts of a table, each checked to be text that isn't blank."""
+    if not table.places:
+        return []
+    column = _choose_column(table, origin)
+    texts: list[str] = []
+    blank = 0
+    for value, place in zip(table.columns[column], table.places, strict=True):
+        text = _first_user_turn(value)
+        if text is not None and text.strip():
+            texts.append(text.strip())
+        elif text is not None and origin.dataset is not None:
+            blank += 1  # The user can't correct somebody else's data set, so it isn't an error there.
+        else:
+            where = f"{origin.label}, {place}" + (f", column '{column}'" if column else "")
+            what = "is blank" if text is not None else f"is not text but {shorten(repr(value), 60)}"
+            raise PromptError(f"{where}: the prompt {what}; correct it or delete it")
+    if blank:
+        notes.append(f"{origin.label}: dropped {count(blank, 'blank prompt')}")
+    return texts
+
+
+def _choose_column(table: Table, origin: Origin) -> str:
+    """The column named by the user, or the first whose name is usual for prompts."""
+    names = [name for name in table.columns if name]
+    if origin.column is not None:
+        if origin.column in table.columns:
+            return origin.column
+        has = f"it has: {', '.join(map(repr, names))}" if names else "it is a plain list of prompts"
+        remedy = f"name one with {origin.option}" if names else f"leave {origin.option} out"
+        raise PromptError(f"{origin.label} has no column '{origin.column}' ({has}); {remedy}")
+    if not names:
+        return ""
+    by_name = {name.casefold(): name for name in reversed(names)}
+    for usual in COLUMN_NAMES:
+        if usual in by_name:
+            return by_name[usual]
+    raise PromptError(
+        f"{origin.label} has no column with a usual name for prompts, such as 'text' or 'prompt'"
+        f"{listed(names)}; name one with {origin.option}"
+    )
+
+
+def _first_user_turn(value: object) -> str | None:
+    """A prompt's text, or that of the first user message of a chat; None if there is none."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence):
+        return None
+    for turn in value:
+        if not isinstance(turn, Mapping):
+            return None
+        if turn.get("role", turn.get("from")) in ("user", "human"):
+            content = turn.get("content", turn.get("value"))
+            if isinstance(content, list):
+                parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+                return "\n".join(part for part in parts if isinstance(part, str))
+            return content if isinstance(content, str) else None
+    return None
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
