@@ -46,7 +46,7 @@ def page(rows: Iterable[Row]) -> str:
 
 HEAD = """# Architectures
 
-Written by `pytest tests/test_architectures.py`. Each is a random model of 2 to 4 blocks made from its transformers
+Written by `pytest tests/models/test_architectures.py`. Each is a random model of 2 to 4 blocks made from its transformers
 config (gains and biases random too). Its writers are found by looking at a run, without a table of names; then a
 direction is taken out of every writer at full strength in float32, and the largest |r.h| / |h| left at any site of
 the stream is measured: with the edit attached live, baked into the weights, and in the saved files loaded again by
