@@ -23,9 +23,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # What takes minutes to make, the longest first: the tests that use one stay together on one worker (--dist loadgroup),
 # all other tests of a file on another.
-SHARED = ("healed", "found", "result", "demo_guard_audit", "bar", "converted")
+SHARED = ("healed", "found", "result", "bar", "converted")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests with a fixture that takes minutes make a group, and each file another; the longest groups first."""
     places = {}
