@@ -238,11 +238,11 @@ def test_experts_in_a_list_are_all_writers_whether_the_router_picked_them_or_not
 
 
 def test_an_expert_the_probe_never_saw_is_noticed_by_the_proof_when_it_is_missed(tiny_handle, monkeypatch):
-    from abliterate.models import writers
+    from abliterate.apply import proof
 
     mixture = tiny_handle.blocks[1].mlp = Mixture(tiny_handle.blocks[1].mlp).requires_grad_(False)
     whole = find_writers(tiny_handle)
-    monkeypatch.setattr(writers, "find_writers", lambda _: [w for w in whole if ".mlp.down.5." not in w.name])
+    monkeypatch.setattr(proof, "find_writers", lambda _: [w for w in whole if ".mlp.down.5." not in w.name])
     assert prove(tiny_handle).component < 1e-5  # the router doesn't pick it ...
     mixture.chosen = lambda x: 5
     with pytest.raises(WriterError, match=r"block 1, post \(mlp writes it\)"):  # ... until it does
