@@ -46,13 +46,13 @@ def page(rows: Iterable[Row]) -> str:
 
 HEAD = """# Architectures
 
-Written by `pytest tests/models/test_architectures.py`. Each is a random model of 2 to 4 blocks made from its transformers
-config (gains and biases random too). Its writers are found by looking at a run, without a table of names; then a
-direction is taken out of every writer at full strength in float32, and the largest |r.h| / |h| left at any site of
-the stream is measured: with the edit attached live, baked into the weights, and in the saved files loaded again by
-plain transformers. Other architectures go through the same search; one that isn't understood stops with an error
-that names block and side. Of a multimodal model the language model is edited; what projects image tokens into it is
-reported (`find_writers(handle, projector=True)`) and left alone.
+Written by `pytest tests/models/test_architectures.py`. Each is a random model of 2 to 4 blocks made from its
+transformers config (gains and biases random too). Its writers are found by looking at a run, without a table of names;
+then a direction is taken out of every writer at full strength in float32, and the largest |r.h| / |h| left at any
+site of the stream is measured: with the edit attached live, baked into the weights, and in the saved files loaded
+again by plain transformers. Other architectures go through the same search; one that isn't understood stops with an
+error that names block and side. Of a multimodal model the language model is edited; what projects image tokens into
+it is reported (`find_writers(handle, projector=True)`) and left alone.
 
 """
 
