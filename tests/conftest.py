@@ -12,6 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints a warning amo
 
 import ipaddress
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,21 +22,20 @@ import abliterate.api  # noqa: F401  (as `ab.` does: the methods of Edit and Han
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-# What takes minutes to make, the longest first: the tests that use one stay together on one worker (--dist loadgroup),
-# all other tests of a file on another.
-SHARED = ("healed", "found", "result", "bar", "converted")
+LONGEST = (
+    "heal/test_demo.py", "run/test_second_model.py", "run/test_second_guard.py", "run/test_demo_model.py",
+    "search/test_induce.py", "test_notebook.py", "apply/gguf/test_form.py", "apply/test_all_forms.py",
+)  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Tests with a fixture that takes minutes make a group, and each file another; the longest groups first."""
-    places = {}
-    for item in items:
-        shared = next((name for name in SHARED if name in item.fixturenames and item.get_closest_marker("slow")), None)
-        slow = item.get_closest_marker("slow") is not None
-        places[item] = SHARED.index(shared) if shared else len(SHARED) + (not slow)
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{shared or ('slow' if slow else 'quick')}"))
-    items.sort(key=places.__getitem__)
+    """The files that take minutes first, so that two processes (`make test`) come to their end together.
+
+    By file, not by xdist's groups: pytest 9.2 no longer has the attribute that pytest-xdist 3.8 names them by.
+    """
+    tests = Path(__file__).parent
+    order = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session")

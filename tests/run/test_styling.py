@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from abliterate.common.errors import AbliterateError, NothingToDoError
 from abliterate.directions.means import Directions
 from abliterate.edit.recipe import load_recipe
+from abliterate.measure import measurement
 from abliterate.measure.judges import StyleJudge
 from abliterate.models.loading import load
 from abliterate.prompts.behaviour import load_behaviour
@@ -146,9 +146,8 @@ PROMPTS = ["How are you?", "What is rain?", "Tell me of the sea.", "Why do birds
 
 
 def test_adding_finds_the_size_at_which_it_shows(monkeypatch):
-    monkeypatch.setattr(
-        import_module("abliterate.measure"), "is_degenerate", lambda text, finished: False
-    )  # "QQQQ" is what was planted
+    # "QQQQ" is what was planted
+    monkeypatch.setattr(measurement, "is_degenerate", lambda text, finished: False)
     handle, directions = planted_style()
     asked = StyleSettings(sizes=(0.01, 4.0), screen_prompts=4, screen_tokens=4, prompts=4, tokens=4)
     choice = add_style(handle, directions, PROMPTS, SaysQ(), asked)
@@ -158,7 +157,7 @@ def test_adding_finds_the_size_at_which_it_shows(monkeypatch):
 
 def test_removing_undoes_what_was_added(monkeypatch):
     """A model shifted towards a style is shifted back by the search."""
-    monkeypatch.setattr(import_module("abliterate.measure"), "is_degenerate", lambda text, finished: False)
+    monkeypatch.setattr(measurement, "is_degenerate", lambda text, finished: False)
     handle, directions = planted_style()
     with shifted(directions, [1], 4.0).attached(handle):
         asked = StyleSettings(sizes=(0.5, 4.0), screen_prompts=4, screen_tokens=4, prompts=4, tokens=4, finalists=4)
@@ -175,7 +174,7 @@ def test_a_shift_is_shared_by_its_blocks():
 
 def test_answers_that_loop_do_not_count(monkeypatch):
     handle, directions = planted_style()
-    monkeypatch.setattr(import_module("abliterate.measure"), "is_degenerate", lambda text, finished: True)
+    monkeypatch.setattr(measurement, "is_degenerate", lambda text, finished: True)
     with pytest.raises(AbliterateError, match="no coherent answer"):
         add_style(handle, directions, PROMPTS, SaysQ(), StyleSettings(sizes=(4.0,), prompts=4, tokens=4))
 
