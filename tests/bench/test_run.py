@@ -197,6 +197,7 @@ def test_a_harness_group_is_one_row_of_all_its_items(
     assert [(row.name, row.items) for row in found.table.rows] == [("both", 10)]
 
 
+@pytest.mark.slow
 def test_chat_is_asked_for_or_the_suites_habit(desk: Path, tmp_path: Path) -> None:
     def formatted(chat: bool | None, suite: str = "quick") -> dict[str, bool]:
         found = bench(of(desk, "one"), None, options(tmp_path, suite, limit=1, chat=chat))

@@ -62,6 +62,7 @@ def test_bundled_tasks_are_built_without_the_index_of_the_harness(monkeypatch: p
     assert "210" in SUITES["quick"].about
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_named_with_what_looks_like_it() -> None:
     with pytest.raises(AbliterateError, match=r"no suite or task 'helaswag'.*did you mean hellaswag"):
         build(suite_of(["helaswag"]))

@@ -30,6 +30,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_libraries_warn_in_the_log_file_alone(tmp_path):
     model, log = save_tiny(tmp_path / "model"), tmp_path / "log"
     command = [sys.executable, "-c", SCRIPT, "inspect", str(model), "--log-file", str(log)]

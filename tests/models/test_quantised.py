@@ -69,6 +69,7 @@ def test_gradients_pass(folder):
     assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()  # bfloat16 against float32
 
 
+@pytest.mark.slow
 def test_a_run_fits_it_live_and_saves_the_edit_in_full_precision(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "make_judge", lambda *args, **kwargs: RefusesTargets())
     short = partial(FitSettings, weights=(1.0,), lighter=(0.5,), steps_between=2)

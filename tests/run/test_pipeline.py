@@ -200,6 +200,7 @@ def test_odd_generation_config_is_kept(tmp_path, monkeypatch):
     assert (loaded.generation_config.temperature, loaded.generation_config.top_p) == (0.6, 0.9)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(done, tiny_folder, tmp_path):
     torch.manual_seed(8)
     run(str(tiny_folder), tmp_path / "elsewhere", settings(search=SWEEP))
@@ -216,6 +217,7 @@ def test_another_seed_takes_other_prompts(done, tiny_folder, tmp_path):
     assert result.document["prompts"]["target"]["train"]["sha256"] != before
 
 
+@pytest.mark.slow
 def test_saved_activations_give_the_same_directions(done, tiny_folder, tmp_path):
     pipeline.collect_to_file(str(tiny_folder), tmp_path / "acts.safetensors", settings())
     result = run(str(tiny_folder), tmp_path / "out", settings(search=SWEEP), activations=tmp_path / "acts.safetensors")
@@ -235,6 +237,7 @@ def test_article_takes_the_first_that_passes(tiny_folder, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_layers_limit_what_is_edited(tiny_folder, tmp_path):
     result = run(str(tiny_folder), tmp_path / "out", settings(search={**SWEEP, "layers": "1-2"}))
     assert result.edit.writers
@@ -273,6 +276,7 @@ class Lines(Silent):
         self.said.append(text)
 
 
+@pytest.mark.slow
 def test_log_says_how_many_prompts_the_filter_kept(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "make_judge", lambda spec: PromptJudge())
     prompts = {**FEW, "train_prompts": 16, "validation_prompts": 12}
@@ -284,6 +288,7 @@ def test_log_says_how_many_prompts_the_filter_kept(tiny_folder, tmp_path, monkey
     assert result.document["prompts"]["filter"]["refused"]["total"] == 16
 
 
+@pytest.mark.slow
 def test_answers_to_target_prompts_are_nowhere(tiny_folder, tmp_path, monkeypatch):
     judge = PromptJudge()
     monkeypatch.setattr(opening, "make_judge", lambda spec: judge)

@@ -167,6 +167,7 @@ def refusing(monkeypatch):
     monkeypatch.setattr(opening, "make_judge", lambda name: Parity())
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_model_that_holds_the_shift(refusing, tiny_folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -197,6 +198,7 @@ def test_the_command_writes_a_model_that_holds_the_shift(refusing, tiny_folder, 
     assert "the edits are the same" in succeeds("diff", out / "recipe.safetensors", out / "recipe.safetensors").out
 
 
+@pytest.mark.slow
 def test_a_class_that_can_t_hold_it_says_so_and_is_measured_live(refusing, tmp_path):
     folder = save_tiny(tmp_path / "mistral", FAMILIES["mistral"]())
     done = succeeds("run", folder, "--induce", "--force", "--out", tmp_path / "out", *COMMAND)

@@ -128,6 +128,7 @@ def test_the_same_seed_gives_the_same_frontier_and_another_seed_another(work):
     assert [p.note["parameters"] for p in one] != [p.note["parameters"] for p in other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["x.journal", "sqlite:///{}/x.db"])
 def test_a_search_cut_short_and_resumed_is_the_uninterrupted_one(work, tmp_path, place, monkeypatch):
     monkeypatch.setattr(module, "STARTUP", 3)  # so that what is drawn depends on the trials before
