@@ -53,6 +53,7 @@ def test_a_table_a_document_and_a_card(desk: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_one_line(desk: Path) -> None:
     assert "did you mean" in fails(desk, "bench", "one", "--suite", "helaswag")
     assert "--batch-size some" in fails(desk, "bench", "one", "--batch-size", "some")

@@ -139,7 +139,7 @@ def test_nothing_is_left_to_edit_where_everything_is_kept(desk):
 def test_tpe_has_drifting_on_what_is_kept_as_an_objective_and_chooses_by_it(tmp_path):
     """An edit of the embedding loses "K" without a component along the span: only the objective can see it."""
     desk, study = Desk(tmp_path, planted_twice(BENEATH)), tmp_path / "study.journal"
-    document = desk.run("out", "tpe", "--study", study)
+    document = desk.run("out", "tpe", "--study", study, "--dtype", "bfloat16")  # trials differ by rounding
     found = optuna.load_study(study_name=tpe.STUDY, storage=tpe._storage(str(study))).get_trials()
     assert len(found) == 12
     good = [(divergence, kept) for refused, divergence, kept in (trial.values for trial in found) if not refused]

@@ -6,6 +6,8 @@ import logging
 import subprocess
 import sys
 
+import pytest
+
 from abliterate.common.reporting import libraries_told
 from models import save_tiny
 

@@ -9,6 +9,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from abliterate.common.errors import ModelError, NonFiniteError, PromptError
+from abliterate.models import loading
 from abliterate.models.handle import check_finite, common_prefix, config_hash, find_prefill
 from abliterate.models.loading import load
 from models import EOS, FAMILIES, handle_of, save_tiny, tiny_llama, tiny_tokenizer
@@ -27,13 +28,23 @@ def test_a_folder_is_loaded_ready_to_use(tiny_folder):
     torch.testing.assert_close(handle.model(IDS).logits, tiny_llama()(IDS).logits)
 
 
-def test_auto_takes_the_first_dtype_that_runs_and_remembers_that_of_the_file(tiny_folder):
+def test_auto_takes_the_first_dtype_that_runs_and_remembers_that_of_the_file(tiny_folder, monkeypatch):
+    monkeypatch.setattr(loading, "_multiplies_bfloat16", lambda: True)
     handle = load(tiny_folder)
     assert handle.dtype == torch.bfloat16
     assert handle.source_dtype == torch.float32
 
 
-def test_what_overflows_in_float16_says_where_and_what_to_do(tmp_path):
+def test_a_cpu_without_instructions_for_bfloat16_takes_float32_where_there_is_room(tiny_folder, monkeypatch):
+    monkeypatch.setattr(loading, "_multiplies_bfloat16", lambda: False)
+    assert load(tiny_folder).dtype == torch.float32
+    assert load(tiny_folder, dtype="bfloat16").dtype == torch.bfloat16
+    monkeypatch.setattr(loading, "_memory", lambda: 4 * (tiny_folder / "model.safetensors").stat().st_size - 1)
+    assert load(tiny_folder).dtype == torch.bfloat16
+
+
+def test_what_overflows_in_float16_says_where_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_multiplies_bfloat16", lambda: True)
     model = tiny_llama()
     for projection in (model.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.down_proj):
         projection.weight.mul_(2e4)

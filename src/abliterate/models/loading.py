@@ -198,14 +198,21 @@ def _load_weights(
 def _auto_dtypes(where: str, gguf_file: str | None, device_map: str | None) -> tuple[torch.dtype, ...]:
     """In which dtypes a model is tried: bfloat16 first, but on a CPU without instructions for it, which multiplies
     float32 several times as fast, float32 where a local model then takes at most half of the memory."""
-    if device_map not in (None, "cpu") or torch.accelerator.is_available() or not torch.backends.mkldnn.is_available():
-        return AUTO_DTYPES
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported() or not hasattr(os, "sysconf"):
+    if device_map not in (None, "cpu") or torch.accelerator.is_available() or _multiplies_bfloat16():
         return AUTO_DTYPES
     files = [Path(where) / gguf_file] if gguf_file else list(Path(where).glob("*.safetensors"))
     widened = (8 if gguf_file else 2) * sum(file.stat().st_size for file in files)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (torch.float32,) if files and widened <= memory / 2 else AUTO_DTYPES
+    return (torch.float32,) if files and widened <= _memory() / 2 else AUTO_DTYPES
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; True where that can't be told."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine; 0 where that can't be told."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def _from_pretrained(source: str, where: str, options: dict[str, Any]) -> Any:
