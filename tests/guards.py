@@ -29,7 +29,6 @@ from abliterate.search.article import article
 from abliterate.search.sweep import sweep
 from abliterate.settings.run import resolve
 from gemma import SHA256, gemma_gguf
-from long import LONG_TESTS
 
 SECOND_GUARD = Path(__file__).parent / "data" / "second_guard"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_guard.py"
@@ -43,7 +42,6 @@ GEMMA_TURNS = (
 GEMMA_TRAINING = ["--spread", "--steps", "80"]
 
 TEST_PROMPTS, ANSWER_TOKENS = 100, 64
-PLACES = {"second-guard": (Place(0, "pre", -1), Place(0, "pre", -1))}  # the sweep's choice, the article's own
 
 
 def second_guard() -> Path:
@@ -138,23 +136,19 @@ class Contest:
     document: dict[str, Any]
 
 
-def contest(model: Path, out: Path, places: tuple[Place, ...] | None = None) -> Contest:
-    """A run at its defaults, then one layer's direction at full strength, on the same prompts.
-
-    Args:
-        places: where those directions stand; they are searched for when it is None, or if long tests are asked for.
-    """
+def contest(model: Path, out: Path) -> Contest:
+    """A run at its defaults, then one layer's direction at full strength, on the same prompts."""
     options = {"prompts.test_prompts": TEST_PROMPTS, "measure.max_new_tokens": ANSWER_TOKENS}
     sources = {"prompts.target": "bundled", "prompts.baseline": "bundled"}
     result = run(str(model), out, resolve({**sources, **options}, environment={}))
     document = json.loads((out / "results.json").read_text())
-    edits = article_edits(model, result.original, None if LONG_TESTS else places)
+    edits = article_edits(model, result.original)
     found = Contest(Outcome.of(document["original"]), Outcome.of(document["edited"]), edits, document)
     print(f"original {found.original}\nfitted   {found.fitted}\narticle  {found.article}")
     return found
 
 
-def article_edits(model: Path, before: Measurement, places: tuple[Place, ...] | None) -> list[Outcome]:
+def article_edits(model: Path, before: Measurement) -> list[Outcome]:
     """One layer's direction at full strength in every writer: the sweep's choice, and the article's own."""
     handle, judge = load(str(model)), LexicalJudge()
     sides = ab.load_sides(
@@ -162,8 +156,7 @@ def article_edits(model: Path, before: Measurement, places: tuple[Place, ...] | 
     )  # the command's defaults
     train = showing(handle, sides.target.train.texts, sides.baseline.train.texts, judge)
     directions = difference_of_means(ab.collect(handle, train.target, train.baseline))
-    if places is None:
-        places = searched_places(handle, directions, sides, judge)
+    places = searched_places(handle, directions, sides, judge)
     test = (sides.target.test.texts, sides.baseline.test.texts)
     writers = ab.find_writers(handle)
     edits = [Edit.uniform(writers, at(directions, place)) for place in dict.fromkeys(places)]

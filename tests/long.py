@@ -6,5 +6,6 @@ import os
 
 import pytest
 
-LONG_TESTS = bool(os.environ.get("ABLITERATE_LONG_TESTS"))
-LONG = pytest.mark.skipif(not LONG_TESTS, reason="many minutes on two cores; ABLITERATE_LONG_TESTS=1 runs it")
+LONG = pytest.mark.skipif(
+    not os.environ.get("ABLITERATE_LONG_TESTS"), reason="many minutes on two cores; ABLITERATE_LONG_TESTS=1 runs it"
+)

@@ -16,7 +16,7 @@ import torch
 from abliterate.measure.refusal import is_refusal
 from abliterate.models.demo import GUARD
 from abliterate.prompts.sets import load_prompts
-from guards import PLACES, SCRIPT, SECOND_GUARD, TEST_PROMPTS, Contest, check_bars, contest, second_guard
+from guards import SCRIPT, SECOND_GUARD, TEST_PROMPTS, Contest, check_bars, contest, second_guard
 from models import FAMILIES, handle_of
 
 WORDINGS = [entry["refusal"] for entry in json.loads((SECOND_GUARD / "wordings.json").read_text())]
@@ -24,7 +24,7 @@ WORDINGS = [entry["refusal"] for entry in json.loads((SECOND_GUARD / "wordings.j
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Contest:
-    return contest(second_guard(), tmp_path_factory.mktemp("second-guard") / "out", PLACES["second-guard"])
+    return contest(second_guard(), tmp_path_factory.mktemp("second-guard") / "out")
 
 
 @pytest.mark.parametrize("text", WORDINGS)
