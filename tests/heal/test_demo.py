@@ -46,7 +46,7 @@ def healed(edited, tmp_path_factory):
     return out / "model", done
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_original_teaches_it_back(healed):
     _, done = healed
     states = {name: done.json[name] for name in ("original", "edited", "healed")}
@@ -74,7 +74,7 @@ def pairs_of(edited, file) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_preferences_move_it_back(edited, tmp_path):
     pairs_of(edited, tmp_path / "pairs.jsonl")
     done = succeeds(
@@ -91,7 +91,7 @@ def test_preferences_move_it_back(edited, tmp_path):
     assert states["healed"]["divergence"]["answer"] < 0.9 * states["edited"]["divergence"]["answer"]
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_benchmark_sees_what_it_cost_and_what_came_back(edited, healed, tmp_path):
     pytest.importorskip("lm_eval")
     models = [f"original={demo_model()}", f"edited={edited}", f"healed={healed[0]}"]
