@@ -73,7 +73,8 @@ def build(folder: Path) -> None:
     import torch
 
     from abliterate.edit.edit import Edit
-    from abliterate.edit.recipe import recipe_for, save_recipe
+    from abliterate.edit.recipe import save_recipe
+    from abliterate.models.recipes import recipe_for
 
     model = folder / "model"
     model.mkdir(parents=True)
