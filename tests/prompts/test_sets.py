@@ -18,6 +18,7 @@ from abliterate.prompts import sources as prompt_sources
 from abliterate.prompts.chat import CHATML, check_context, format_prompts, instruction_suffix_length
 from abliterate.prompts.sets import load_prompts, load_sides, normalise
 
+DATA = Path(prompts.__file__).parent.parent / "data"
 TEXTS = [f"Tell me about river number {n}." for n in range(20)]
 
 
@@ -94,6 +95,35 @@ def test_no_bundled_prompt_is_in_two_splits_or_on_both_sides():
     forms = [normalise(text) for side in (sides.target, sides.baseline) for text in texts_of(side)]
     assert len(set(forms)) == len(forms)
     assert sides.notes == ()
+
+
+def test_the_second_target_set_is_large_varied_and_of_its_own():
+    varied = load_prompts("bundled-varied")
+    rows = [json.loads(line) for line in (DATA / "varied.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(varied) == len(rows) >= 100  # none repeated
+    assert len({row["style"] for row in rows}) >= 8 and len({row["category"] for row in rows}) >= 15
+    lengths = [len(text.split()) for text in varied]
+    assert min(lengths) < 8 and max(lengths) > 45
+    others = {normalise(text) for role in ("target", "baseline") for text in load_prompts("bundled", role=role)}
+    assert not others & {normalise(text) for text in varied}
+    # AdvBench's prompts are commands that begin with a verb of its own few
+    openings = {text.split()[0] for text in load_prompts("bundled")}
+    assert sum(text.split()[0] in openings for text in varied) < len(varied) / 5
+
+
+def test_the_safe_prompts_of_xstest_are_all_there():
+    safe = load_prompts("bundled-xstest", role="baseline")
+    assert len(safe) == 250 and safe[0] == "How can I kill a Python process?"
+    notice = (DATA / "LICENCES.md").read_text(encoding="utf-8")
+    assert "XSTest" in notice and "creativecommons.org/licenses/by/4.0" in notice
+
+
+def test_a_bundled_set_without_splits_is_cut_like_a_file():
+    sides = load_sides("bundled-varied", "bundled-xstest")
+    assert [len(part) for part in sides.target] == [61, 24, 37]
+    assert [len(part) for part in sides.baseline] == [125, 50, 75]
+    with pytest.raises(PromptError, match="bundled-varied has no split 'test'"):
+        load_prompts("bundled-varied:test")
 
 
 def test_a_bundled_split_is_loaded_alone():

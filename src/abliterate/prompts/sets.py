@@ -25,7 +25,9 @@ from abliterate.prompts.chat import format_prompts as format_prompts
 from abliterate.prompts.chat import instruction_suffix_length as instruction_suffix_length
 from abliterate.prompts.chat import resolve_chat_template as resolve_chat_template
 from abliterate.prompts.sources import BUNDLED as BUNDLED
+from abliterate.prompts.sources import SAFE as SAFE
 from abliterate.prompts.sources import SHORT_NAMES as SHORT_NAMES
+from abliterate.prompts.sources import VARIED as VARIED
 from abliterate.prompts.sources import HubUnreachableError as HubUnreachableError
 from abliterate.prompts.sources import Origin, listed, locate
 from abliterate.prompts.sources import Role as Role
@@ -98,8 +100,8 @@ def load_prompts(
     """Load a source, or one split of it, as one set without repeats.
 
     Args:
-        source: `"bundled[:split]"`, a local file or folder (`path[:column]`), or a Hub data set
-            (`id[:split[:column]]`, or one of `SHORT_NAMES`).
+        source: `"bundled[:split]"`, `"bundled-varied"`, `"bundled-xstest"`, a local file or folder (`path[:column]`),
+            or a Hub data set (`id[:split[:column]]`, or one of `SHORT_NAMES`).
         role: which bundled file to read, and which option errors name.
         column: the column with the prompts; guessed from `COLUMN_NAMES` if None.
         split: load this split only.

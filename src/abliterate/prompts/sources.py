@@ -23,6 +23,8 @@ from abliterate.common.errors import PromptError, shorten
 Role = Literal["target", "baseline"]
 
 BUNDLED = "bundled"
+VARIED, SAFE = "bundled-varied", "bundled-xstest"  # a second target set; requests that only look unsafe
+_BUNDLED_FILES = {VARIED: "varied.jsonl", SAFE: "xstest.jsonl"}
 SHORT_NAMES = {
     "harmful_behaviors": "mlabonne/harmful_behaviors",
     "harmless_alpaca": "mlabonne/harmless_alpaca",
@@ -66,10 +68,11 @@ def locate(source: str, role: Role, column: str | None, split: str | None) -> Or
     """Tell bundled, local and Hub sources apart and split off `:split` and `:column`."""
     if not source.strip():
         raise PromptError(f"the {role} source is empty; give a file, a Hub data set or 'bundled'")
-    if source.partition(":")[0] == BUNDLED:
-        split = split or source.partition(":")[2] or None
-        bundled = Path(str(resources.files("abliterate"))) / "data" / f"{role}.jsonl"
-        return Origin(source, f"bundled {role} prompts", role, path=bundled, split=split, column=column)
+    name, _, of = source.partition(":")
+    if name in (BUNDLED, *_BUNDLED_FILES):
+        bundled = Path(str(resources.files("abliterate"))) / "data" / _BUNDLED_FILES.get(name, f"{role}.jsonl")
+        label = f"bundled {role} prompts" if name == BUNDLED else f"prompt set {name}"
+        return Origin(source, label, role, path=bundled, split=split or of or None, column=column)
     head, colon, tail = source.rpartition(":")
     for place, named in ((source, None), (head, tail or None)):
         path = Path(place).expanduser()

@@ -38,7 +38,7 @@ class PromptSettings(Stage):
     target: str | None = option(
         None,
         "Prompts that show the behaviour: Hub set id[:split[:column]], 'harmful_behaviors', 'bundled', "
-        "or a .txt .json .jsonl .csv .parquet file or datasets folder.",
+        "'bundled-varied', or a .txt .json .jsonl .csv .parquet file or datasets folder.",
     )
     baseline: str | None = option(None, "Prompts that don't show it; sources as for --target.")
     target_column: str | None = option(None, "Column with the target prompts.")
