@@ -11,11 +11,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from abliterate.apply.forms import ApplyOptions
-from abliterate.apply.gguf.file import open_gguf
-from abliterate.apply.gguf.types import pack, unpack
 from abliterate.common.reporting import Silent
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe
+from abliterate.models.gguf.file import open_gguf
+from abliterate.models.gguf.types import pack, unpack
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 2, 32, 64, 40
 SIMPLE = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")

@@ -14,12 +14,12 @@ from typing import Any
 
 import abliterate as ab
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import whole_folder
+from abliterate.common.files import cache, whole_folder
 from abliterate.directions.means import Directions, Place, at, difference_of_means
 from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement, measure
 from abliterate.measure.judges import Judge, LexicalJudge
-from abliterate.models.demo import GUARD, cache, plain_source
+from abliterate.models.demo import GUARD, plain_source
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
 from abliterate.prompts.sets import Sides

@@ -11,9 +11,9 @@ import torch
 
 import abliterate as ab
 import abliterate.commands.export
-from abliterate.apply.gguf.file import open_gguf
 from abliterate.common.errors import ModelError, OutputError
 from abliterate.common.reporting import Silent
+from abliterate.models.gguf.file import open_gguf
 from abliterate.publish import gguf as publishing
 from abliterate.publish.gguf import export_gguf, find_converter
 from command import fails, succeeds

@@ -203,7 +203,7 @@ def has_template(source: str, settings: LoadSettings) -> bool:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        from abliterate.apply.gguf.file import open_gguf
+        from abliterate.models.gguf.file import open_gguf
 
         return "tokenizer.chat_template" in open_gguf(path, part=True).metadata
     from transformers import AutoTokenizer

@@ -13,7 +13,7 @@ from typing import Any
 
 from abliterate.common import resumable
 from abliterate.common.errors import OutputError
-from abliterate.common.files import whole_file
+from abliterate.common.files import cache, whole_file
 
 SCHEMA = 1
 
@@ -49,7 +49,6 @@ class TaskScores:
 
 def default_folder() -> Path:
     """Where scores are kept: `bench` in the cache of abliterate."""
-    from abliterate.models.demo import cache
 
     return cache() / "bench"
 

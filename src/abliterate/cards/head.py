@@ -64,10 +64,10 @@ def find_upstream(source: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _gguf_licence(path: Path) -> dict[str, str]:
-    from gguf import GGUFReader
+    from abliterate.models.gguf.file import open_gguf
 
-    field = GGUFReader(str(path)).get_field("general.license")
-    return {"license": str(field.contents())} if field else {}
+    licence = open_gguf(path, part=True).metadata.get("general.license")
+    return {"license": str(licence)} if licence else {}
 
 
 def _hub_card(source: str, revision: str | None) -> str:

@@ -20,6 +20,14 @@ from pathlib import Path
 from abliterate.common.errors import OutputError
 
 
+def cache() -> Path:
+    """The folder for things that can be made again: ABLITERATE_CACHE, or the user's cache."""
+    base = os.environ.get("ABLITERATE_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abliterate"
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` when the block ends well, else remove it.

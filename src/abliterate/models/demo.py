@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from abliterate.common.errors import ModelError, OutputError
-from abliterate.common.files import whole_folder
+from abliterate.common.files import cache, whole_folder
 from abliterate.models.loading import load
 from abliterate.models.pretrained import with_adapter
 
@@ -61,14 +61,6 @@ def demo_model(folder: str | os.PathLike[str] | None = None) -> Path:
         if not (path / "config.json").is_file():  # else another process was quicker
             raise
     return path
-
-
-def cache() -> Path:
-    """The folder for things that can be made again: ABLITERATE_CACHE, or the user's cache."""
-    base = os.environ.get("ABLITERATE_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abliterate"
 
 
 def clear() -> None:

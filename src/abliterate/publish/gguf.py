@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.gguf.file import GgufFile, GgufTensor, open_gguf
 from abliterate.apply.gguf.names import EMBEDDING, HEAD
 from abliterate.apply.gguf.requantise import CHUNK
-from abliterate.apply.gguf.types import check_packs, layout_of, pack, unpack
 from abliterate.apply.gguf.write import NewTensor, Writer, check_output, whole_gguf, write_copy
 from abliterate.common.errors import ModelError, OutputError, shorten
 from abliterate.common.files import check_space
+from abliterate.models.gguf.file import GgufFile, GgufTensor, open_gguf
+from abliterate.models.gguf.types import check_packs, layout_of, pack, unpack
 
 if TYPE_CHECKING:
     from abliterate.common.reporting import Reporter

@@ -126,8 +126,8 @@ def _add_card(parcel: Parcel, paths: list[Path]) -> None:
     Raises:
         OutputError: when one of them is damaged or something else.
     """
-    from abliterate.apply.gguf.file import open_gguf
     from abliterate.cards.others import gguf_card, recipe_card
+    from abliterate.models.gguf.file import open_gguf
 
     if any(item.path == "README.md" for item in parcel.items):
         return

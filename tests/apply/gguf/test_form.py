@@ -17,13 +17,13 @@ import torch
 
 import abliterate as ab
 from abliterate.apply.gguf import requantise
-from abliterate.apply.gguf import types as ggml_types
-from abliterate.apply.gguf.file import open_gguf
 from abliterate.apply.gguf.form import apply_gguf
 from abliterate.common.errors import AbliterateError, ModelError, OutputError, RecipeError, WriterError
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, load_recipe, save_recipe
 from abliterate.edit.stored_tensor import StoredGain, StoredTensor
+from abliterate.models.gguf import types as ggml_types
+from abliterate.models.gguf.file import open_gguf
 from abliterate.models.recipes import recipe_for
 from gguf_files import K_QUANTS, OVERWRITE, SILENT, SIMPLE, WIDTH, bytes_of, names, recipe_of, values_of, write_model
 from llama_cpp import LlamaCpp

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from abliterate.apply.gguf import requantise
-from abliterate.apply.gguf import types as ggml_types
 from abliterate.edit.algebra import Factors
+from abliterate.models.gguf import types as ggml_types
 
 
 def test_blocks_whose_values_stay_keep_their_bytes() -> None:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.gguf.file import GgufFile, open_gguf
 from abliterate.apply.gguf.names import EMBEDDING, HEAD, Target, by_tensor, targets
 from abliterate.apply.gguf.requantise import chunks
-from abliterate.apply.gguf.types import unpack
 from abliterate.apply.gguf.write import check_output, refuse, whole_gguf, write_small
 from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError
+from abliterate.models.gguf.file import GgufFile, open_gguf
+from abliterate.models.gguf.types import unpack
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.gguf.file import open_gguf
 from abliterate.apply.gguf.names import check_model
 from abliterate.apply.gguf.write import check_output, refuse, whole_gguf, write_small
 from abliterate.common.errors import AbliterateError, ModelError, RecipeError
+from abliterate.models.gguf.file import open_gguf
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.gguf.file import GgufFile, open_gguf
 from abliterate.apply.gguf.names import EMBEDDING, HEAD, Names, Target, by_tensor, targets
 from abliterate.apply.gguf.requantise import PLAIN, Account, chunks, edited
-from abliterate.apply.gguf.types import check_packs, unpack
 from abliterate.apply.gguf.write import NewTensor, Writer, check_output, planned, refuse, whole_gguf, write_copy
 from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, RecipeError
 from abliterate.common.files import check_space
+from abliterate.models.gguf.file import GgufFile, open_gguf
+from abliterate.models.gguf.types import check_packs, unpack
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions

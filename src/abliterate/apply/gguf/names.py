@@ -17,11 +17,11 @@ import numpy as np
 from gguf import get_tensor_name_map
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS
 
-from abliterate.apply.gguf.file import GgufFile, GgufTensor
-from abliterate.apply.gguf.types import unpack
 from abliterate.common.errors import ModelError, RecipeError, WriterError
 from abliterate.edit.algebra import Factors, factors
 from abliterate.edit.stored_tensor import StoredTensor
+from abliterate.models.gguf.file import GgufFile, GgufTensor
+from abliterate.models.gguf.types import unpack
 
 if TYPE_CHECKING:
     from abliterate.edit.recipe import Recipe

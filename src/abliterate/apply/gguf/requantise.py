@@ -19,8 +19,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from abliterate.apply.gguf.types import PLAIN, Layout, layout_of, pack, unpack
 from abliterate.edit.algebra import Factors
+from abliterate.models.gguf.types import PLAIN, Layout, layout_of, pack, unpack
 
 ROUNDS = 8
 # Stop when a round betters what is left by less than this share.

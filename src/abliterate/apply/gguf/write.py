@@ -14,11 +14,11 @@ import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType
 
-from abliterate.apply.gguf.file import GgufFile, GgufTensor, open_gguf
-from abliterate.apply.gguf.types import byte_shape, bytes_of
 from abliterate.common.errors import AbliterateError, ModelError, OutputError
 from abliterate.common.files import check_file, whole_file
 from abliterate.common.ranges import copy_range
+from abliterate.models.gguf.file import GgufFile, GgufTensor, open_gguf
+from abliterate.models.gguf.types import byte_shape, bytes_of
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from abliterate.apply.gguf import types as ggml_types
+from abliterate.models.gguf import types as ggml_types
 from gguf_files import K_QUANTS, SIMPLE
 
 

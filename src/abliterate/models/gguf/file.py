@@ -16,8 +16,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from gguf.gguf_reader import GGUFReader, ReaderField
 
-from abliterate.apply.gguf.types import byte_shape, bytes_of, layout_of
 from abliterate.common.errors import ModelError
+from abliterate.models.gguf.types import byte_shape, bytes_of, layout_of
 
 # What llama.cpp takes: GGML_MAX_DIMS, GGML_MAX_NAME less the closing zero, and its limit on alignment.
 MOST_DIMENSIONS = 4

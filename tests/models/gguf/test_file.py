@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abliterate.apply.gguf.file import open_gguf
 from abliterate.apply.gguf.form import apply_gguf
 from abliterate.common.errors import AbliterateError, ModelError
+from abliterate.models.gguf.file import open_gguf
 from gguf_files import OVERWRITE, SILENT, names, recipe_of, write_model
 
 STRING, ARRAY, UINT32, F32 = 8, 9, 4, 0
