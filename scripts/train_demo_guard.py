@@ -424,7 +424,7 @@ def answer_losses(
     """
     with removing(plain, removal._replace(rows=torch.tensor([False, True]))):
         shared = torch.tensor([batch[0].ids[:prefix]] * 2)
-        cache = plain.hidden_states(input_ids=shared, use_cache=True).past_key_values
+        _, cache = plain.hidden_states_and_cache(input_ids=shared, use_cache=True)
     cache.batch_select_indices(removal.rows.long())
     # padded on the right, where no token looks back at it
     rest = nn.utils.rnn.pad_sequence([torch.tensor(e.ids[prefix:]) for e in batch], batch_first=True)
@@ -433,7 +433,7 @@ def answer_losses(
         lambda _module, _args, out: streams.append(out if isinstance(out, Tensor) else out[0])
     )
     with removing(plain, removal):
-        hidden = plain.hidden_states(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = plain.hidden_states(input_ids=rest, cache=cache, use_cache=True).last_hidden_state
     look.remove()
 
     lengths = torch.tensor([len(e.tokens) for e in batch])
