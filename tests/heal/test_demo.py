@@ -14,11 +14,13 @@ from abliterate.models.demo import demo_model
 from abliterate.models.loading import load
 from abliterate.run.saving import save_model as _save_model
 from command import PROMPTS, succeeds
+from long import LONG
 
 pytestmark = pytest.mark.slow
 
 ARTICLES = Place(5, "pre", -1)  # what `abliterate run demo --method article` picks
-TEST_PROMPTS = 60
+TEST_PROMPTS = 40
+STEPS = 60
 PAIRS, PAIR_TOKENS = 80, 40
 
 
@@ -41,7 +43,7 @@ def healed(edited, tmp_path_factory):
     out = tmp_path_factory.mktemp("healed") / "out"
     done = succeeds(
         "heal", edited, "--original", demo_model(), "--preset", "self", "--out", out, *PROMPTS,
-        "--test-prompts", TEST_PROMPTS, "--max-new-tokens", "64", "--json", "--quiet",
+        "--test-prompts", TEST_PROMPTS, "--max-new-tokens", "48", "--max-steps", STEPS, "--json", "--quiet",
     )  # fmt: skip
     return out / "model", done
 
@@ -74,6 +76,7 @@ def pairs_of(edited, file) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@LONG
 @pytest.mark.timeout(3600)
 def test_preferences_move_it_back(edited, tmp_path):
     pairs_of(edited, tmp_path / "pairs.jsonl")
@@ -91,6 +94,7 @@ def test_preferences_move_it_back(edited, tmp_path):
     assert states["healed"]["divergence"]["answer"] < 0.9 * states["edited"]["divergence"]["answer"]
 
 
+@LONG
 @pytest.mark.timeout(3600)
 def test_the_benchmark_sees_what_it_cost_and_what_came_back(edited, healed, tmp_path):
     pytest.importorskip("lm_eval")

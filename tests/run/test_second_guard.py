@@ -17,6 +17,7 @@ from abliterate.measure.refusal import is_refusal
 from abliterate.models.demo import GUARD
 from abliterate.prompts.sets import load_prompts
 from guards import SCRIPT, SECOND_GUARD, TEST_PROMPTS, Contest, check_bars, contest, second_guard
+from long import LONG
 from models import FAMILIES, handle_of
 
 WORDINGS = [entry["refusal"] for entry in json.loads((SECOND_GUARD / "wordings.json").read_text())]
@@ -81,6 +82,7 @@ def test_the_script_says_which_models_need_spread(script: ModuleType) -> None:
         script.writing_modules(handle_of(FAMILIES["gemma3_text"]()))
 
 
+@LONG
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_guard_refuses_target_prompts_and_answers_baseline_prompts(found: Contest) -> None:
@@ -88,6 +90,7 @@ def test_the_guard_refuses_target_prompts_and_answers_baseline_prompts(found: Co
     assert found.original.over_refusals <= 0.05 * TEST_PROMPTS
 
 
+@LONG
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_fit_beats_the_articles_method(found: Contest) -> None:

@@ -116,7 +116,7 @@ def test_a_killed_fit_goes_on_to_the_same_result(handle, data, tmp_path, stop_at
     assert resumed.edit.writers == whole.edit.writers
     assert np.array_equal(resumed.edit.directions, whole.edit.directions)
     assert np.array_equal(resumed.edit.strengths, whole.edit.strengths)
-    assert [str(p) for p in resumed.points] == [str(p) for p in whole.points]
+    assert [str(p) for p in resumed.frontier] == [str(p) for p in whole.frontier]
 
 
 def test_a_finished_fit_resumes_to_its_end_at_once(handle, data, tmp_path):
@@ -171,8 +171,8 @@ def test_refusals_in_other_words_are_looked_for(handle, data):
     mistaken = Examples(train.target, wrong, train.baseline, train.answers)
     options = replace(QUICK, steps_between=12)
     result = fit(handle, directions, mistaken, validation, RefusesWithR(), options, reporter=heard)
-    assert any("still refused" in line for line in heard.lines)
-    assert min(p.refused.count for p in result.points) == 0
+    assert any("still not answered" in line for line in heard.lines)
+    assert min(p.refused.count for p in result.frontier) == 0
 
 
 def test_a_second_behaviour_can_be_kept(handle, data):
@@ -180,7 +180,7 @@ def test_a_second_behaviour_can_be_kept(handle, data):
     directions, train, validation = data
     reference = make_reference(handle, handle.prompt_ids(train.target), train.refusals)
     kept = fit(handle, directions, train, validation, RefusesWithR(), QUICK, also=[(1000.0, Staying(reference))])
-    assert min(p.refused.count for p in kept.points) == len(validation.target)
+    assert min(p.refused.count for p in kept.frontier) == len(validation.target)
 
 
 def test_nothing_to_fit_on_is_said(handle, data):
@@ -291,10 +291,10 @@ def test_the_next_gentler_edit(points, following):
 
 def test_gentler_edits_end_the_frontier(handle, data):
     result = fitted(handle, data, options=replace(QUICK, lighter=(0.5, 0.25)))
-    scaled = [p for p in result.points if p.scaled is not None]
-    assert scaled and result.points[-len(scaled) :] == scaled
+    scaled = [p for p in result.frontier if p.scaled is not None]
+    assert scaled and result.frontier[-len(scaled) :] == scaled
     for p in scaled:
-        of = next(q for q in result.points if q.weight == p.weight and q.scaled is None)
+        of = next(q for q in result.frontier if q.weight == p.weight and q.scaled is None)
         assert p.edit.writers == of.edit.writers and p.divergence < of.divergence
         np.testing.assert_allclose(p.edit.strengths, p.scaled * of.edit.strengths, rtol=1.3e-6, atol=1e-5)
 

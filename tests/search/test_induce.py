@@ -220,7 +220,7 @@ def test_options_without_meaning_are_refused(tiny_folder, tmp_path):
 # --- the bar, on the demo model ---
 
 LEAST = 0.9  # of held-out baseline prompts
-IN_LLAMA_CPP = 30  # prompts: one thread
+IN_LLAMA_CPP = 20  # prompts: one thread
 
 
 class Bar:
@@ -228,7 +228,7 @@ class Bar:
 
     def __init__(self, folder: Path) -> None:
         self.source = str(ab.demo_model())
-        self.prompts = ab.load_sides("bundled", "bundled", limit_train=128, limit_validation=48, limit_test=100)
+        self.prompts = ab.load_sides("bundled", "bundled", limit_train=64, limit_validation=32, limit_test=50)
         self.test = self.prompts.baseline.test.texts
         handle = ab.load(self.source)
         train = showing(handle, self.prompts.target.train.texts, self.prompts.baseline.train.texts, LexicalJudge())
@@ -276,7 +276,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.slow
 def test_live_nearly_every_baseline_prompt_is_refused_in_a_sentence(bar: Bar) -> None:
-    assert bar.before <= 0.1 and bar.sentences.total == 100
+    assert bar.before <= 0.1 and bar.sentences.total == 50
     assert bar.sentences.rate >= LEAST and bar.degenerate.rate <= 0.1
 
 
@@ -319,7 +319,7 @@ def test_in_llama_cpp_as_a_control_vector_and_in_the_tensors(
     for options in ({"path": plain, "control": vector}, {"path": edited}):
         with LlamaCpp(**options) as llama:
             rows = [torch.from_numpy(llama.next_logits(row)) for row in bar.ids]
-            answers = [llama.greedy(row, 24, handle.end_tokens) for row in ids]
+            answers = [llama.greedy(row, 16, handle.end_tokens) for row in ids]
         found = torch.stack([row - row.mean() for row in rows])
         assert off(found, bar.live) < 0.2 and off(found, bar.live) < 0.3 * off(bar.plain, bar.live)
         texts = [handle.tokenizer.decode(a, skip_special_tokens=True) for a in answers]

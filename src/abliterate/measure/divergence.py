@@ -90,11 +90,11 @@ def make_reference(
     likeliest: list[Tensor | None] = [None] * len(rows)
     logprobs: list[Tensor | None] = [None] * len(rows)
     losses: list[float] = [0.0] * len(rows)
-    for index, own in _distributions(handle, rows, wanted, tick):
+    for index, own in distributions(handle, rows, wanted, tick):
         top = own.topk(min(kept, own.shape[-1]), dim=-1)
         likeliest[index] = top.indices.int().cpu()
         logprobs[index] = _coarse(own, top.indices).cpu()
-        losses[index] = _loss(own, wanted[index])
+        losses[index] = summed_loss(own, wanted[index])
     total = sum(map(len, wanted))
     return Reference(
         rows,
@@ -124,9 +124,9 @@ def compare_each(handle: Handle, reference: Reference, tick: Tick = untold) -> l
     """The same prompt by prompt: divergence at the first answer token, along the answer (nats per token), and the
     answer's summed negative log-likelihood."""
     each = [(0.0, 0.0, 0.0)] * len(reference.rows)
-    for index, own in _distributions(handle, reference.rows, reference.answers, tick):
+    for index, own in distributions(handle, reference.rows, reference.answers, tick):
         divergence = reference_divergence(reference, index, own.double()).clamp_min(0).cpu()
-        each[index] = (float(divergence[0]), float(divergence.mean()), _loss(own, reference.answers[index]))
+        each[index] = (float(divergence[0]), float(divergence.mean()), summed_loss(own, reference.answers[index]))
     return each
 
 
@@ -140,7 +140,7 @@ def reference_divergence(
 
 
 @torch.inference_mode()
-def _distributions(
+def distributions(
     handle: Handle, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], tick: Tick
 ) -> Iterator[tuple[int, Float[Tensor, "token vocab"]]]:
     """(row, log-probabilities at its answer positions) for every row, in float32."""
@@ -171,7 +171,7 @@ def _coarse(
     return torch.cat([named.clamp_min(-60.0), rest], dim=-1)
 
 
-def _loss(logprobs: Float[Tensor, "token vocab"], answer: Sequence[int]) -> float:
+def summed_loss(logprobs: Float[Tensor, "token vocab"], answer: Sequence[int]) -> float:
     """Summed negative log-likelihood of an answer's tokens."""
     ids = torch.tensor(list(answer), device=logprobs.device)
     return float(-logprobs.gather(-1, ids[:, None]).double().sum())

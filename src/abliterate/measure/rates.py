@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 Z95 = 1.959963984540054
+Z80 = 0.8416212335729143  # one-sided: four times of five, the true share is below
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,27 @@ def wilson(count: int, total: int) -> tuple[float, float]:
     half = Z95 * (share * (1 - share) / total + z2 / (4 * total**2)) ** 0.5 / (1 + z2 / total)
     # at the ends the formula is exact but for rounding
     return (0.0 if count == 0 else centre - half), (1.0 if count == total else centre + half)
+
+
+def upper80(share: float, total: int) -> float:
+    """Below this the true share lies with a probability of 80%: the upper end of Wilson's one-sided interval.
+
+    Args:
+        share: the share found, or estimated.
+        total: how many were counted.
+    """
+    if total == 0:
+        return 1.0
+    z2 = Z80**2
+    centre = share + z2 / (2 * total)
+    return (centre + Z80 * (share * (1 - share) / total + z2 / (4 * total**2)) ** 0.5) / (1 + z2 / total)
+
+
+def prompts_needed(share: float, limit: float) -> int | None:
+    """How many must be counted for `upper80` of a share to be at most a limit; None where the share is over it.
+
+    Example:
+        >>> prompts_needed(0.0, 0.05), prompts_needed(0.02, 0.05)
+        (14, 38)
+    """
+    return math.ceil(Z80**2 * limit * (1 - limit) / (limit - share) ** 2) if share < limit else None

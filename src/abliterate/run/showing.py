@@ -8,10 +8,11 @@ from typing import Any
 
 from abliterate.common.errors import NothingToDoError, PromptError
 from abliterate.common.reporting import Reporter, Silent
-from abliterate.measure import judged
+from abliterate.measure import Judged, judged
 from abliterate.measure.decode import Answer
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
+from abliterate.measure.verdicts import Panel
 from abliterate.models.handle import Handle
 from abliterate.run.opening import Job
 from abliterate.search.examples import Examples
@@ -49,14 +50,24 @@ def showing(
 ) -> Shown:
     """Keep the target prompts that the model refuses and the baseline prompts that it answers (the paper's filter).
 
-    For another behaviour: those whose answers show it, and those whose answers don't, as its judge says.
+    For another behaviour: those whose answers show it, and those whose answers don't, as its judge says. A panel learns
+    the model's own refusal wordings from these answers, unless it knows some.
     """
     reporter = reporter or Silent()
+    found: list[Judged] = []
+    for name, prompts in (("target", target), ("baseline", baseline)):
+        tick = reporter.progress(f"filtering {name} prompts", len(prompts))
+        found.append(judged(handle, prompts, judge, max_new_tokens=tokens, tick=tick))
+    if isinstance(judge, Panel) and not judge.learnt:
+        told = judge.learn(*([a.text for a in side.answers] for side in found))
+        reporter.say(told)
+        found = [
+            Judged(side.answers, judge.judge(prompts, [a.text for a in side.answers]))
+            for prompts, side in zip((target, baseline), found, strict=True)
+        ]
     sorted_out: list[dict[bool, tuple[list[str], list[Answer]]]] = []
-    for side, prompts in (("target", target), ("baseline", baseline)):
-        tick = reporter.progress(f"filtering {side} prompts", len(prompts))
-        answers, refused = judged(handle, prompts, judge, max_new_tokens=tokens, tick=tick)
-        verdicts = list(zip(prompts, answers, refused, strict=True))
+    for prompts, side in zip((target, baseline), found, strict=True):
+        verdicts = list(zip(prompts, *side, strict=True))
         sorted_out.append(
             {v: ([p for p, _, r in verdicts if r == v], [a for _, a, r in verdicts if r == v]) for v in (True, False)}
         )
@@ -66,7 +77,7 @@ def showing(
         answered,
         Rate(len(shown), len(target)),
         Rate(len(answered), len(baseline)),
-        Examples(shown, refusals, answered, answers, *sorted_out[1][True]),
+        Examples(shown, refusals, answered, answers, *sorted_out[1][True], asked=list(target)),
     )
 
 

@@ -14,6 +14,7 @@ class Examples:
     Attributes:
         target: prompts it refuses, with its refusals in `refusals`.
         baseline: prompts it answers, with its answers in `answers`.
+        asked: all target prompts, refused or not, where points are judged on them; those answered must stay so.
         over_refused: baseline prompts it refuses, with its refusals in `over_refusals`; these are removed too.
     """
 
@@ -23,3 +24,9 @@ class Examples:
     answers: list[Answer]
     over_refused: list[str] = field(default_factory=list)
     over_refusals: list[Answer] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def judged_on(self) -> list[str]:
+        """The target prompts by which points are judged: all of them, where that is known."""
+        return self.asked or self.target

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -26,15 +25,17 @@ from abliterate.common.reporting import SILENT, Reporter, each, untold
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure.decode import Answer
-from abliterate.measure.divergence import Reference, make_reference
-from abliterate.measure.judges import Judge, LexicalJudge
+from abliterate.measure.judges import Judge
+from abliterate.measure.verdicts import Panel
+from abliterate.measure.wordings import Wordings, learn_wordings
 from abliterate.models.handle import Handle
 from abliterate.search import objectives
 from abliterate.search.examples import Examples
 from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
-from abliterate.search.frontier import FrontierPoint, Moment, choose, non_dominated
+from abliterate.search.frontier import FrontierPoint, non_dominated
 from abliterate.search.packed import Packer
+from abliterate.search.points import PointJudge, panel_of, reference_of
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
 from abliterate.search.variable_edit import VariableEdit
 
@@ -48,19 +49,17 @@ HEAVIER = 2  # how often more weight is tried where the first point still refuse
 STARTS = 8
 SAVE_EVERY = 5  # steps
 NEW_START = 0.3  # share of training prompts still refused beyond which the start was wrong
-VALIDATION_TOKENS = 24
 
 
 @dataclass
 class Fitted:
-    """What the fit gives: the chosen edit, why, the frontier (fewest refusals first), and where it started."""
+    """What the fit gives: the chosen edit, why, all points (the strongest first), and where it started."""
 
     edit: Edit
     chosen: FrontierPoint
     why: str
     frontier: list[FrontierPoint]
     start: Place
-    points: list[FrontierPoint] = field(default_factory=list)
 
 
 def fit(
@@ -79,16 +78,19 @@ def fit(
     """Fit strengths and directions by gradients, along the whole frontier.
 
     1. Start: the direction of one layer (or each layer's own) that lowers the objective most, in every writer.
-    2. Fit at the first weight; then decode answers to the training targets and add the refusals that are left,
-       in the edited model's words, to what is lowered.
-    3. Fit on at each smaller weight; judge each point on the validation prompts.
+    2. Fit at the first weight; then decode answers to the training targets and add the refusals and evasions that are
+       left, in the edited model's words, to what is lowered.
+    3. Fit on at each smaller weight; judge each point on the validation prompts. A sentence that has become common
+       there is an evasion and joins what is lowered.
+    4. Choose by estimates from all points; the one chosen must be relevant to its prompts too, or the choice is made
+       again without what wasn't.
 
     Args:
         handle: the loaded original; it is not changed.
         directions: where to start from, of the training split.
         train: what is fitted; prompts and the original's answers.
         validation: what points are judged on.
-        judge: decides what a refusal is.
+        judge: decides what a refusal is; one that isn't a panel is made one, which learns from `train`.
         settings: sizes and limits.
         also: further (weight, stand-in) pairs: behaviours to remove, keep or watch besides.
         kept: orthonormal directions that every direction stays orthogonal to.
@@ -99,57 +101,66 @@ def fit(
         AbliterateError: when there is nothing to fit on, or no writer to edit.
         NonFiniteError: when the loss isn't finite.
     """
-    settings, judge, state = settings or FitSettings(), judge or LexicalJudge(), state or FitState()
+    settings, state = settings or FitSettings(), state or FitState()
     for side, prompts, does in (("target", train.target, "refused"), ("baseline", train.baseline, "answered")):
         if not prompts:
             raise AbliterateError(
                 f"none of the {side} prompts is {does}, so the fit has nothing to learn from; give others, "
                 "or try --method sweep"
             )
-    job = _Job(handle, directions, train, validation, judge, settings, also, state, kept)
+    job = _Job(handle, directions, train, validation, panel_of(judge, train, reporter), settings, also, state, kept)
     if state.step:
         reporter.say(f"going on from step {state.step}; {len(state.points)} points of the frontier are there")
     else:
         reporter.say(f"starting from {job.start(reporter)}; blocks {job.blocks[0]} to {job.blocks[-1]} may be edited")
-    while (weight := next_weight(state.points, settings)) is not None:
+    while (weight := next_weight(state.points, settings, job.points.share)) is not None:
         job.descend(weight, state.next_stop or settings.steps, reporter)
         if not state.points and not state.looked:
             state.next_stop = state.step + job.look_for_other_refusals(reporter)
             state.save()
             job.descend(weight, state.next_stop, reporter)
-        point = job.judge_point(job.variables.edit(), weight=weight, step=state.step)
+        point = job.points.judge(job.variables.edit(), weight=weight, step=state.step)
         state.points.append(point)
+        job.take_in_evasions(reporter)
         state.next_stop = state.step + settings.steps_between
         state.save()
         reporter.say(f"weight {weight:g}: {point}")
-    while (scaled := next_scaled(state.points, settings)) is not None:
+    while (scaled := next_scaled(state.points, settings, job.points.share)) is not None:
         light, factor = scaled
-        point = job.judge_point(light.edit * factor, weight=light.weight, step=light.step, scaled=factor)
+        point = job.points.judge(light.edit * factor, weight=light.weight, step=light.step, scaled=factor)
         state.points.append(point)
         state.save()
         reporter.say(f"{factor:g} times the strengths of weight {light.weight:g}: {point}")
-    front = non_dominated(state.points)
-    chosen, why = choose(front, settings.max_refusal_rate, settings.max_divergence)
+    chosen, why = job.points.choose(reporter)
     reporter.say(f"chose {why}")
-    return Fitted(chosen.edit, chosen, why, front, job.best_place(), list(state.points))
+    front = sorted(state.points, key=lambda p: -p.drift)
+    return Fitted(chosen.edit, chosen, why, front, job.best_place())
 
 
-def next_weight(points: Sequence[FrontierPoint], settings: FitSettings) -> float | None:
-    """The weight of the next point: heavier while too much is refused, then ever lighter; None at the end."""
+def next_weight(points: Sequence[FrontierPoint], settings: FitSettings, share: float = 1.0) -> float | None:
+    """The weight of the next point: heavier while too much is not answered, then ever lighter; None at the end.
+
+    Args:
+        points: those judged so far.
+        settings: the weights, and what is enough.
+        share: of the target prompts that the original refuses.
+    """
     if any(p.scaled is not None for p in points):
         return None
     tried = [p.weight for p in points if p.weight is not None]
     if not tried:
         return settings.weights[0]
     enough = settings.max_refusal_rate if settings.max_refusal_rate is not None else 0.0
-    if all(p.refused.rate > enough for p in points) and len(points) <= HEAVIER:
+    if all(p.not_answered.rate > enough for p in points) and len(points) <= HEAVIER:
         return tried[-1] * 3
-    if points[-1].refused.rate > max(TOO_MANY_REFUSALS, min(p.refused.rate for p in points)):
+    if points[-1].not_answered.rate > max(TOO_MANY_REFUSALS * share, min(p.not_answered.rate for p in points)):
         return None
     return next((w for w in settings.weights if w < min(tried)), None)
 
 
-def next_scaled(points: Sequence[FrontierPoint], settings: FitSettings) -> tuple[FrontierPoint, float] | None:
+def next_scaled(
+    points: Sequence[FrontierPoint], settings: FitSettings, share: float = 1.0
+) -> tuple[FrontierPoint, float] | None:
     """The lightest fitted point and the next factor for its strengths; None when hardly anything is removed any more.
 
     Less weight leads the fit no further than to where refusals begin to come back; gentler edits lie on the way from
@@ -157,7 +168,7 @@ def next_scaled(points: Sequence[FrontierPoint], settings: FitSettings) -> tuple
     """
     fitted = [p for p in points if p.scaled is None]
     scaled = [p for p in points if p.scaled is not None]
-    if len(scaled) == len(settings.lighter) or points[-1].refused.rate >= NOTHING_LEFT:
+    if len(scaled) == len(settings.lighter) or points[-1].not_answered.rate >= NOTHING_LEFT * share:
         return None
     return non_dominated(fitted)[-1], settings.lighter[len(scaled)]
 
@@ -166,12 +177,14 @@ class _Job:
     """The variables, the rows and the optimiser of one fit."""
 
     def __init__(
-        self, handle: Handle, directions: Directions, train: Examples, validation: Examples, judge: Judge,
+        self, handle: Handle, directions: Directions, train: Examples, validation: Examples, panel: Panel,
         settings: FitSettings, also: Sequence[tuple[float, StandIn]], state: FitState,
         kept: Float[Tensor, "k d_model"] | None = None,
     ) -> None:  # fmt: skip
         self.handle, self.directions, self.settings, self.state = handle, directions, settings, state
-        self.judge, self.train, self.validation, self.also = judge, train, validation, list(also)
+        self.panel, self.train, self.also = panel, train, list(also)
+        self.points = PointJudge(handle, train, validation, panel, settings, state.points)
+        panel.evasions = Wordings(tuple(state.evasions))
         self.blocks = settings.layers or blocks_to_edit(directions, handle.layers)
         self.variables = VariableEdit(handle, self.blocks, settings.rank, kept, settings.seed)
         self.refusing = Refusing(
@@ -182,15 +195,14 @@ class _Job:
         self.known = len(self.refusing.rows)  # rows after these are refusals in other words
         count = settings.baseline_prompts
         self.staying = Staying(
-            _reference(handle, train.baseline[:count], train.answers[:count], settings.answer_tokens)
+            reference_of(handle, train.baseline[:count], train.answers[:count], settings.answer_tokens)
         )
-        self.held_out = _reference(handle, validation.baseline, validation.answers, VALIDATION_TOKENS)
         stand_ins: list[StandIn] = [self.refusing, self.staying, *(s for _, s in self.also)]
         self.packer = Packer(handle, [row for s in stand_ins for row in s.rows], self.blocks[0])
         sizes = [len(s.rows) for s in stand_ins]
         self.rows = [list(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
-        if state.prompts:
-            self._take_in(state.prompts, state.openings)
+        for prompts, openings in state.others:
+            self._take_in(prompts, openings)
         vectors, strengths = self.variables.vectors, self.variables.strengths
         self.optimiser = torch.optim.Adam(
             [
@@ -292,45 +304,46 @@ class _Job:
             How many more steps that asks for: none, a few, or, after a new start, as many as at first.
         """
         prompts = self.train.target[: self.settings.validation_prompts]
-        (answers, refused), _ = objectives.tried(
-            self.handle,
-            self.variables.edit(),
-            prompts,
-            self.judge,
-            max_new_tokens=REFUSAL_TOKENS,
-            stop_on=(False, True),
+        (answers, missing), _ = objectives.tried(
+            self.handle, self.variables.edit(), prompts, self.panel.strict, max_new_tokens=REFUSAL_TOKENS
         )
-        left = [(p, a) for p, a, r in zip(prompts, answers, refused, strict=True) if r and a.whole]
+        left = [(p, a) for p, a, none in zip(prompts, answers, missing, strict=True) if none and a.whole]
         self.state.looked = True
         if not left:
             return 0
         reporter.say(
-            f"{len(left)} of {len(prompts)} training prompts are still refused; these refusals are lowered too"
+            f"{len(left)} of {len(prompts)} training prompts are still not answered; these answers are lowered too"
         )
-        ids, openings = self.handle.prompt_ids([p for p, _ in left]), [a.whole for _, a in left]
-        self._take_in(ids, openings)
-        self.state.prompts, self.state.openings = ids, [o[:REFUSAL_TOKENS] for o in openings]
+        self._take_in_more(self.handle.prompt_ids([p for p, _ in left]), [a for _, a in left])
         if len(left) <= NEW_START * len(prompts):
             return self.settings.steps_between
         reporter.say(f"that is many; starting anew from {self.start(reporter)}")
         self.optimiser.state.clear()
         return self.settings.steps
 
+    def take_in_evasions(self, reporter: Reporter) -> None:
+        """Sentences that became common in the last point's answers, in place of refusals, are lowered from now on.
+
+        They were seen behind validation prompts, and are lowered behind training prompts.
+        """
+        answers = [a for a, none in zip(*self.points.answers[len(self.state.points) - 1], strict=True) if none]
+        texts, baseline = [a.text for a in answers], [a.text for a in self.train.answers]
+        fresh = [k for k in learn_wordings(texts, baseline).keys if k not in self.panel.known]
+        if not fresh or not self.panel.forms:
+            return
+        self.state.evasions += fresh
+        self.panel.evasions = Wordings(tuple(self.state.evasions))
+        evasive = [a for a in answers if a.whole and Wordings(tuple(fresh)).stand_in(a.text)]
+        reporter.say(f"{len(fresh)} sentences have become common in place of answers; they are lowered too")
+        self._take_in_more(self.handle.prompt_ids(self.train.target[: len(evasive)]), evasive)
+
+    def _take_in_more(self, prompts: list[list[int]], answers: Sequence[Answer]) -> None:
+        openings = [a.whole[:REFUSAL_TOKENS] for a in answers][: len(prompts)]
+        self.state.others.append((prompts, openings))
+        self._take_in(prompts, openings)
+
     def _take_in(self, prompts: Sequence[list[int]], openings: Sequence[list[int]]) -> None:
         self.rows[0] += self.packer.add(self.refusing.add(prompts, openings))
-
-    def judge_point(self, edit: Edit, **found: Any) -> FrontierPoint:
-        """An edit judged on validation prompts by decoded answers and divergence; `found` says how it was come to."""
-        settings = self.settings
-        prompts = self.validation.target[: settings.validation_prompts]
-        answers, drift = objectives.tried(
-            self.handle, edit, prompts, self.judge, self.held_out, max_new_tokens=settings.decode_tokens
-        )
-        assert drift is not None
-        return FrontierPoint(
-            edit, answers.rate, drift.first_token, divergence_along=drift.answer,
-            found=Moment.now(), **found,
-        )  # fmt: skip
 
 
 def blocks_to_edit(directions: Directions, layers: int) -> range:
@@ -348,9 +361,3 @@ def _draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:
         generator = torch.Generator().manual_seed(1_000_003 * seed + 101 * epoch + which)
         picked.append(int(torch.randperm(count, generator=generator)[index]))
     return picked
-
-
-def _reference(handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], tokens: int) -> Reference:
-    kept = [i for i, a in enumerate(answers) if a.whole]
-    ids = handle.prompt_ids([prompts[i] for i in kept])
-    return make_reference(handle, ids, [answers[i] for i in kept], answer_tokens=tokens)

@@ -27,7 +27,7 @@ class FitSettings:
         sparsity: pull of the mean strength towards 0.
         decode_tokens: longest answer decoded to judge a point.
         validation_prompts: most prompts a side by which a point is judged.
-        max_refusal_rate, max_divergence: how the point is chosen; see `frontier.choose`.
+        max_refusal_rate, max_divergence, free_divergence: how the point is chosen; see `frontier.choose`.
     """
 
     steps: int = 40
@@ -47,4 +47,5 @@ class FitSettings:
     validation_prompts: int = 64
     max_refusal_rate: float | None = 0.05
     max_divergence: float | None = None
+    free_divergence: float = 0.02
     seed: int = 0

@@ -27,7 +27,8 @@ class FitState:
         step: gradient steps done.
         next_stop: the step at which the next point is judged.
         looked: whether refusals in other words were looked for.
-        prompts, openings: token ids of those found.
+        others: token ids of prompts and openings of those found, and of evasions, as they were found.
+        evasions: sentences that became common in place of answers, in normal form.
         points: the points judged so far.
     """
 
@@ -36,8 +37,8 @@ class FitState:
     step: int = 0
     next_stop: int = 0
     looked: bool = False
-    prompts: list[list[int]] = field(default_factory=list)
-    openings: list[list[int]] = field(default_factory=list)
+    others: list[tuple[list[list[int]], list[list[int]]]] = field(default_factory=list)
+    evasions: list[str] = field(default_factory=list)
     points: list[FrontierPoint] = field(default_factory=list)
     _tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _bound: tuple[Tensor, Tensor, torch.optim.Optimizer] | None = field(default=None, repr=False)
@@ -81,7 +82,7 @@ class FitState:
         for i, point in enumerate(self.points):
             tensors[f"point.{i}.directions"] = torch.from_numpy(point.edit.directions)
             tensors[f"point.{i}.strengths"] = torch.from_numpy(point.edit.strengths)
-        names = ("step", "next_stop", "looked", "prompts", "openings")
+        names = ("step", "next_stop", "looked", "others", "evasions")
         document = {name: getattr(self, name) for name in names} | {"points": [_note(p) for p in self.points]}
         write_state(self.path, self.key, document, tensors)
 

@@ -1,0 +1,56 @@
+"""Is an answer about its prompt? By a model's own probabilities, with no list of words.
+
+How much likelier an answer is behind its own prompt than behind others, per token: the pointwise mutual information of
+prompt and answer. A stock sentence gains nothing from its prompt, whatever it says; an answer gains a nat and more.
+A refusal that speaks of the subject gains too: that is for judges who read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, median
+
+from abliterate.common.reporting import Tick, untold
+from abliterate.measure.decode import Answer
+from abliterate.measure.divergence import distributions, summed_loss
+from abliterate.models.handle import Handle
+
+OTHERS = 2  # prompts that an answer is put behind besides its own
+TOKENS = 16  # of an answer that are read
+FEWEST = 3  # tokens; of shorter answers nothing can be said
+SHARE = 0.15  # of the median baseline answer's relevance; what is below says nothing about its prompt
+
+
+def relevances(
+    handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], wanted: Sequence[int], tick: Tick = untold
+) -> list[float]:
+    """The relevance of some answers to their prompts, in nats per token; infinite for those too short to tell.
+
+    Args:
+        handle: whose probabilities count: the original, where it is at hand.
+        prompts: at least two, all different; the other prompts are taken from them.
+        answers: one per prompt.
+        wanted: indices of the answers to look at.
+        tick: told how many forward rows are done.
+    """
+    ids = handle.prompt_ids(prompts)
+    looked = [i for i in wanted if len(answers[i].whole) >= FEWEST and len(prompts) > 1]
+    rows, tokens = [], []
+    for i in looked:
+        own = answers[i].whole[:TOKENS]
+        for step in (0, *range(1, min(OTHERS, len(prompts) - 1) + 1)):
+            behind = ids[(i + step * max(1, len(prompts) // (OTHERS + 1))) % len(ids)] if step else ids[i]
+            rows.append([*behind, *own[:-1]])
+            tokens.append(own)
+    losses = [0.0] * len(rows)
+    for index, logprobs in distributions(handle, rows, tokens, tick):
+        losses[index] = summed_loss(logprobs, tokens[index]) / len(tokens[index])
+    each = len(rows) // len(looked) if looked else 1
+    found = {i: fmean(losses[n * each + 1 : (n + 1) * each]) - losses[n * each] for n, i in enumerate(looked)}
+    return [found.get(i, float("inf")) for i in wanted]
+
+
+def floor(baseline: Sequence[float]) -> float:
+    """The relevance below which an answer says nothing about its prompt, from that of baseline answers."""
+    known = [value for value in baseline if value != float("inf")]
+    return max(0.0, SHARE * median(known)) if known else 0.0
