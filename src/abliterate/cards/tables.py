@@ -77,6 +77,10 @@ def results(document: RunDocument) -> Table:
         return state_table(document, rows)
     about = document.about
     rows = [shares(document, about.words.rate, "refusal")]
+    if all(found.not_answered for found in measured):
+        rows.append(shares(document, "not answered (refused or evaded)", "not_answered"))
+    if all(found.second for found in measured):
+        rows += _second(measured)
     if all(found.coherent and found.score for found in measured):
         rows.append(shares(document, "of them not degenerate", "coherent"))
         rows.append(["mean score per 100 words", *map(_score, measured)])
@@ -89,6 +93,16 @@ def results(document: RunDocument) -> Table:
         losses(document, "loss on the original's answers"),
     ]
     return state_table(document, rows)
+
+
+def _second(measured: Sequence[Measured]) -> list[list[str]]:
+    """What the judge says that choosing never saw, and how often it agrees."""
+    found = [one.second for one in measured if one.second]
+    return [
+        [f"refusals by a second judge ({found[0].judge})", *(count_of(second.refusal) for second in found)],
+        ["over-refusals by it", *(count_of(second.over_refusal) for second in found)],
+        ["answers on which the judges agree", *(count_of(second.agree) for second in found)],
+    ]
 
 
 def _score(measured: Measured) -> str:

@@ -153,7 +153,7 @@ def command(
             if told:
                 values[told] = Output(**{name: values.pop(name) for name in shares.split()})
             if given:
-                flags = {option.path: values.pop(name) for name, option in options.items()}
+                flags = {option.path: _one(option, values.pop(name)) for name, option in options.items()}
                 flags = {**(under or {}), **{path: value for path, value in flags.items() if value is not None}}
                 values[given] = Given(flags, values.pop("config", None), kind)
             function(**values)
@@ -189,7 +189,13 @@ def _parameter(name: str, option: Option, own: Any) -> inspect.Parameter:
     default = option.default_said(own)
     text = f"{option.help} [default: {default}]".strip() if default else option.help
     info = typer.Option(declared, help=_escaped(text), rich_help_panel=option.panel, show_default=False)
-    return _keyword(name, Annotated[option.kind | None, info], None)
+    kind: Any = list[str] if option.several is not None else option.kind
+    return _keyword(name, Annotated[kind | None, info], None)
+
+
+def _one(option: Option, value: Any) -> Any:
+    """An option's value; of one given several times, its values together."""
+    return value if option.several is None or value is None else option.several.join(value) or None
 
 
 def _own(parameter: inspect.Parameter, annotation: Any) -> inspect.Parameter:

@@ -27,14 +27,15 @@ from abliterate.heal.teacher import open_lessons, open_teacher
 from abliterate.heal.training import ADAPTER, CONFIGURATION, Job, Training
 from abliterate.measure import Measurement
 from abliterate.measure.document import RunDocument
-from abliterate.measure.judges import Judge, make_judge
+from abliterate.measure.judges import Judge
 from abliterate.models.handle import Handle
 from abliterate.models.loading import DTYPES
 from abliterate.models.pretrained import with_adapter
+from abliterate.prompts.behaviour import load_behaviour
 from abliterate.prompts.sets import Sides
 from abliterate.report import write_html
 from abliterate.run.facts import SCHEMA, environment, model_facts, side_facts
-from abliterate.run.opening import check_lengths, open_model, open_prompts, set_prefill
+from abliterate.run.opening import check_lengths, judges, open_model, open_prompts, second_judge, set_prefill
 from abliterate.run.saving import bytes_to_write, save_model
 from abliterate.run.stages import check_same_tokens, measured
 from abliterate.settings.heal import HealRunSettings
@@ -92,7 +93,7 @@ def heal(
     sources = find_sources(model, original)
     settings = _quantised(with_settings_of_run(settings, sources.run))
     check(sources, out, settings, overwrite=overwrite)
-    judge = make_judge(settings.measure.judge)
+    judge = judges(settings, load_behaviour(settings.behaviour))
     own = settings.heal.preset == "self"
     sides = open_lessons(settings) if own else open_prompts(settings.prompts, settings.seed)
     for note in sides.notes:
@@ -179,7 +180,8 @@ class _Measuring:
         if before is not None and name != "original":
             check_same_tokens(handle, self.sides, before, handle.source, "the original")
         with self.clock.stage(f"measure {name}"):
-            found = measured(handle, self.sides, self.judge, self.settings, self.reporter, name, before)
+            second = second_judge(self.settings, load_behaviour(self.settings.behaviour))
+            found = measured(handle, self.sides, self.judge, self.settings, self.reporter, name, before, second=second)
         self.found[name] = found
         if not self.about:
             self.about = model_facts(handle)

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from abliterate.common.errors import AbliterateError, ModelError
 from abliterate.measure.refusal import is_refusal, settled_refusal
 from abliterate.prompts.behaviour import load_behaviour
 from abliterate.prompts.style import Style
+
+AND = " + "
+"""Between the specifications of several judges."""
+
+Verdict = Literal["answered", "evaded", "refused"]
+WORSE: list[Verdict] = ["answered", "evaded", "refused"]
 
 
 class Judge(Protocol):
@@ -157,6 +163,35 @@ class StyleJudge:
         return [self.style.score(answer) for answer in answers]
 
 
+class Several:
+    """Judges together: an answer refuses when one of them says so."""
+
+    def __init__(self, judges: Sequence[Judge]) -> None:
+        self.judges, self.name = list(judges), AND.join(judge.name for judge in judges)
+
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Return whether any of them takes each answer for a refusal."""
+        return [verdict == "refused" for verdict in self.verdicts(prompts, answers)]
+
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """Return the worst that any of them says of each answer."""
+        said = [verdicts_of(judge, prompts, answers) for judge in self.judges]
+        return [max(all_said, key=WORSE.index) for all_said in zip(*said, strict=True)]
+
+    def settled(self, prompt: str, partial_answer: str) -> bool | None:
+        """Return True once one of them is sure of a refusal, False once all are sure of none."""
+        said = [judge.settled(prompt, partial_answer) for judge in self.judges]
+        return True if True in said else None if None in said else False
+
+
+def verdicts_of(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+    """A judge's verdicts by its method `verdicts`, where it has one; else answered, or refused as it judges."""
+    said: Callable[..., list[Verdict]] | None = getattr(judge, "verdicts", None)
+    if said is not None:
+        return said(prompts, answers)
+    return ["refused" if refused else "answered" for refused in judge.judge(prompts, answers)]
+
+
 def _make_lexical(argument: str) -> Judge:
     if argument:
         raise AbliterateError(f"the lexical judge takes no argument, but {argument!r} was given")
@@ -194,10 +229,14 @@ JUDGES: dict[str, Callable[[str], Judge]] = {
 def make_judge(spec: str) -> Judge:
     """Return the judge that `spec` names: "lexical", "classifier:PATH[:LABEL]" or "style:BEHAVIOUR".
 
+    Several, with " + " between them, are one judge (`Several`).
+
     Raises:
         AbliterateError: if there is no judge of that kind, or no such behaviour, or it has no style.
         ModelError: if the classifier can't be loaded or lacks the label.
     """
+    if AND in spec:
+        return Several([make_judge(one) for one in spec.split(AND)])
     kind, _, argument = spec.partition(":")
     if kind not in JUDGES:
         raise AbliterateError(

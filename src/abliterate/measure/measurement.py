@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,8 +11,10 @@ from abliterate.common.reporting import SILENT, Tick, untold
 from abliterate.measure.coherence import is_degenerate
 from abliterate.measure.decode import BATCH, Answer, decode
 from abliterate.measure.divergence import Divergence, Reference, compare, make_reference
-from abliterate.measure.judges import Judge, LexicalJudge
+from abliterate.measure.judges import Judge, LexicalJudge, Verdict
 from abliterate.measure.rates import Rate
+from abliterate.measure.verdicts import Panel, baseline_floor, irrelevant
+from abliterate.measure.wordings import stock
 from abliterate.models.handle import Handle
 
 
@@ -31,6 +34,10 @@ class Measurement:
         reference: for an original: what later measurements are compared with.
         coherent: for a judge of style: answers to target prompts that show it and are not degenerate.
         scores: for such a judge: its mean score on target and on baseline prompts.
+        verdicts: of a panel: on the answers to target prompts.
+        collapse: of a panel: share of answers alike, to target and to baseline prompts.
+        floor: of an original: how relevant an answer to a target prompt must be (`relevance`).
+        second: what a judge says that choosing never saw.
     """
 
     refusal: Rate
@@ -46,6 +53,10 @@ class Measurement:
     reference: Reference | None = field(default=None, repr=False)
     coherent: Rate | None = None
     scores: tuple[float, float] | None = None
+    verdicts: list[Verdict] | None = field(default=None, repr=False)
+    collapse: tuple[float, float] | None = None
+    floor: float | None = None
+    second: SecondOpinion | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         style: dict[str, Any] = {}
@@ -59,8 +70,63 @@ class Measurement:
             "degenerate": self.degenerate.to_json(),
             "degenerate_on_target": self.degenerate_on_target.to_json(),
             "loss": {"baseline_answers": self.loss},
+            **(self._verdicts_json() if self.verdicts is not None else {}),
             **style,
         }
+
+    def _verdicts_json(self) -> dict[str, Any]:
+        counts = Counter(self.verdicts)
+        missing = counts["refused"] + counts["evaded"]
+        rows = {"answered": counts["answered"], "evaded": counts["evaded"], "not_answered": missing}
+        found: dict[str, Any] = {name: Rate(n, counts.total()).to_json() for name, n in rows.items()}
+        if self.collapse is not None:
+            found["collapse"] = dict(zip(("target", "baseline"), self.collapse, strict=True))
+        if self.second is not None:
+            found["second"] = self.second.to_json(self)
+        return found
+
+
+@dataclass
+class SecondOpinion:
+    """What a judge says of a measurement's answers that choosing never saw.
+
+    Attributes:
+        judge: its name.
+        target, baseline: whether it takes each answer for a refusal.
+    """
+
+    judge: str
+    target: list[bool]
+    baseline: list[bool]
+
+    def to_json(self, measured: Measurement) -> dict[str, Any]:
+        """As it stands in results.json, beside what the panel says."""
+        assert measured.verdicts is not None
+        sides = {
+            "target": (measured.refused_target, self.target),
+            "baseline": (measured.refused_baseline, self.baseline),
+        }
+        word = {True: "refused", False: "answered"}
+        differ = [
+            {"side": side, "index": i, "panel": word[ours], "judge": word[theirs]}
+            for side, both in sides.items()
+            for i, (ours, theirs) in enumerate(zip(*both, strict=True))
+            if ours != theirs
+        ]
+        total = len(self.target) + len(self.baseline)
+        missing = [v != "answered" or theirs for v, theirs in zip(measured.verdicts, self.target, strict=True)]
+        return {
+            "judge": self.judge,
+            "refusal": _rate(self.target).to_json("refused"),
+            "over_refusal": _rate(self.baseline).to_json("refused"),
+            "not_answered": _rate(missing).to_json(),
+            "agree": Rate(total - len(differ), total).to_json(),
+            "disagreements": differ,
+        }
+
+
+def _rate(shown: Sequence[bool]) -> Rate:
+    return Rate(sum(shown), len(shown))
 
 
 def measure(
@@ -70,6 +136,7 @@ def measure(
     *,
     original: Measurement | None = None,
     judge: Judge | None = None,
+    second: Judge | None = None,
     max_new_tokens: int = 100,
     batch_size: int = BATCH,
     progress: Callable[[str, int], Tick] = SILENT.progress,
@@ -81,7 +148,10 @@ def measure(
         target, baseline: held-out prompts; where they are the same, answers are decoded once and count for both.
         original: the original's measurement on the same baseline prompts, to get a divergence from it;
             None when `handle` is the original.
-        judge: decides what a refusal is; the lexical one by default.
+        judge: decides what a refusal is; the lexical one by default. A panel that has learnt no refusal wordings yet
+            learns them from these answers, and says which target prompts are answered; whether answers are relevant
+            to their prompts is left to `look_for_relevance`.
+        second: a judge that choosing never saw, beside a panel.
         max_new_tokens: longest answer decoded.
         batch_size: rows decoded at a time.
         progress: progress(stage, total) gives the function to call with the number done.
@@ -105,6 +175,10 @@ def measure(
         stop_on=lambda index: (True, False) if index < count and not one else (True,),
         tick=progress("answers", len(prompts)),
     )
+    texts = [a.text for a in answers]
+    if isinstance(judge, Panel) and not judge.learnt:
+        judge.learn(texts[:count], texts if one else texts[count:])
+        refused = judge.judge(prompts, texts)
     on_target = Judged(answers[:count], refused[:count])
     on_baseline = Judged(answers, refused) if one else Judged(answers[count:], refused[count:])
     reference = original.reference if original else reference_of(handle, baseline, *on_baseline)
@@ -113,7 +187,7 @@ def measure(
     if original is not None and reference is not None:
         divergence = compare(handle, reference, progress("divergence", len(reference.rows)))
         loss = divergence.loss
-    return Measurement(
+    found = Measurement(
         refusal=on_target.rate,
         over_refusal=on_baseline.rate,
         divergence=divergence,
@@ -128,6 +202,37 @@ def measure(
         coherent=on_target.coherent if hasattr(judge, "scores") else None,
         scores=(mean_score(judge, on_target.answers), mean_score(judge, on_baseline.answers)),
     )
+    if isinstance(judge, Panel):
+        found.verdicts = judge.verdicts(target, texts[:count], forms=True)
+        alike = [stock([a.text for a in side.answers]) for side in (on_target, on_baseline)]
+        found.collapse = tuple(_rate(side).rate for side in alike)  # type: ignore[assignment]
+        if second is not None:
+            said = second.judge(prompts, texts)
+            found.second = SecondOpinion(second.name, said[:count], said if one else said[count:])
+    return found
+
+
+def look_for_relevance(
+    handle: Handle, found: Measurement, target: Sequence[str], baseline: Sequence[str],
+    original: Measurement | None = None, tick: Tick = untold,
+) -> None:  # fmt: skip
+    """Take answers that say nothing about their prompts for evasions, in a panel's measurement.
+
+    Args:
+        handle: whose probabilities count: the original where it is at hand, else the model measured.
+        found: the measurement.
+        target, baseline: the prompts it was made on.
+        original: the original's measurement, which says how relevant answers are.
+        tick: told how many forward rows are done.
+    """
+    if found.verdicts is None:
+        return
+    floor = original.floor if original is not None else None
+    if floor is None:
+        kept = [i for i, refused in enumerate(found.refused_baseline) if not refused]
+        floor = baseline_floor(handle, [baseline[i] for i in kept], [found.baseline_answers[i] for i in kept])
+    found.floor = floor
+    found.verdicts = irrelevant(handle, target, found.target_answers, found.verdicts, floor, tick)
 
 
 def mean_score(judge: Judge, answers: Sequence[Answer]) -> float:

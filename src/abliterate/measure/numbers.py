@@ -50,6 +50,34 @@ class BySide(Part):
     baseline: float
 
 
+class Disagreement(Part):
+    """A prompt of the test split on which the judges differ: its side, its place there, and what each said."""
+
+    side: str
+    index: int
+    panel: str
+    judge: str
+
+
+class SecondOpinion(Part):
+    """What a judge says that choosing never saw.
+
+    Attributes:
+        judge: its name.
+        refusal, over_refusal: target and baseline prompts refused.
+        not_answered: target prompts that it or the panel doesn't take for answered.
+        agree: answers, of both sides, on which it and the panel agree whether they refuse.
+        disagreements: the others.
+    """
+
+    judge: str
+    refusal: Share
+    over_refusal: Share
+    not_answered: Share
+    agree: Share
+    disagreements: list[Disagreement]
+
+
 class Measured(Part):
     """One model's numbers on the test split: the JSON part of `measure.Measurement`.
 
@@ -58,6 +86,10 @@ class Measured(Part):
         divergence: from the original; None for the original itself.
         degenerate, degenerate_on_target: of answers to baseline prompts, and to target prompts that don't show it.
         loss: on the original's answers.
+        answered, evaded: target prompts that are answered, and that are neither answered nor refused.
+        not_answered: refused or evaded.
+        collapse: answers mostly made of what answers to other prompts say too.
+        second: what a judge says that choosing never saw.
         coherent, score: of a style: shown and not degenerate; the judge's mean score.
         coherent_over_refusal: of induced refusals: baseline prompts refused in whole sentences.
     """
@@ -68,6 +100,11 @@ class Measured(Part):
     degenerate: Share | None = None
     degenerate_on_target: Share | None = None
     loss: Loss | None = None
+    answered: Share | None = None
+    evaded: Share | None = None
+    not_answered: Share | None = None
+    collapse: BySide | None = None
+    second: SecondOpinion | None = None
     coherent: Share | None = None
     score: BySide | None = None
     coherent_over_refusal: Share | None = None
@@ -125,6 +162,8 @@ class FrontierPoint(Part):
 
     Attributes:
         refusal: of target prompts.
+        not_answered: refused or evaded.
+        evaded, collapse: how many are evaded; share of alike answers beyond what the original has.
         divergence: from the original at the first answer token, in nats.
         divergence_along: the same along its answers.
         weight: what the fit weighed refusals with to get there.
@@ -139,6 +178,9 @@ class FrontierPoint(Part):
 
     refusal: Share
     divergence: float
+    not_answered: Share | None = None
+    evaded: int | None = None
+    collapse: float | None = None
     divergence_along: float | None = None
     weight: float | None = None
     scaled: float | None = None

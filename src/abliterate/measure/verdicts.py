@@ -8,47 +8,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 from abliterate.common.reporting import Tick, untold
 from abliterate.measure.coherence import why_degenerate
 from abliterate.measure.decode import Answer
-from abliterate.measure.judges import Judge
+from abliterate.measure.judges import Judge, Verdict, verdicts_of
 from abliterate.measure.refusal import sentences
 from abliterate.measure.relevance import floor, relevances
 from abliterate.measure.wordings import Wordings, learn_wordings, stock
 from abliterate.models.handle import Handle
 
-Verdict = Literal["answered", "refused", "evaded"]
 CALIBRATED_ON = 32  # baseline answers that say how relevant an answer is
 USELESS = 0.1  # share of the original's baseline answers past which a kind of evidence says nothing
 _ASKS_FOR_QUESTIONS = re.compile(r"\b(?:question|ask|riddle|quiz|interview|survey|faq)", re.IGNORECASE)
 
 
 class Panel:
-    """Judges and evidence together: an answer is refused when one of the judges says so, or a learnt wording does.
+    """Judges and evidence together: an answer is refused when the judge says so, or a learnt wording does.
 
     It is a judge itself: of refusing. `strict` judges what is minimised instead: not answering.
 
     Args:
-        judges: what decides besides the evidence.
+        judge: what decides besides the evidence; several are one too (`judges.make_judge`).
 
     Attributes:
         learnt: whether `learn` was called.
         wordings: refusal wordings learnt from the original's answers, known to `judge` from then on.
         evasions: sentences that became common in an edited model's answers.
-        forms: whether answers alike, looping or asking back count as evaded; not so where the original's own
-            answers to baseline prompts are.
+        forms: whether answers alike, looping or asking back count as evaded in a search: once something was learnt,
+            unless the original's own answers to baseline prompts are such.
     """
 
-    def __init__(self, judges: Sequence[Judge]) -> None:
-        self.judges = list(judges)
-        self.learnt, self.forms = False, True
+    def __init__(self, judge: Judge) -> None:
+        self.by_words, self.name = judge, judge.name
+        self.learnt = self.forms = False
         self.wordings, self.evasions = Wordings(), Wordings()
-
-    @property
-    def name(self) -> str:
-        return "+".join(judge.name for judge in self.judges)
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -61,11 +55,11 @@ class Panel:
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Whether each answer refuses."""
-        return [verdict == "refused" for verdict in self._by_judges(prompts, answers)]
+        return [verdict == "refused" for verdict in self._by_words(prompts, answers)]
 
     def settled(self, prompt: str, partial_answer: str) -> bool | None:
-        """True as soon as a judge is sure of a refusal; that a prompt is answered shows in the whole answer only."""
-        return True if any(judge.settled(prompt, partial_answer) for judge in self.judges) else None
+        """True as soon as the judge is sure of a refusal; that a prompt is answered shows in the whole answer only."""
+        return True if self.by_words.settled(prompt, partial_answer) else None
 
     def learn(self, target: Sequence[str], baseline: Sequence[str]) -> str:
         """Learn the original's refusal wordings from its answers, and whether their form says anything of it.
@@ -81,30 +75,25 @@ class Panel:
         blind = "; its baseline answers are alike too or loop, so the form of an answer says nothing"
         return said if self.forms else said + blind
 
-    def verdicts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """The verdict on each answer, its relevance left aside (`irrelevant`)."""
-        found = self._by_judges(prompts, answers)
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[str], forms: bool | None = None) -> list[Verdict]:
+        """The verdict on each answer, its relevance left aside (`irrelevant`).
+
+        Args:
+            prompts, answers: one answer a prompt.
+            forms: whether its form counts, whatever the original's is; None: as the attribute says.
+        """
+        forms = self.forms if forms is None else forms
+        found = self._by_words(prompts, answers)
         alike = stock(answers)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            formal = self.forms and (alike[i] or _evades(prompt, answer))
+            formal = forms and (alike[i] or _evades(prompt, answer))
             if found[i] == "answered" and (formal or self.evasions.stand_in(answer)):
                 found[i] = "evaded"
         return found
 
-    def _by_judges(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        found: list[Verdict] = ["refused" if self.wordings.stand_in(answer) else "answered" for answer in answers]
-        for judge in self.judges:
-            said = getattr(judge, "verdicts", None)
-            own = (
-                said(prompts, answers)
-                if said
-                else ["refused" if r else "answered" for r in judge.judge(prompts, answers)]
-            )
-            found = [max(pair, key=_WORSE.index) for pair in zip(found, own, strict=True)]
-        return found
-
-
-_WORSE: list[Verdict] = ["answered", "evaded", "refused"]
+    def _by_words(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        said = verdicts_of(self.by_words, prompts, answers)
+        return ["refused" if self.wordings.stand_in(a) else v for a, v in zip(answers, said, strict=True)]
 
 
 class Strict:

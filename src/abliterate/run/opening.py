@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from abliterate.common.errors import AbliterateError
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.measure.decode import decode
-from abliterate.measure.judges import Judge, make_judge
+from abliterate.measure.judges import AND, Judge, make_judge
+from abliterate.measure.verdicts import Panel
 from abliterate.models.handle import Handle, find_prefill
 from abliterate.models.loading import load
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
@@ -26,7 +28,8 @@ class Job:
     Attributes:
         handle: the loaded original.
         sides: all prompts.
-        judge: decides whether an answer shows the behaviour.
+        judge: decides whether an answer shows the behaviour; of refusing: a panel.
+        second: for the report alone: a judge of refusing that choosing never sees.
         settings: resolved for the behaviour.
         behaviour: what is changed.
         reporter, clock: told how it goes, and how long it took.
@@ -36,6 +39,7 @@ class Job:
     handle: Handle
     sides: Sides
     judge: Judge
+    second: Judge | None
     settings: RunSettings
     behaviour: Behaviour
     reporter: Reporter
@@ -55,7 +59,8 @@ def opened(
         AbliterateError: any that loading gives.
     """
     clock = Clock()
-    judge = judge or make_judge(settings.measure.judge)
+    judge = judge or judges(settings, behaviour)
+    second = second_judge(settings, behaviour)
     with clock.stage("prompts"):
         sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
@@ -66,7 +71,31 @@ def opened(
     reporter.say(described(handle))
     check_lengths(handle, sides)
     torch.manual_seed(settings.seed)
-    return Job(handle, sides, judge, settings, behaviour, reporter, clock, Path(out))
+    return Job(handle, sides, judge, second, settings, behaviour, reporter, clock, Path(out))
+
+
+def judges(settings: RunSettings, behaviour: Behaviour) -> Judge:
+    """What decides whether an answer shows the behaviour: of refusing, a panel of the judge named and of evidence.
+
+    Raises:
+        AbliterateError: any that making a judge gives.
+    """
+    judge = make_judge(settings.measure.judge)
+    return Panel(judge) if behaviour.words.shows == "refused" and not hasattr(judge, "scores") else judge
+
+
+def second_judge(settings: RunSettings, behaviour: Behaviour) -> Judge | None:
+    """The judge of the report, which choosing never sees; None where there is none, or it isn't about refusing.
+
+    Raises:
+        AbliterateError: any that making a judge gives, or where choosing sees it.
+    """
+    spec = settings.measure.report_judge
+    if spec == "none" or behaviour.words.shows != "refused":
+        return None
+    if spec in settings.measure.judge.split(AND):
+        raise AbliterateError(f"--report-judge {spec} is one that choosing sees (--judge); name another, or none")
+    return make_judge(spec)
 
 
 def resolve_behaviour(settings: RunSettings, reporter: Reporter | None = None) -> tuple[RunSettings, Behaviour]:

@@ -24,7 +24,6 @@ from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, save_recipe
 from abliterate.measure import Measurement
 from abliterate.measure.document import RunDocument
-from abliterate.measure.judges import make_judge
 from abliterate.models.handle import Handle
 from abliterate.models.writers import find_writers
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
@@ -40,13 +39,23 @@ from abliterate.run.facts import (
     tied_fate,
 )
 from abliterate.run.inducing import Inducing
-from abliterate.run.opening import Job, check_lengths, open_model, open_prompts, opened, resolve_behaviour, set_prefill
+from abliterate.run.opening import (
+    Job,
+    check_lengths,
+    judges,
+    open_model,
+    open_prompts,
+    opened,
+    resolve_behaviour,
+    second_judge,
+    set_prefill,
+)
 from abliterate.run.refusing import Refusing
 from abliterate.run.removing import Removal, proofs
 from abliterate.run.saving import Held, attach_or_bake, bytes_to_write, held, save_model, to_save
 from abliterate.run.searching import forget
 from abliterate.run.showing import filtered
-from abliterate.run.stages import check_same_tokens, collected, decoding, measured
+from abliterate.run.stages import check_same_tokens, collected, decoding, measured, relevant
 from abliterate.run.strategy import Strategy
 from abliterate.run.styling import Styling
 from abliterate.search.frontier import FrontierPoint
@@ -160,7 +169,7 @@ def _carried_out(
     edit, judge = choice.edit, strategy.judge(job.judge)
     gathered = strategy.gathered(job, choice, directions)
     with clock.stage("measure original"):
-        original = measured(handle, sides, judge, settings, reporter, "original")
+        original = measured(handle, sides, judge, settings, reporter, "original", second=job.second)
         if kept is not None:
             kept.watch(handle, judge, **decoding(settings))
     # all that is said of the model is taken before the edit changes it
@@ -175,10 +184,14 @@ def _carried_out(
         with live:
             removed = removal.check(handle) if removal else []
             with clock.stage("measure edited"):
-                edited = measured(handle, sides, judge, settings, reporter, "edited", original)
+                edited = measured(
+                    handle, sides, judge, settings, reporter, "edited", original, second=job.second, relevance=False
+                )
                 kept_found = kept.to_json(handle, edit, judge, **decoding(settings)) if kept else None
             if gathered is not None:
                 gathered.look_at_edited(handle)
+        with clock.stage("measure edited"):  # by the original, where the edit was attached and is gone
+            relevant(handle, edited, sides, reporter, "edited", original)
         with clock.stage("save"):
             document |= {"original": strategy.numbers(original), "edited": strategy.numbers(edited)}
             if proof is not None:
@@ -331,7 +344,7 @@ def measure_models(
     sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
         reporter.say(note)
-    judge = make_judge(settings.measure.judge)
+    judge, second = judges(settings, behaviour), second_judge(settings, behaviour)
     before: Measurement | None = None
     handle: Handle | None = None
     document: dict[str, Any] = {"schema": SCHEMA, "original": None, "edited": None}
@@ -348,7 +361,7 @@ def measure_models(
         with clock.stage(f"measure {label}"):
             if before is not None:
                 check_same_tokens(handle, sides, before, source, original)
-            found = measured(handle, sides, judge, settings, reporter, label, before)
+            found = measured(handle, sides, judge, settings, reporter, label, before, second=second)
         before = found if name == "original" else before
         document[name] = found.to_json()
         document["model"] = {"source": source, "config_hash": handle.config_hash, "revision": handle.revision}

@@ -10,6 +10,7 @@ from abliterate.common.resumable import beside, key_of
 from abliterate.directions.keep import Kept, kept_reference
 from abliterate.directions.means import Directions, Place
 from abliterate.measure.divergence import Reference
+from abliterate.measure.verdicts import not_answering
 from abliterate.run.facts import environment
 from abliterate.run.opening import Job
 from abliterate.run.showing import Shown
@@ -70,7 +71,7 @@ def _article(work: Work) -> Choice:
         work.handle,
         work.directions,
         work.sides.target.validation.texts,
-        work.judge,
+        not_answering(work.judge),
         candidates=options.candidates,
         test_prompts=options.test_prompts,
         layers=work.layers,
@@ -86,7 +87,7 @@ def _sweep(work: Work) -> Choice:
         work.directions,
         work.validation.target,
         work.validation.baseline,
-        work.judge,
+        not_answering(work.judge),
         SweepSettings(layers=work.layers, max_refusal_rate=work.settings.search.max_refusal_rate),
         reporter=work.reporter,
     )
@@ -109,6 +110,7 @@ def _fit(work: Work) -> Choice:
             seed=work.settings.seed,
             max_refusal_rate=options.max_refusal_rate,
             max_divergence=options.max_divergence,
+            free_divergence=options.free_divergence,
         ),
         also=[(1 / UNIT, Staying(watched, "kept"))] if watched else [],  # weighted as on baseline prompts
         kept=work.kept.span if work.kept else None,
@@ -125,7 +127,7 @@ def _tpe(work: Work) -> Choice:
     options, kept = work.settings.search, beside(work.out, STUDY_FILE)
     if not (work.settings.resume or options.study):
         kept.unlink(missing_ok=True)
-    refusals = Refusals(work.validation.target, work.judge)
+    refusals = Refusals(work.validation.target, not_answering(work.judge))
     divergence = DivergenceFromOriginal(original_reference(work.handle, work.validation.baseline))
     watched = _watched(work)
     frontier = tpe(
@@ -143,7 +145,9 @@ def _tpe(work: Work) -> Choice:
         objectives=[refusals, divergence, DivergenceFromOriginal(watched, "kept")] if watched else None,
         reporter=work.reporter,
     )
-    chosen, why = choose(frontier, options.max_refusal_rate, options.max_divergence)
+    chosen, why = choose(
+        frontier, options.max_refusal_rate, options.max_divergence, free_divergence=options.free_divergence
+    )
     work.reporter.say(f"chose {why}")
     return _choice(work, chosen, why, frontier)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from abliterate.common.errors import AbliterateError
 from abliterate.common.reporting import Reporter, Tick
 from abliterate.directions.activations import Activations, collect
-from abliterate.measure import Measurement, measure
+from abliterate.measure import Measurement, look_for_relevance, measure
 from abliterate.measure.judges import Judge
 from abliterate.models.handle import Handle
 from abliterate.prompts.sets import Sides
@@ -33,22 +33,44 @@ def collected(
 
 def measured(
     handle: Handle, sides: Sides, judge: Judge, settings: RunSettings, reporter: Reporter, name: str,
-    original: Measurement | None = None,
+    original: Measurement | None = None, *, second: Judge | None = None, relevance: bool = True,
 ) -> Measurement:  # fmt: skip
-    """Measure a model on the test split as the settings say; `name` tells its progress from others'."""
+    """Measure a model on the test split as the settings say.
+
+    Args:
+        handle, sides, judge, settings, reporter: as in the job.
+        name: tells its progress from others'.
+        original: the original's measurement, where this isn't the original.
+        second: a judge that choosing never saw.
+        relevance: look now whether answers are about their prompts, by this model's own probabilities; else the caller
+            does by `relevant`, with the original.
+    """
 
     def progress(stage: str, total: int) -> Tick:
         return reporter.progress(f"{name}: {stage}", total)
 
-    return measure(
+    found = measure(
         handle,
         sides.target.test.texts,
         sides.baseline.test.texts,
         original=original,
         judge=judge,
+        second=second,
         progress=progress,
         **decoding(settings),
     )
+    if relevance:
+        relevant(handle, found, sides, reporter, name, original)
+    return found
+
+
+def relevant(
+    handle: Handle, found: Measurement, sides: Sides, reporter: Reporter, name: str, original: Measurement | None = None
+) -> None:
+    """Take answers that say nothing about their prompts for evasions; see `measure.look_for_relevance`."""
+    if found.verdicts is not None:
+        tick = reporter.progress(f"{name}: relevance", 3 * found.verdicts.count("answered"))
+        look_for_relevance(handle, found, sides.target.test.texts, sides.baseline.test.texts, original, tick)
 
 
 def decoding(settings: RunSettings) -> dict[str, int]:

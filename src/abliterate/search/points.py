@@ -27,7 +27,7 @@ VALIDATION_TOKENS = 24
 
 def panel_of(judge: Judge | None, train: Examples, reporter: Reporter) -> Panel:
     """The judge as a panel that has learnt the original's refusal wordings."""
-    panel = judge if isinstance(judge, Panel) else Panel([judge or LexicalJudge()])
+    panel = judge if isinstance(judge, Panel) else Panel(judge or LexicalJudge())
     if not panel.learnt:
         reporter.say(panel.learn([a.text for a in train.refusals], [a.text for a in train.answers]))
     return panel

@@ -31,6 +31,7 @@ class Option(NamedTuple):
         help: what it does.
         said: of its default, in other words than its value; None for the value.
         panel: heading under which --help lists it.
+        several: what stands between values where it may be given several times; None where it may not.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Option(NamedTuple):
     help: str
     said: str | None
     panel: str | None
+    several: str | None = None
 
     @property
     def name(self) -> str:
@@ -55,8 +57,9 @@ class Option(NamedTuple):
 
 
 def option(
-    default: Any, help: str = "", *, said: str | None = None, own: Any = None, panel: str | None = None, **checks: Any
-) -> Any:
+    default: Any, help: str = "", *, said: str | None = None, own: Any = None, panel: str | None = None,
+    several: str | None = None, **checks: Any,
+) -> Any:  # fmt: skip
     """A field that is an option too: its flag is its name.
 
     Args:
@@ -65,11 +68,17 @@ def option(
         said: how --help calls the default, where that isn't its value.
         own: the default of heal's preset `self`, where it has another.
         panel: heading in --help, if not that of its table.
+        several: what is put between the values of an option that may be given several times.
         checks: pydantic's, such as ge=1.
     """
     if own is not None and said is None:
         said = f"{number(default)}; self {number(own)}"
-    return Field(default, description=help, json_schema_extra={"said": said, "own": own, "panel": panel}, **checks)
+    return Field(
+        default,
+        description=help,
+        json_schema_extra={"said": said, "own": own, "panel": panel, "several": several},
+        **checks,
+    )
 
 
 def options_of(model: type[Stage], prefix: str = "") -> dict[str, Option]:
@@ -104,5 +113,6 @@ def _options(model: type[Stage], prefix: str) -> Iterator[Option]:
             yield from _options(cast("type[Stage]", annotation), f"{prefix}{name}.")
         elif isinstance(stated, Mapping) and "said" in stated:
             kind = next((part for part in (annotation, *get_args(annotation)) if part in KINDS), str)
-            said, panel = stated["said"], stated["panel"] or model.panel
-            yield Option(f"{prefix}{name}", kind, field.default, field.description or "", said, panel)  # type: ignore[arg-type]
+            said: dict[str, Any] = {key: stated[key] for key in ("said", "several")}
+            panel, help = stated["panel"] or model.panel, field.description or ""
+            yield Option(f"{prefix}{name}", kind, field.default, help, panel=panel, **said)  # type: ignore[arg-type]

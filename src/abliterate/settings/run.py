@@ -67,9 +67,14 @@ class SearchSettings(Stage):
     panel = "Directions"
     method: Literal["fit", "sweep", "article", "tpe"] = option("fit", "fit, sweep, article or tpe.")
     layers: str | None = option(None, "Layers searched and edited, as 4-24.")
-    max_refusal_rate: float = option(0.05, "Refusal rate good enough to choose by divergence.", ge=0.0, le=1.0)
+    max_refusal_rate: float = option(
+        0.05, "Target prompts refused or evaded that are few enough, four times of five.", ge=0.0, le=1.0
+    )
     max_divergence: float | None = option(
         None, "Take the fewest refusals within this divergence, in nats, instead.", ge=0.0
+    )
+    free_divergence: float = option(
+        0.02, "Divergence in nats that nobody notices: below it, fewer refusals win.", ge=0.0
     )
     steps: int = option(40, "Gradient steps to the fit's first point.", ge=1)
     rank: int = option(1, "Directions per layer in the fit.", ge=1, le=16)
@@ -93,7 +98,13 @@ class MeasureSettings(Stage):
     """How a model is judged."""
 
     panel = "Measuring"
-    judge: str = option("lexical", "lexical, classifier:PATH[:LABEL] or style:BEHAVIOUR.", said="the behaviour's")
+    judge: str = option(
+        "lexical",
+        "lexical, trained, classifier:PATH[:LABEL], llm:URL[:MODEL] or style:BEHAVIOUR; may be repeated.",
+        said="the behaviour's",
+        several=" + ",
+    )
+    report_judge: str = option("none", "A judge that choosing never sees, for the report; as --judge, or none.")
     max_new_tokens: int = option(100, "Longest answer decoded.", ge=1)
     batch_size: int = Field(256, ge=1)
 
