@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from abliterate.cards.edit import directions, how_found, how_healed, was_learnt, what_changed, what_is_left
 from abliterate.cards.head import head, of_model
 from abliterate.cards.tables import results
+from abliterate.cards.verdicts import verdicts
 from abliterate.common.names import public_name
 from abliterate.measure.document import RunDocument, SideFacts
 
@@ -70,7 +71,7 @@ def model_card(document: RunDocument) -> str:
         [f"{of} {is_now}"],
         [
             Section("What was changed", _changed(document)),
-            Section("What it did", [*results(document).markdown(), _how_measured(document, kind)]),
+            Section("What it did", [*results(document).markdown(), _how_measured(document, kind), *_judged(document)]),
             *([] if kind in ("style", "induce") else [Section("Prompts", _prompts(document))]),
             *_meaning(document, kind),
             Section("", [_made_with(document)]),
@@ -161,6 +162,11 @@ def _how_measured(document: RunDocument, kind: str) -> str:
         f"{greedy}; {judged}; divergence is KL(original || {other}) in nats on baseline prompts that the original "
         f"answers. {INTERVALS} {untouched}"
     )
+
+
+def _judged(document: RunDocument) -> list[str]:
+    said = verdicts(document)
+    return ["", *listed(said)] if said else []
 
 
 def _prompts(document: RunDocument) -> list[str]:

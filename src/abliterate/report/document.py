@@ -50,6 +50,7 @@ class Point:
 
     label: str
     refusal: Share
+    """Answers to target prompts that are none: refused, or evaded where that is known."""
     divergence: float
     chosen: bool
     strengths: tuple[WriterStrength, ...] | None = None
@@ -195,7 +196,7 @@ def _frontier_point(loaded: Loaded, count: int, entry: FrontierPoint) -> Point:
     chosen = entry.chosen
     if chosen is None:
         chosen = strengths is not None and strengths == loaded.strengths
-    return Point(f"point {count}", entry.refusal, entry.divergence, chosen, strengths)
+    return Point(f"point {count}", entry.not_answered or entry.refusal, entry.divergence, chosen, strengths)
 
 
 def _strengths(loaded: Loaded, edit: Edit) -> tuple[WriterStrength, ...]:

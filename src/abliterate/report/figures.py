@@ -16,7 +16,12 @@ SIDES = ("embedding", "attention", "mlp")
 # of unlike size: where both sides of a block have one strength, both are seen
 SYMBOLS = {"embedding": ("diamond", 10), "attention": ("circle", 11), "mlp": ("square", 6)}
 OTHER = ("x", 8)
-RATES = {"refusal": "refusals", "over_refusal": "over-refusals", "degenerate": "degenerate answers"}
+RATES = {
+    "refusal": "refusals",
+    "evaded": "evasions",
+    "over_refusal": "over-refusals",
+    "degenerate": "degenerate answers",
+}
 STAGES = {"screened": ("@muted", 8), "scored": ("@accent", 11), "decoded": ("@edited", 11)}
 
 
@@ -105,7 +110,7 @@ def point_strengths(loaded: Loaded) -> Figure | None:
         extremes = [f"{min(values):.3g}", f"{max(values):.3g}", str(len(values))]
         rows.append([point.label, count_of(point.refusal), number(point.divergence), *extremes])
     shown = next((i for i, (point, _) in enumerate(known) if point.chosen), 0)
-    header = ["point", "refusals", "divergence", "least strength", "largest strength", "writers"]
+    header = ["point", "not answered", "divergence", "least strength", "largest strength", "writers"]
     return Figure(
         "point-strengths", "Strengths of the point picked", frames[shown].summary, frames[shown].data,
         frames[shown].layout, Table(header, rows), frames, shown, "select", "point", ratio=0.38,
@@ -131,14 +136,14 @@ def frontier(loaded: Loaded) -> Figure | None:
     ]  # fmt: skip
     layout = {
         "xaxis": axis("divergence, nats (cost)", range=[-0.04 * max(x), 1.08 * max(x)], zeroline=False),
-        "yaxis": axis("refused, %", range=[-4, 104], zeroline=False),
+        "yaxis": axis("refused or evaded, %", range=[-4, 104], zeroline=False),
     }
-    what = "edits that no other beats in both" if loaded.has_frontier else "candidates whose answers were decoded"
+    what = "edits that the search judged" if loaded.has_frontier else "candidates whose answers were decoded"
     fewest = min(points, key=lambda p: (p.refusal.rate, p.divergence))
-    summary = f"{len(points)} {what}, on validation prompts. Fewest refusals: {_point_words(fewest)}."
+    summary = f"{len(points)} {what}, on validation prompts. Fewest not answered: {_point_words(fewest)}."
     if chosen:
         summary += f" Chosen: {_point_words(points[chosen[0]])}."
-    header = ["point", "refusals", "divergence", "chosen"]
+    header = ["point", "not answered", "divergence", "chosen"]
     rows = [[p.label, count_of(p.refusal), number(p.divergence), "yes" if p.chosen else ""] for p in points]
     title = "The frontier" if loaded.has_frontier else "Candidates: refusals against divergence"
     return Figure("frontier", title, summary, data, layout, Table(header, rows), picks="point-strengths", ratio=0.5)
@@ -230,4 +235,6 @@ def _other_sides(rows: Iterable[WriterStrength]) -> list[str]:
 
 
 def _point_words(point: Point) -> str:
-    return f"{point.label}: {count_of(point.refusal, interval=False)} refused, divergence {number(point.divergence)}"
+    return (
+        f"{point.label}: {count_of(point.refusal, interval=False)} not answered, divergence {number(point.divergence)}"
+    )

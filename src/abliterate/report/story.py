@@ -6,6 +6,7 @@ from typing import Any
 
 from abliterate.cards import edit
 from abliterate.cards.tables import Table, divergences, losses, shares, state_table
+from abliterate.cards.verdicts import verdicts
 from abliterate.cards.words import joined, number, percent
 from abliterate.common.names import public, public_source
 from abliterate.measure.document import STATES
@@ -32,7 +33,10 @@ def verdict(loaded: Loaded) -> str:
         return f"The model refuses {what} held-out target prompts ({_interval(before)})."
     parts = [f"the {name} model refuses {share.counted} ({_interval(share)})" for name, share in later]
     text = f"Of {before.total} held-out target prompts the {state} model refuses {before.counted} "
-    return f"{text}({_interval(before)}), {joined(parts)}."
+    evading = [(name, m.evaded.counted) for name, m in loaded.results.states.items() if m.evaded and m.evaded.counted]
+    by = joined(f"{count} by the {name} model" for name, count in evading)
+    evades = f" Neither refused nor answered: {by}." if by else ""
+    return f"{text}({_interval(before)}), {joined(parts)}.{evades}"
 
 
 def paired_sentences(loaded: Loaded) -> list[str]:
@@ -66,6 +70,7 @@ def costs(loaded: Loaded) -> Table:
     return state_table(
         found,
         [
+            shares(found, "target prompts evaded: neither refused nor answered", "evaded"),
             shares(found, "over-refusals", "over_refusal"),
             shares(found, "degenerate answers to baseline prompts", "degenerate"),
             shares(found, "degenerate among answered target prompts", "degenerate_on_target"),
@@ -148,9 +153,16 @@ def trust(loaded: Loaded) -> list[str]:
         if high - low > WIDE:
             width = f"{100 * (high - low):.0f} points wide"
             said.append(f"Few prompts: the interval of the {state} model's refusals is {width}.")
+    said += [edit.plain(text) for text in verdicts(results)]
     if measure.judge == "lexical":
+        learnt = (
+            " besides the wordings learnt from the model's own refusals"
+            if any(m.not_answered for m in results.states.values())
+            else ""
+        )
         said.append(
-            "The refusal judge is lexical: it reads words, and misses unusual refusals. Read its rates as lower bounds."
+            f"The judge that chose is lexical: it reads words, and misses unusual refusals{learnt}. Read its rates as "
+            "lower bounds."
         )
     elif measure.judge:
         said.append(f"Refusals were judged by {public(measure.judge)}.")
