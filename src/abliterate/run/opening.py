@@ -117,7 +117,12 @@ def open_model(source: str, settings: LoadSettings) -> Handle:
 
 
 def open_prompts(settings: PromptSettings, seed: int, behaviour: Behaviour | None = None) -> Sides:
-    """Load both sides' prompts as the settings say, or else the behaviour."""
+    """Load both sides' prompts as the settings say, or else the behaviour.
+
+    Where their number isn't given, twice as many validation prompts are loaded as are used at first: a model that
+    refuses only some of the target prompts is judged on all of them (`showing.filtered`).
+    """
+    given = "validation_prompts" in settings.model_fields_set
     if behaviour is not None and behaviour.name != "refusal":
         return behaviour_sides(behaviour, settings, seed)
     return load_sides(
@@ -127,7 +132,7 @@ def open_prompts(settings: PromptSettings, seed: int, behaviour: Behaviour | Non
         baseline_column=settings.baseline_column,
         seed=seed,
         limit_train=settings.train_prompts,
-        limit_validation=settings.validation_prompts,
+        limit_validation=settings.validation_prompts * (1 if given else 2),
         limit_test=settings.test_prompts,
     )
 

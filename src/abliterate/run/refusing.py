@@ -46,7 +46,7 @@ class Refusing(Strategy):
         # activations from a file were filtered when they were collected; the fit wants the answers
         if self.stored is None or job.settings.search.method == "fit":
             self.shown = filtered(job, "train")
-        self.validation = filtered(job, "validation")
+        self.validation = filtered(job, "validation", seen=self.shown)
         self.counted = self.shown if job.settings.collect.filter else None
 
     def collect(self, job: Job) -> Activations:

@@ -111,6 +111,7 @@ def _fit(work: Work) -> Choice:
             max_refusal_rate=options.max_refusal_rate,
             max_divergence=options.max_divergence,
             free_divergence=options.free_divergence,
+            validation_prompts=len(work.validation.examples.judged_on),
         ),
         also=[(1 / UNIT, Staying(watched, "kept"))] if watched else [],  # weighted as on baseline prompts
         kept=work.kept.span if work.kept else None,

@@ -19,6 +19,7 @@ from abliterate.search.examples import Examples
 
 FILTER_TOKENS = 32
 LEAST_PROMPTS = 8
+PARTLY = 0.8  # of target prompts refused; of a model that refuses fewer, a count on few prompts says too little
 LEAST_REFUSAL_RATE = 0.15
 
 
@@ -81,13 +82,15 @@ def showing(
     )
 
 
-def filtered(job: Job, split: str, *, always: bool = False) -> Shown:
+def filtered(job: Job, split: str, *, always: bool = False, seen: Shown | None = None) -> Shown:
     """One split's prompts after the filter, or all of them where the settings turn it off.
 
     Args:
         job: as `opening.opened` gives it.
         split: "train", "validation" or "test".
         always: filter whatever the settings say.
+        seen: what the filter left of the training split. Where the model refuses only some of its target prompts, all
+            validation prompts that were loaded are used; else as many as the settings say.
 
     Raises:
         NothingToDoError: the model hardly shows the behaviour, and `settings.force` is off.
@@ -95,12 +98,23 @@ def filtered(job: Job, split: str, *, always: bool = False) -> Shown:
     """
     settings, behaviour = job.settings, job.behaviour
     target, baseline = (list(getattr(side, split).texts) for side in (job.sides.target, job.sides.baseline))
+    if split == "validation":
+        target, baseline = (_thinned(texts, settings.prompts.validation_prompts) for texts in (target, baseline))
+        if seen is not None and seen.refused.rate < PARTLY:
+            target = list(job.sides.target.validation.texts)
     filters = settings.collect.filter or always
     if not filters and settings.search.method != "fit":  # which needs the model's own words all the same
         return Shown(target, baseline, Rate(len(target), len(target)), Rate(len(baseline), len(baseline)))
     # a style needs longer answers to show than a refusal
     tokens = settings.measure.max_new_tokens if behaviour.is_style else FILTER_TOKENS
     shown = showing(job.handle, target, baseline, job.judge, job.reporter, tokens=tokens)
+    if tokens < settings.measure.max_new_tokens and _few(shown, target) and behaviour.words.shows == "refused":
+        job.reporter.say(f"hardly any target prompt is refused within {tokens} tokens; looking at whole answers")
+        if isinstance(job.judge, Panel):
+            job.judge.learnt = False  # what recurs at the end of answers may be learnt now
+        shown = showing(
+            job.handle, target, baseline, job.judge, job.reporter, tokens=settings.measure.max_new_tokens
+        )  # fmt: skip
     if not filters:
         return replace(shown, target=target, baseline=baseline)
     word = behaviour.words.shows
@@ -112,10 +126,19 @@ def filtered(job: Job, split: str, *, always: bool = False) -> Shown:
     return _enough(job, shown, target, baseline, split)
 
 
+def _thinned(texts: list[str], most: int) -> list[str]:
+    """At most so many, from all over the list, which may be sorted by topic."""
+    return texts if len(texts) <= most else [texts[i * len(texts) // most] for i in range(most)]
+
+
+def _few(shown: Shown, target: list[str]) -> bool:
+    return shown.refused.rate < LEAST_REFUSAL_RATE or len(shown.target) < min(LEAST_PROMPTS, len(target))
+
+
 def _enough(job: Job, shown: Shown, target: list[str], baseline: list[str], split: str) -> Shown:
     """What the filter left, if it is enough to go on with; else, with --force, all prompts of the split."""
     source, force = job.handle.source, job.settings.force
-    few = shown.refused.rate < LEAST_REFUSAL_RATE or len(shown.target) < min(LEAST_PROMPTS, len(target))
+    few = _few(shown, target)
     if few and not force:
         low, high = shown.refused.ci95
         word = job.behaviour.words.shows
