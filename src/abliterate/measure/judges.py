@@ -1,4 +1,4 @@
-"""Judges of whether answers show a behaviour: the lexical one of refusals, the classifier, that of style; the registry.
+"""Judges of whether answers show a behaviour: two of refusals, lexical and trained, the classifier, that of style.
 
 A judge of style gives every answer a score too, by a method `scores(answers)`.
 """
@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from abliterate.common.errors import AbliterateError, ModelError
 from abliterate.measure.refusal import is_refusal, settled_refusal
+from abliterate.measure.trained_judge import TrainedJudge
 from abliterate.prompts.behaviour import load_behaviour
 from abliterate.prompts.style import Style
 
@@ -198,6 +199,12 @@ def _make_lexical(argument: str) -> Judge:
     return LexicalJudge()
 
 
+def _make_trained(argument: str) -> Judge:
+    if argument:
+        raise AbliterateError(f"the trained judge takes no argument, but {argument!r} was given")
+    return TrainedJudge()
+
+
 def _make_classifier(argument: str) -> Judge:
     path, label = _split_label(argument)
     if not path:
@@ -221,13 +228,13 @@ def _make_style(argument: str) -> Judge:
 
 
 JUDGES: dict[str, Callable[[str], Judge]] = {
-    "lexical": _make_lexical, "classifier": _make_classifier, "style": _make_style,
+    "lexical": _make_lexical, "trained": _make_trained, "classifier": _make_classifier, "style": _make_style,
 }  # fmt: skip
 """What makes each kind of judge from the text after the first colon of its specification."""
 
 
 def make_judge(spec: str) -> Judge:
-    """Return the judge that `spec` names: "lexical", "classifier:PATH[:LABEL]" or "style:BEHAVIOUR".
+    """Return the judge that `spec` names: "lexical", "trained", "classifier:PATH[:LABEL]" or "style:BEHAVIOUR".
 
     Several, with " + " between them, are one judge (`Several`).
 
@@ -240,6 +247,6 @@ def make_judge(spec: str) -> Judge:
     kind, _, argument = spec.partition(":")
     if kind not in JUDGES:
         raise AbliterateError(
-            f"unknown judge {spec!r}; the known ones are: lexical, classifier:PATH[:LABEL], style:BEHAVIOUR"
+            f"unknown judge {spec!r}; the known ones are: lexical, trained, classifier:PATH[:LABEL], style:BEHAVIOUR"
         )
     return JUDGES[kind](argument)

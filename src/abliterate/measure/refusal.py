@@ -87,7 +87,7 @@ _STAR_ITEM = re.compile(r"^[ \t]*\*(?=[ \t])", re.MULTILINE)
 _WHITESPACE = re.compile(r"\s+")
 
 
-def _without_reasoning(text: str) -> str | None:
+def without_reasoning(text: str) -> str | None:
     """Return the answer after its reasoning blocks, or None while one is still open."""
     start = 0
     while block := next(((o, c) for opening, c in _REASONING if (o := opening.match(text, start))), None):
@@ -151,7 +151,7 @@ def sentences(answer: str) -> list[str]:
 
 def _verdict(text: str, complete: bool) -> bool | None:
     """Return whether `text` refuses; if it isn't complete, None unless no continuation can change that."""
-    answer = _without_reasoning(text)
+    answer = without_reasoning(text)
     if answer is None:
         return False if complete else None
     answer = answer.lstrip()
