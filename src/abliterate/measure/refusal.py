@@ -142,7 +142,7 @@ def _sentences(text: str) -> Iterator[_Sentence]:
 
 def sentences(answer: str) -> list[str]:
     """The sentences of an answer in normal form: without its reasoning, in lower case, with plain quotes."""
-    text = _normalise((_without_reasoning(answer) or "")[:RAW_WINDOW])
+    text = _normalise((without_reasoning(answer) or "")[:RAW_WINDOW])
     return [text[s.start : s.end].strip() for s in _sentences(text)] if text else []
 
 
