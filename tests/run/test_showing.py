@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -71,7 +72,7 @@ def test_where_hardly_anything_is_refused_at_once_whole_answers_are_looked_at(mo
         refused = [max_new_tokens > 32 and p.startswith("Q") for p in prompts]
         return Judged([Answer([5], "R", True, False)] * len(prompts), refused)
 
-    monkeypatch.setattr("abliterate.run.showing.judged", spied)
+    monkeypatch.setattr(sys.modules[filtered.__module__], "judged", spied)
     assert filtered(late, "train").refused.count == 24
     assert tokens == [32, 32, 100, 100]
     assert any("whole answers" in line for line in late.reporter.lines)
