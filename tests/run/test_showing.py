@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from abliterate.common.errors import AbliterateError
+from abliterate.measure import Judged
+from abliterate.measure.decode import Answer
 from abliterate.measure.verdicts import Panel
 from abliterate.prompts.behaviour import load_behaviour
 from abliterate.run.opening import judges, open_prompts, second_judge
