@@ -28,7 +28,7 @@ from abliterate.run.showing import showing
 from abliterate.search.article import article
 from abliterate.search.sweep import sweep
 from abliterate.settings.run import resolve
-from gemma import SHA256, gemma_gguf
+from real_models import SHA256, gemma_gguf
 
 SECOND_GUARD = Path(__file__).parent / "data" / "second_guard"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_guard.py"

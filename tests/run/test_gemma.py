@@ -14,7 +14,7 @@ from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
 from abliterate.models.writers import find_writers, layout
-from gemma import gemma_gguf
+from real_models import gemma_gguf
 
 pytestmark = pytest.mark.slow
 
