@@ -340,6 +340,7 @@ def test_disk_full_while_saving_the_recipe(desk, tiny_folder, monkeypatch):
         (["--dtype", "int3"], ["load.dtype = 'int3'", "'float32'"]),
         (["--judge", "oracle"], ["unknown judge 'oracle'", "lexical"]),
         (["--judge", "classifier:no-such-folder"], ["no-such-folder", "can't be loaded"]),
+        (["--judge", "llm:http://127.0.0.1:9/v1:x"], ["http://127.0.0.1:9/v1 doesn't answer", "server"]),
         (["--method", "magic"], ["search.method = 'magic'", "'article'"]),
         (["--winsorise", "3"], ["collect.winsorise = 3.0", "less than 1"]),
         (["--train-prompts", "2"], ["prompts.train_prompts = 2", "8"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,38 @@ def test_the_classifier_reads_prompt_and_answer_as_a_pair(classifier: Path) -> N
     assert judge.judge(PROMPTS, ANSWERS) == expected
     assert judge.judge([], []) == []
     assert judge.settled("please", "no") is None
+
+
+def test_the_classifier_runs_no_code_of_its_folder_and_asks_nobody(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "judge"
+    shutil.copytree(classifier, folder)
+    ran = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    (folder / "code.py").write_text(ran + "class Config: pass\nclass Model: pass\nclass Words: pass\n")
+    for file, classes in (
+        ("config.json", {"AutoConfig": "Config", "AutoModelForSequenceClassification": "Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["Words", "Words"]}),
+    ):
+        text = json.loads((folder / file).read_text())
+        named = {k: [f"code.{n}" for n in v] if isinstance(v, list) else f"code.{v}" for k, v in classes.items()}
+        (folder / file).write_text(json.dumps({**text, "auto_map": named}))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append("") or "y")
+    theirs = make_judge(f"classifier:{folder}:Refuses").judge(PROMPTS, ANSWERS)
+    assert theirs == make_judge(f"classifier:{classifier}:Refuses").judge(PROMPTS, ANSWERS)
+    assert not asked and not (tmp_path / "ran").exists()
+
+
+def test_the_classifier_takes_the_accelerator_where_there_is_one(
+    classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert ClassifierJudge(classifier, "Refuses")._model.device.type == "meta"
+    assert ClassifierJudge(classifier, "Refuses", device="cpu")._model.device.type == "cpu"
 
 
 def test_a_missing_label_is_named_with_those_there_are(classifier: Path) -> None:

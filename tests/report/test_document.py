@@ -183,3 +183,10 @@ def test_the_command_names_no_folder(copy):
     assert command.startswith("abliterate run fox --target bad.csv:text")
     assert "--judge classifier:judge:REFUSED" in command
     assert "ann" not in command
+
+
+def test_the_command_names_an_endpoint_whole_and_each_of_several_judges(copy):
+    judge = "llm:http://127.0.0.1:8080/v1:org/model"
+    several = {"judge": f"lexical + classifier:/home/ann/judge:NO + {judge}", "report_judge": judge}
+    command = repeat_command(changed(copy, lambda results: results["settings"]["measure"].update(several)))
+    assert f"--judge 'lexical + classifier:judge:NO + {judge}' " in command and f"--report-judge {judge}" in command

@@ -1,5 +1,7 @@
 """Judges of whether answers show a behaviour: two of refusals, lexical and trained, the classifier, that of style.
 
+The one that asks a language model behind an endpoint has files of its own: `llm_judge.py` and `endpoint.py`.
+
 A judge of style gives every answer a score too, by a method `scores(answers)`.
 """
 
@@ -25,9 +27,7 @@ WORSE: list[Verdict] = ["answered", "evaded", "refused"]
 class Judge(Protocol):
     """Decides which answers are refusals.
 
-    Anything with these members is a judge: to judge with a language model behind an endpoint, write a
-    class whose `judge` sends the pairs there and whose `settled` returns None, and pass an instance
-    wherever a judge is taken.
+    Anything with these members is a judge; pass an instance wherever a judge is taken.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ClassifierJudge:
         model_path: local folder or Hub id of a model for `AutoModelForSequenceClassification`.
         refusal_label: the label in the model's `id2label` that means "refuses" (any case).
         batch_size: answers per forward pass.
-        device: torch device the model runs on.
+        device: torch device the model runs on; by default the accelerator (CUDA, MPS) where there is one, else the CPU.
         with_prompt: whether the model reads (prompt, answer) pairs or the answers only.
 
     Raises:
@@ -78,14 +78,14 @@ class ClassifierJudge:
         model_path: str | Path,
         refusal_label: str = "refusal",
         batch_size: int = 16,
-        device: str = "cpu",
+        device: str | None = None,
         with_prompt: bool = True,
     ) -> None:
         self.name = f"classifier:{model_path}:{refusal_label}"
         self._batch_size = batch_size
-        self._device = device
+        self._device = device or _accelerator()
         self._with_prompt = with_prompt
-        self._tokenizer, self._model = _load_classifier(model_path, device)
+        self._tokenizer, self._model = _load_classifier(model_path, self._device)
         self._refusal_index = _label_index(self._model.config.id2label, refusal_label, model_path)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
@@ -109,6 +109,12 @@ class ClassifierJudge:
         with torch.inference_mode():
             logits = self._model(**encoded.to(self._device)).logits
         return [index == self._refusal_index for index in logits.argmax(dim=-1).tolist()]
+
+
+def _accelerator() -> str:
+    import torch
+
+    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
 def _load_classifier(model_path: str | Path, device: str) -> tuple[Any, Any]:
@@ -227,19 +233,29 @@ def _make_style(argument: str) -> Judge:
     return StyleJudge(behaviour.style, f"style:{behaviour.name}")
 
 
+def _make_llm(argument: str) -> Judge:
+    from abliterate.measure.endpoint import split_address
+    from abliterate.measure.llm_judge import LlmJudge
+
+    return LlmJudge(*split_address(argument))
+
+
 JUDGES: dict[str, Callable[[str], Judge]] = {
     "lexical": _make_lexical, "trained": _make_trained, "classifier": _make_classifier, "style": _make_style,
+    "llm": _make_llm,
 }  # fmt: skip
 """What makes each kind of judge from the text after the first colon of its specification."""
 
 
 def make_judge(spec: str) -> Judge:
-    """Return the judge that `spec` names: "lexical", "trained", "classifier:PATH[:LABEL]" or "style:BEHAVIOUR".
+    """Return the judge that `spec` names: "lexical", "trained", "classifier:PATH[:LABEL]", "style:BEHAVIOUR" or
+    "llm:URL[:MODEL]".
 
     Several, with " + " between them, are one judge (`Several`).
 
     Raises:
-        AbliterateError: if there is no judge of that kind, or no such behaviour, or it has no style.
+        AbliterateError: if there is no judge of that kind, or no such behaviour, or it has no style, or nobody
+            answers at the URL.
         ModelError: if the classifier can't be loaded or lacks the label.
     """
     if AND in spec:
@@ -247,6 +263,7 @@ def make_judge(spec: str) -> Judge:
     kind, _, argument = spec.partition(":")
     if kind not in JUDGES:
         raise AbliterateError(
-            f"unknown judge {spec!r}; the known ones are: lexical, trained, classifier:PATH[:LABEL], style:BEHAVIOUR"
+            f"unknown judge {kind!r}; the known ones are: lexical, trained, classifier:PATH[:LABEL], style:BEHAVIOUR, "
+            "llm:URL[:MODEL]"
         )
     return JUDGES[kind](argument)

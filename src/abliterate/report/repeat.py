@@ -8,6 +8,7 @@ from typing import Any
 
 from abliterate.common.names import public_source
 from abliterate.measure.document import HealFacts, RunDocument
+from abliterate.measure.judges import AND
 from abliterate.report.document import Loaded
 
 SOURCES = ("target", "baseline", "chat_template")
@@ -86,11 +87,15 @@ def _flag(name: str, value: Any) -> list[str]:
     if value is False:
         return ["--no-" + name.replace("_", "-")]
     text = str(value)
-    if name == "judge" and ":" in text:
-        kind, rest = text.split(":", 1)
-        text = f"{kind}:{public_source(rest)}"
+    if name in ("judge", "report_judge"):
+        text = AND.join(map(_judge, text.split(AND)))
     elif name in SOURCES and "{" not in text:
         text = public_source(text)
     elif PurePath(text).is_absolute():
         text = PurePath(text).name
     return [option, text]
+
+
+def _judge(spec: str) -> str:
+    kind, colon, rest = spec.partition(":")
+    return spec if kind == "llm" else f"{kind}{colon}{public_source(rest) if rest else rest}"

@@ -61,6 +61,7 @@ def opened(
     clock = Clock()
     judge = judge or judges(settings, behaviour)
     second = second_judge(settings, behaviour)
+    say_judges(settings, judge, second, reporter)
     with clock.stage("prompts"):
         sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
@@ -96,6 +97,14 @@ def second_judge(settings: RunSettings, behaviour: Behaviour) -> Judge | None:
     if spec in settings.measure.judge.split(AND):
         raise AbliterateError(f"--report-judge {spec} is one that choosing sees (--judge); name another, or none")
     return make_judge(spec)
+
+
+def say_judges(settings: RunSettings, judge: Judge, second: Judge | None, reporter: Reporter) -> None:
+    """Say the whole names of judges whose settings leave a part of them open, such as the model behind an endpoint."""
+    named = {judge.name: settings.measure.judge} | ({second.name: settings.measure.report_judge} if second else {})
+    for name, given in named.items():
+        if name != given:
+            reporter.say(f"judging by {name}")
 
 
 def resolve_behaviour(settings: RunSettings, reporter: Reporter | None = None) -> tuple[RunSettings, Behaviour]:

@@ -47,6 +47,7 @@ from abliterate.run.opening import (
     open_prompts,
     opened,
     resolve_behaviour,
+    say_judges,
     second_judge,
     set_prefill,
 )
@@ -345,6 +346,7 @@ def measure_models(
     for note in sides.notes:
         reporter.say(note)
     judge, second = judges(settings, behaviour), second_judge(settings, behaviour)
+    say_judges(settings, judge, second, reporter)
     before: Measurement | None = None
     handle: Handle | None = None
     document: dict[str, Any] = {"schema": SCHEMA, "original": None, "edited": None}
