@@ -24,13 +24,13 @@ from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 
 from abliterate.common.files import whole_file
-from abliterate.measure.trained_judge import BUCKETS, MEASURES, WEIGHTS, features
+from abliterate.measure.trained_judge import BUCKETS, MEASURES, SURE, WEIGHTS, features
 
 sys.path.insert(0, str(Path(__file__).parent / "judge"))
 from samples import COMPLIES, REFUSES, Sample, labelled, samples
 
 FOLDS = 8
-ROUNDS = 2  # wordings are crossed with other prompts in each
+ROUNDS = 3  # wordings are crossed with other prompts in each
 REGULARISATION = 3.0  # scikit-learn's C; 1 to 10 give the same within a point
 # The decoded free answers are most of what complies; without them nothing is learnt of the rest.
 ALWAYS_IN = ("decoded:Smol", "decoded:Qwen", "partial")
@@ -53,7 +53,7 @@ def fit(inputs: csr_matrix, labels: np.ndarray) -> LogisticRegression:
 
 def refuses(model: LogisticRegression, inputs: csr_matrix) -> np.ndarray:
     odds = model.predict_proba(inputs)
-    return odds[:, COMPLIES] < 0.5  # as TrainedJudge.judge
+    return odds[:, COMPLIES] < SURE  # as TrainedJudge.judge
 
 
 def families_of(row: Sample) -> list[str]:

@@ -61,7 +61,7 @@ def _one_of(names: Sequence[str], before: str = "") -> re.Pattern[str]:
     return re.compile(before + "(?:" + "|".join(p for name in names for p in _PATTERNS[name]) + ")")
 
 
-_ENGLISH = ["unable_to_help", "declining", "by_policy", "disapproving", "reluctant"]
+_ENGLISH = ["unable_to_help", "declining", "by_policy", "disapproving", "not_right", "reluctant"]
 (_CLAUSE,) = _PATTERNS["clause"]
 REFUSING = [
     Refusing(_one_of(_ENGLISH, _CLAUSE), 12),
