@@ -290,14 +290,12 @@ def test_disk_too_small_is_seen_before_the_work(desk, tiny_folder, monkeypatch):
 
 
 def no_space(monkeypatch, error: Exception | None = None) -> None:
-    from transformers import PreTrainedModel
+    from abliterate.apply.checkpoint import form
 
-    def full(self, folder, **options):
-        Path(folder).mkdir(parents=True)
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
+    def full(*_args, **_options):
         raise error or OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(form, "run_pieces", full)
 
 
 @pytest.mark.parametrize(

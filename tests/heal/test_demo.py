@@ -12,9 +12,9 @@ from abliterate.edit.edit import Edit
 from abliterate.measure.decode import decode
 from abliterate.models.demo import demo_model
 from abliterate.models.loading import load
-from abliterate.run.saving import save_model as _save_model
 from command import PROMPTS, succeeds
 from long import LONG
+from models import save_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +32,7 @@ def edited(tmp_path_factory):
     found = difference_of_means(ab.collect(handle, sides.target.train.texts, sides.baseline.train.texts))
     Edit.uniform(ab.find_writers(handle), at(found, ARTICLES)).bake(handle)
     folder = tmp_path_factory.mktemp("demo") / "edited"
-    folder.mkdir()
-    _save_model(handle, folder)
-    return folder
+    return save_tiny(folder, handle.model, handle.tokenizer)
 
 
 @pytest.fixture(scope="module")

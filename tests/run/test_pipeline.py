@@ -321,7 +321,7 @@ def test_force_goes_on(tiny_folder, tmp_path):
 def test_missed_removal_writes_nothing(tiny_folder, tmp_path, monkeypatch):
     from abliterate.common.errors import WriterError
 
-    monkeypatch.setattr(pipeline, "attach_or_bake", lambda *args: nullcontext())
+    monkeypatch.setattr(pipeline, "in_force", lambda *args, **kwargs: nullcontext())
     with pytest.raises(WriterError, match="nothing was written"):
         run(str(tiny_folder), tmp_path / "out", settings())
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ COUNTS = Counts(
 def test_each_stage_counts_its_own_prompts():
     costs = replace(COSTS, per_token=1.0, collect=0.5, divergence=2.0, reference=3.0, load=7.0, bake=3.0, save=5.0)
     found = predicted(costs, COUNTS, settings(measure={"max_new_tokens": 60}), False, 0.0).stages
-    assert found["load"] == 7 and found["edit"] == 3 and found["save"] == 5
+    assert found["load"] == 7 and found["edit"] == 0 and found["save"] == 5 + 3
     assert found["filter"] == (100 + 20) * (4 + 8)
     assert found["collect"] == 200 * 0.5
     assert found["measure original"] == 40 * 4 + 40 * 60 + 40 * 3
@@ -43,14 +43,6 @@ def test_activations_from_a_file_are_neither_filtered_nor_collected():
     assert found["collect"] == 0 and found["filter"] == 20 * (4 + 8)
     fitted = predicted(costs, COUNTS, settings({"method": "fit"}, collect={"filter": False}), True, 0.0).stages
     assert fitted["filter"] == (100 + 20) * (4 + 8)  # it needs the model's own words
-
-
-def test_a_second_copy_is_loaded_edited_and_saved_where_the_first_cannot_be():
-    costs = replace(COSTS, load=7.0, bake=3.0, save=5.0)
-    one, two = (predicted(costs, COUNTS, settings(), False, 0.0, in_place) for in_place in (True, False))
-    assert (one.stages["edit"], one.stages["save"]) == (3, 5)
-    assert (two.stages["edit"], two.stages["save"]) == (0, 5 + 7 + 3)
-    assert two.memory_bytes - one.memory_bytes == COSTS.weight_bytes
 
 
 def test_memory_grows_with_rows_tokens_and_prompts():
@@ -88,7 +80,7 @@ def test_a_method_without_a_cost_is_an_error_before_anything_is_loaded(monkeypat
 
 def test_planning_probes_one_batch_and_writes_nothing(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("_searched", "measured", "filtered", "collected", "save_model"):
+    for name in ("_searched", "measured", "filtered", "collected", "save_edited"):
         monkeypatch.setattr(pipeline, name, lambda *_a, **_k: pytest.fail("a stage of the run was run"))
     rows = []
     plain = Handle.last_logits

@@ -1,4 +1,4 @@
-"""A model's parameters as they are in memory, one at a time: from a checkpoint's files, without loading the model."""
+"""A model's parameters as they would be in memory, one at a time from its files, without loading the model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.apply.checkpoint.blocks import FLOATS
-from abliterate.apply.checkpoint.folder import local_folder
 from abliterate.common.errors import ModelError, WriterError
 from abliterate.edit.stored_tensor import StoredTensor
 from abliterate.models.handle import Handle
-from abliterate.models.loading import load
 from abliterate.models.recipes import resolved
 from abliterate.models.shards import open_checkpoint
 from abliterate.models.stored import names_in, skeleton, stored_tensors
@@ -22,75 +20,47 @@ from abliterate.models.writers import Writer, layout
 
 
 class Parameters:
-    """A model's writers and their values.
+    """A model's writers, and their values read from its folder when asked for.
 
     Attributes:
-        handle: the model; of a folder a skeleton, whose modules are true and whose values are not.
+        handle: a skeleton, whose modules are true and whose values are not.
         writers: parameter name -> writer.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-        self.writers: dict[str, Writer] = {writer.name: writer for writer in layout(handle).writers}
-
-    def named(self, names: Sequence[str]) -> dict[str, Writer]:
-        """The writer that each name means, as in memory.
-
-        Raises:
-            WriterError: when one is no writer of this model.
-        """
-        for name in names:
-            if name not in self.writers:
-                raise WriterError(
-                    f"the edit names {name}, which doesn't write to the stream of {self.handle.source}; "
-                    "is it for another model?"
-                )
-        return {name: self.writers[name] for name in names}
-
-    def value(self, writer: Writer) -> Tensor:
-        """The writer's own parameter, in the dtype it has."""
-        return self.handle.model.get_parameter(writer.name).detach()
-
-    def bias(self, writer: Writer) -> Tensor | None:
-        """Its bias, if it has one."""
-        return self.handle.model.get_parameter(writer.bias).detach() if writer.bias else None
-
-    def gain(self, writer: Writer) -> Float[Tensor, " d_model"] | None:
-        """What the norm behind it multiplies by, float32; None without one."""
-        return writer.gain
-
-    def sibling(self, writer: Writer, name: str) -> Tensor:
-        """Another parameter of the writer's module, by its name in it."""
-        return self.handle.model.get_parameter(f"{writer.module}.{name}").detach()
-
-
-class FolderParameters(Parameters):
-    """The same of a folder, read from its safetensors files when asked for."""
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(skeleton(folder))
+        self.handle: Handle = skeleton(folder)
+        self.writers: dict[str, Writer] = {writer.name: writer for writer in layout(self.handle).writers}
         self._checkpoint = open_checkpoint(folder)
         self._sources = names_in(self.handle.model, self._checkpoint.files)
         self._stored = stored_tensors(self.handle, self._sources)
 
     def named(self, names: Sequence[str]) -> dict[str, Writer]:
+        """The writer that each name means, as in memory.
+
+        Raises:
+            RecipeError: when one is no writer of this model.
+        """
         owners: Mapping[str, str] = resolved(names, self._stored, self.handle.source)
         return {name: self.writers[owner] for name, owner in owners.items()}
 
     def value(self, writer: Writer) -> Tensor:
+        """The writer's own parameter, in the dtype it has."""
         return self._whole([t for t in self._stored[writer.name] if not t.bias], writer.shape, writer.axis, writer.name)
 
     def bias(self, writer: Writer) -> Tensor | None:
+        """Its bias, if it has one."""
         if writer.bias is None:
             return None
         shape = tuple(self.handle.model.get_parameter(writer.bias).shape)
         return self._whole([t for t in self._stored[writer.name] if t.bias], shape, writer.bias_axis, writer.bias)
 
     def gain(self, writer: Writer) -> Float[Tensor, " d_model"] | None:
+        """What the norm behind it multiplies by, float32; None without one."""
         stored = self._stored[writer.name][0].gain
         return None if stored is None else self._read(stored.name).float() + stored.plus
 
     def sibling(self, writer: Writer, name: str) -> Tensor:
+        """Another parameter of the writer's module, by its name in it."""
         parameter = f"{writer.module}.{name}"
         found = self._sources.get(parameter, [])
         if len(found) != 1:
@@ -126,16 +96,3 @@ class FolderParameters(Parameters):
 def _turned(tensor: Tensor, axis: int, wanted: int) -> Tensor:
     """The tensor with its axis of size d_model where it is wanted; the other dimensions keep their order."""
     return tensor if axis == wanted else tensor.movedim(axis, wanted)
-
-
-def open_parameters(model: str, revision: str | None = None) -> Parameters:
-    """The parameters of a model: read as needed from safetensors; a GGUF file is loaded.
-
-    Args:
-        model: folder, Hub id or GGUF file.
-        revision: of a Hub model.
-    """
-    path = Path(model).expanduser()
-    if path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors"))):
-        return Parameters(load(model, revision=revision))
-    return FolderParameters(local_folder(model, revision))

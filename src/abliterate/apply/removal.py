@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.errors import WriterError
-from abliterate.edit.algebra import Factors, factors
+from abliterate.edit.algebra import LEAST_LEFT, Factors, factors
 from abliterate.edit.edit import Part
 from abliterate.models.handle import Handle
 from abliterate.models.writers import Writer, find_writers, layout
+
+BLOCK = 2**22  # values at a time
 
 
 def weight_factors(handle: Handle, parts: dict[str, Part]) -> list[tuple[Writer, Factors]]:
@@ -38,17 +42,40 @@ def weight_factors(handle: Handle, parts: dict[str, Part]) -> list[tuple[Writer,
     return [(known[name], factors(part, known[name].gain, known[name].centred)) for name, part in parts.items()]
 
 
-def removed(tensor: Float[Tensor, ...], change: Factors | Part, axis: int) -> Float[Tensor, ...]:
+def removed(
+    tensor: Float[Tensor, ...], change: Factors | Part, axis: int, *, keep_norms: bool = False
+) -> Float[Tensor, ...]:  # fmt: skip
     """W - left^T (right W) with W the tensor, its axis of size d_model first; in its own dtype and device.
+
+    The arithmetic runs in float32 (float64 for float64), some vectors at a time. With `keep_norms` each vector along
+    d_model is given its former length, |w| / |w'| * w' (Lai 2025, "Norm-Preserving Biprojected Abliteration"; the
+    "biprojected" half is about finding the direction: --projected). Scaling doesn't turn a vector, so at strength 1 the
+    direction stays out exactly; at another strength s what is left of it is (1 - s) times the vector's factor. Vectors
+    of which less than a thousandth is left keep what is left. Biases are no such weights.
 
     Args:
         tensor: any shape with size d_model along `axis`.
         change: what `algebra.factors` gives; a Part stands for its factors with no norm behind the tensor.
         axis: dimension that runs along d_model.
+        keep_norms: rescale.
     """
-    if isinstance(change, Part):
-        change = factors(change)
-    wide = tensor.detach().float().movedim(axis, -1)
-    left, right = (torch.from_numpy(factor).to(wide.device) for factor in change)
-    out = wide - (wide @ right.T) @ left
-    return out.movedim(-1, axis).to(tensor.dtype)
+    factors_ = factors(change) if isinstance(change, Part) else change
+    left, right = (torch.from_numpy(factor) for factor in factors_)
+    tensor, new = tensor.detach(), torch.empty_like(tensor, requires_grad=False)
+    left, right = (f.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32)) for f in (left, right))
+    for block, out in zip(_blocks(tensor, axis), _blocks(new, axis), strict=True):
+        wide = block.to(right.dtype).movedim(axis, -1)
+        rest = wide - (wide @ right.T) @ left
+        if keep_norms:
+            before, after = (part.norm(dim=-1, keepdim=True) for part in (wide, rest))
+            rest *= torch.where(after > LEAST_LEFT * before, before / after.clamp_min(1e-30), 1.0)
+        out.copy_(rest.movedim(-1, axis))
+    return new
+
+
+def _blocks(tensor: Tensor, axis: int) -> Sequence[Tensor]:
+    """Views of whole vectors along an axis, some MiB each."""
+    if tensor.ndim == 1 or not tensor.numel():
+        return [tensor]
+    other = 0 if axis % tensor.ndim else tensor.ndim - 1
+    return tensor.split(max(1, BLOCK * tensor.shape[other] // tensor.numel()), other)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from abliterate.apply.biases import give_biases, take_biases
-from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.removal import removed, weight_factors
 from abliterate.apply.shifts import bias_additions, check_shifts
 from abliterate.common.errors import ModelError, NonFiniteError
@@ -22,11 +24,12 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving
     what they are with the edit attached live; `keep_tied` edits embedding and head together instead.
     A shift goes into a bias of its block that reaches the stream as it is; where a switch in the model's config gives
     its class such biases, the model is given them (`apply.biases`).
-    `norm_preserving` gives each vector along d_model of a weight its former norm (`apply.norms`).
-    All new values are computed and checked before the first is written.
+    `norm_preserving` gives each vector along d_model of a weight its former norm (`removal.removed`).
+    All new values are computed and checked before the first is written, a parameter at a time: once to be checked, and
+    once to be written.
 
     Raises:
-        ModelError: when the model is quantised, so that its weights can't be changed.
+        ModelError: when a weight can't be changed: it is quantised, or one of several processes' shards.
         NonFiniteError: when a result is not finite (half precision overflowed).
         WriterError: when the edit is for another model, or shifts a block that has no bias to hold it.
     """
@@ -39,34 +42,48 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving
     given = give_biases(handle, edit.shifts)
     try:
         changes = _changes(handle, edit, norm_preserving)
+        for name, _, new in changes:
+            if not bool(new().isfinite().all()):
+                raise NonFiniteError(f"baking {name} gives NaN or infinite values; try --dtype float32")
     except BaseException:
         take_biases(handle, given)
         raise
     embedding = getattr(handle.embedding, "weight", None)
-    if handle.tied and not keep_tied and any(p is embedding for p, _ in changes):
+    if handle.tied and not keep_tied and any(parameter is embedding for _, parameter, _ in changes):
         untie(handle)
-    for parameter, new in changes:
-        parameter.copy_(new)
+    for _, parameter, new in changes:
+        parameter.copy_(new())
 
 
-def _changes(handle: Handle, edit: Edit, norm_preserving: bool) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each parameter that an edit changes and its new values, checked."""
+def _changes(
+    handle: Handle, edit: Edit, norm_preserving: bool
+) -> list[tuple[str, nn.Parameter, Callable[[], Tensor]]]:  # fmt: skip
+    """Each parameter that an edit changes, by name, and what gives its new values."""
     parameters = dict(handle.model.named_parameters())
-    changes: list[tuple[nn.Parameter, Tensor]] = []
+    changes: dict[str, Callable[[], Tensor]] = {}
     for writer, change in weight_factors(handle, edit.parts):
         weight = parameters[writer.name]
-        take_out = removed_keeping_norms if norm_preserving and weight.ndim > 1 else removed
-        changes.append((weight, take_out(weight, change, writer.axis)))
+        sharded = hasattr(weight.data, "placements")  # a DTensor
+        if sharded or weight.dtype.itemsize < 2 or not weight.is_floating_point():
+            what = "spread over processes" if sharded else str(weight.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{handle.source}: {writer.name} is {what} and can't be changed in memory; apply the recipe to the "
+                "model's files (--as checkpoint)"
+            )
+        keep = norm_preserving and weight.ndim > 1
+        changes[writer.name] = partial(removed, weight, change, writer.axis, keep_norms=keep)
         if writer.bias:
-            bias = parameters[writer.bias]
-            changes.append((bias, removed(bias, change, writer.bias_axis)))
-        if not all(bool(new.isfinite().all()) for _, new in changes[-2:]):
-            raise NonFiniteError(f"baking {writer.name} gives NaN or infinite values; try --dtype float32")
-    done = {id(parameter): new for parameter, new in changes}
+            changes[writer.bias] = partial(removed, parameters[writer.bias], change, writer.bias_axis)
+    names = {id(parameter): name for name, parameter in parameters.items()}
     for parameter, addition in bias_additions(handle, edit.shifts):
-        edited = done.get(id(parameter), parameter).float() + addition
-        changes.append((parameter, edited.to(parameter.dtype)))
-    return changes
+        before = changes.get(names[id(parameter)], parameter.detach)
+        changes[names[id(parameter)]] = partial(_added, before, addition)
+    return [(name, parameters[name], new) for name, new in changes.items()]
+
+
+def _added(before: Callable[[], Tensor], addition: Tensor) -> Tensor:
+    values = before()
+    return (values.float() + addition).to(values.dtype)
 
 
 def untie(handle: Handle) -> None:

@@ -1,5 +1,7 @@
 """The errors a user can meet, and how they quote. Each says what was wrong, where, and what to do about it."""
 
+from collections.abc import Sequence
+
 
 class AbliterateError(Exception):
     """Base of every error this package raises on purpose; the command line prints its text and exits."""
@@ -47,3 +49,9 @@ def shorten(text: str, width: int = 80) -> str:
     """The text on one line, cut to `width` characters with an ellipsis."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

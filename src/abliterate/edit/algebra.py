@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from abliterate.edit.edit import Values
 
-# Of a column that was nearly all direction, little but rounding is left: `apply.norms` doesn't blow it up.
+# Of a column that was nearly all direction, little but rounding is left: `apply.removal` doesn't blow it up.
 LEAST_LEFT = 1e-3
 
 

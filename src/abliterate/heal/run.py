@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from abliterate.cards.card import model_card
 from abliterate.common.errors import OutputError
-from abliterate.common.files import check_space, whole_folder
+from abliterate.common.files import whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.common.resumable import beside
 from abliterate.heal.sources import RESULTS, Sources, check, find_sources, with_settings_of_run
@@ -29,14 +27,13 @@ from abliterate.measure import Measurement
 from abliterate.measure.document import RunDocument
 from abliterate.measure.judges import Judge
 from abliterate.models.handle import Handle
-from abliterate.models.loading import DTYPES
 from abliterate.models.pretrained import with_adapter
 from abliterate.prompts.behaviour import load_behaviour
 from abliterate.prompts.sets import Sides
 from abliterate.report import write_html
 from abliterate.run.facts import SCHEMA, environment, model_facts, side_facts
 from abliterate.run.opening import check_lengths, judges, open_model, open_prompts, second_judge, set_prefill
-from abliterate.run.saving import bytes_to_write, save_model
+from abliterate.run.saving import check_savable, save_merged
 from abliterate.run.stages import check_same_tokens, measured
 from abliterate.settings.heal import HealRunSettings
 
@@ -113,14 +110,13 @@ def heal(
                 teaching = {"sides": sides, "teacher": open_teacher(job, sides, handle=handle, reporter=reporter)}
         del handle
     training = _train(job, out, measuring, teaching, reporter)
-    handle, at_home = _merged(job, training, measuring)
+    handle = _merged(job, training, measuring)
     measuring.measure(handle, "healed")
     with whole_folder(out, overwrite=overwrite) as folder:
         with clock.stage("save"):
             document = _document(sources, handle, training, measuring)
             card = model_card(RunDocument.model_validate(document))
-            save_model(handle if at_home else _in_source_dtype(job, handle, training), folder / "model")
-            (folder / "model" / "README.md").write_text(card, encoding="utf-8")
+            save_merged(handle, training.adapter, folder / "model", card, reporter)
             _copy_training(job, training, sources, folder)
         document["timings_s"] = clock.seconds
         (folder / RESULTS).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -191,7 +187,7 @@ class _Measuring:
 def _train(job: Job, out: str | Path, measuring: _Measuring, teaching: dict[str, Any], reporter: Reporter) -> Training:
     """Measure the edited model, and train it: `self` in this very copy, other presets as they load it."""
     handle = measuring.open(job.model, "edited")
-    check_space(out, bytes_to_write(handle))
+    check_savable(handle, out)
     measuring.measure(handle, "edited")
     if teaching:
         from abliterate.heal.self_taught import train
@@ -206,29 +202,16 @@ def _train(job: Job, out: str | Path, measuring: _Measuring, teaching: dict[str,
         return launched(job, reporter=reporter)
 
 
-def _merged(job: Job, training: Training, measuring: _Measuring) -> tuple[Handle, bool]:
-    """The healed model, and whether its weights are in the dtype to be saved."""
+def _merged(job: Job, training: Training, measuring: _Measuring) -> Handle:
+    """The healed model in memory, to be measured."""
     gc.collect()
-    handle = _merge(job, training, job.settings.load.model_copy(update={"quantise": None}))
-    measuring.ready(handle)
-    return handle, handle.source_dtype in (None, handle.dtype)
-
-
-def _merge(job: Job, training: Training, load: Any) -> Handle:
-    handle = open_model(job.model, load)
+    handle = open_model(job.model, job.settings.load.model_copy(update={"quantise": None}))
     handle.model = with_adapter(handle.model, training.adapter).merge_and_unload()
     handle.model.eval().requires_grad_(False)
     for name in ("decoder", "blocks", "module_names"):
         handle.__dict__.pop(name, None)
+    measuring.ready(handle)
     return handle
-
-
-def _in_source_dtype(job: Job, handle: Handle, training: Training) -> Handle:
-    """The same merged in the dtype that the edited model has on disk."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    dtype = names.get(handle.source_dtype or torch.float32, "auto")
-    plain = {"dtype": dtype, "quantise": None, "device_map": "cpu"}
-    return _merge(job, training, job.settings.load.model_copy(update=plain))
 
 
 def _document(sources: Sources, handle: Handle, training: Training, measuring: _Measuring) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from abliterate.common.errors import AbliterateError, ModelError, PromptError
 from abliterate.common.files import check_apart, check_folder
 from abliterate.heal.surroundings import check_packages
 from abliterate.measure.document import RunDocument, SettingsUsed, load_document
+from abliterate.models.folders import model_folder
 from abliterate.models.handle import config_hash
 from abliterate.prompts.sets import format_prompts
 from abliterate.settings.heal import HealRunSettings
@@ -123,18 +124,13 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
 
 def check_same_kind(model: str, original: str, settings: HealRunSettings) -> None:
     """Raise ModelError when two models have other shapes, or read prompts as other tokens; loads no weights."""
-    from abliterate.models.loading import _load_config, _load_tokenizer, _locate
+    from abliterate.models.loading import load_config, load_tokenizer
 
     seen = []
     for source in (model, original):
-        where, gguf = _locate(source)
-        common: dict[str, Any] = {"trust_remote_code": settings.load.trust_remote_code}
-        if settings.load.revision:
-            common["revision"] = settings.load.revision
-        if gguf:
-            return  # its config is made from the file when it is loaded; `self` compares the tokens it reads then
-        shape = config_hash(_load_config(source, where, common).to_dict())
-        tokenizer = _load_tokenizer(source, where, common)
+        folder = model_folder(source, settings.load.revision, dtype=settings.load.dtype)
+        shape = config_hash(load_config(source, folder, settings.load.trust_remote_code).to_dict())
+        tokenizer = load_tokenizer(source, folder, settings.load.trust_remote_code)
         template = settings.load.chat_template or (None if tokenizer.chat_template else "chatml")
         seen.append((shape, format_prompts(tokenizer, list(SAME_TEXTS), chat_template=template)))
     if seen[0][0] != seen[1][0]:

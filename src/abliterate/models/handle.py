@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,8 +44,10 @@ class Handle:
         source: the Hub id, folder or GGUF file it came from.
         revision: the pinned Hub revision, if any.
         system_prompt, chat_template, prefill: how a prompt becomes a conversation; see `chat.format_prompts`.
-        source_dtype: the dtype the weights have on disk, where known; `save` keeps it.
+        source_dtype: the dtype most of the weights have on disk, where known.
         quantised: "4bit" or "8bit" when loaded so; such a model can be measured but not baked.
+        notes: what loading found that people should know.
+        folder: the folder, snapshot or converted GGUF that its weights were read from; None of one made in memory.
     """
 
     model: Any
@@ -58,6 +61,7 @@ class Handle:
     quantised: str | None = None
     trust_remote_code: bool = False
     notes: list[str] = field(default_factory=list)
+    folder: Path | None = None
 
     @cached_property
     def decoder(self) -> nn.Module:

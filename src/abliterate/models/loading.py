@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abliterate.common.errors import ModelError, NonFiniteError, shorten
+from abliterate.common.errors import ModelError, NonFiniteError, listed, shorten
+from abliterate.models.folders import commit_of, model_folder
 from abliterate.models.handle import Handle
-from abliterate.models.pretrained import from_pretrained, wants_own_code
+from abliterate.models.pretrained import auto_class, from_pretrained, wants_own_code
+from abliterate.models.shards import INDEX, open_checkpoint, read_index
 
 AUTO_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Names of tensors that say how others are packed.
+_PACKING = re.compile(
+    r"scale_inv|weight_scale|weight_packed|qweight|qzeros|absmax|quant_(map|state)|zero_point|\.scales$"
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -64,74 +71,39 @@ def load(
         # else an installed DeepSpeed, which transformers imports on saving, prints a warning among our results
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     source = str(source)
-    where, gguf_file = _locate(source)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision:
-        common["revision"] = revision
-    if gguf_file:
-        common["gguf_file"] = gguf_file
-    config = _load_config(source, where, common)
-    tokenizer = _load_tokenizer(source, where, common)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype '{dtype}'; choose auto, {', '.join(DTYPES)}")
+    folder = model_folder(source, revision, dtype=dtype)
+    config = load_config(source, folder, trust_remote_code)
+    tokenizer = load_tokenizer(source, folder, trust_remote_code)
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
-    model = _load_weights(source, where, config, dtype, device_map, quantise, common)
+    model, unread = _load_weights(source, folder, config, dtype, device_map, quantise, trust_remote_code)
     model.eval().requires_grad_(False)
     handle = Handle(
         model=model,
         tokenizer=tokenizer,
         source=source,
-        revision=revision or getattr(config, "_commit_hash", None),
+        folder=folder,
+        revision=revision or commit_of(folder),
         system_prompt=system_prompt,
         chat_template=chat_template,
         prefill=prefill,
-        source_dtype=_dtype_on_disk(where, revision) or _named_dtype(getattr(config, "dtype", None)),
-        quantised=quantise,
+        source_dtype=_dtype_on_disk(folder),
+        quantised=quantise or _bits(model),
         trust_remote_code=trust_remote_code,
+        notes=_notes(model, unread),
     )
     check_weights(handle)
     return handle
 
 
-def _locate(source: str) -> tuple[str, str | None]:
-    """Split a source into what transformers loads from and the GGUF file's name, if it is one."""
-    if not source.strip():
-        raise ModelError("the model's name is empty; give a model folder, a GGUF file or a Hub id")
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(f"model {source} is a file, but not a .gguf; give a model folder, a GGUF file or a Hub id")
-        return str(path.parent), path.name
-    if path.is_dir():
-        return str(path), _weights_in(path, source)
-    if source.lower().endswith(".gguf") or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"model {source} not found: no such file or folder; check the path")
-    return source, None
+def load_config(source: str, folder: Path, trust_remote_code: bool) -> Any:
+    """A model's config, which is that of a decoder.
 
-
-def _weights_in(folder: Path, source: str) -> str | None:
-    """The name of a folder's GGUF file, or None when it holds a config and safetensors."""
-    files = sorted(p.name for p in folder.iterdir())
-    ggufs = [name for name in files if name.lower().endswith(".gguf")]
-    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if "config.json" in files and any(name.endswith(".safetensors") for name in files):
-        return None
-    if len(ggufs) == 1:
-        return ggufs[0]
-    if ggufs:
-        problem = f"it holds several GGUF files; name one: {', '.join(ggufs)}"
-    elif "config.json" not in files:
-        problem = "there is no config.json in it; name the folder that holds the model"
-    elif pickles:
-        problem = (
-            f"its weights are pickles ({', '.join(pickles[:3])}), which can run code when they are read; "
-            "convert them to safetensors first"
-        )
-    else:
-        problem = "there are no weights (*.safetensors) in it; get the model's files again"
-    raise ModelError(f"model folder {source} can't be loaded: {problem}")
-
-
-def _load_config(source: str, where: str, common: dict[str, Any]) -> Any:
+    Raises:
+        ModelError: when it can't be read, or is that of something else.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -139,7 +111,7 @@ def _load_config(source: str, where: str, common: dict[str, Any]) -> Any:
     )
 
     try:
-        config = from_pretrained(AutoConfig, where, **common)
+        config = from_pretrained(AutoConfig, folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(_explain(source, error)) from error
     architectures = getattr(config, "architectures", None) or []
@@ -152,11 +124,16 @@ def _load_config(source: str, where: str, common: dict[str, Any]) -> Any:
     return config
 
 
-def _load_tokenizer(source: str, where: str, common: dict[str, Any]) -> Any:
+def load_tokenizer(source: str, folder: Path, trust_remote_code: bool) -> Any:
+    """A model's tokenizer, padding on the left and with a pad token.
+
+    Raises:
+        ModelError: when it can't be read.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = from_pretrained(AutoTokenizer, where, **common)
+        tokenizer = from_pretrained(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         hint = "get its files (tokenizer.json, tokenizer_config.json) from the original"
         raise ModelError(f"tokenizer of {_explain(source, error)}; {hint}") from error
@@ -166,43 +143,81 @@ def _load_tokenizer(source: str, where: str, common: dict[str, Any]) -> Any:
     return tokenizer
 
 
+def _notes(model: Any, unread: list[str]) -> list[str]:
+    """What people should know of tensors that the files hold and the class doesn't read."""
+    said = f"{type(model).__name__} doesn't read {listed(unread)}; what is saved holds them as they are"
+    return [said] if unread else []
+
+
+def _check_unread(source: str, model: Any, unread: list[str]) -> None:
+    """Raise ModelError when tensors that the class doesn't read say how others are packed."""
+    packing = [name for name in unread if _PACKING.search(name)]
+    if packing:
+        raise ModelError(
+            f"model {source} can't be loaded: its files hold {listed(packing)}, which {type(model).__name__} doesn't "
+            "read: its weights are quantised, and wrong without them; give the unquantised model, or a GGUF"
+        )
+
+
+def _bits(model: Any) -> str | None:
+    """How a model whose files are packed by bitsandbytes is loaded."""
+    return next((bits for bits in ("4bit", "8bit") if getattr(model, f"is_loaded_in_{bits}", False)), None)
+
+
+def _check_method(source: str, config: Any) -> None:
+    """Raise ModelError when a config says that its weights are packed by a method that transformers doesn't know."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    packed = getattr(config, "quantization_config", None)
+    found = packed if isinstance(packed, dict) else getattr(packed, "__dict__", {})
+    method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
+    if packed and method not in AUTO_QUANTIZATION_CONFIG_MAPPING and not any(k.startswith("load_in") for k in found):
+        raise ModelError(
+            f"model {source} can't be loaded: it is quantised in a way that transformers doesn't know ({method}); give "
+            "the unquantised model, or a GGUF"
+        )
+
+
 def _load_weights(
-    source: str, where: str, config: Any, dtype: str, device_map: str | None, quantise: str | None,
-    common: dict[str, Any],
-) -> Any:  # fmt: skip
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"unknown dtype '{dtype}'; choose auto, {', '.join(DTYPES)}")
-    options: dict[str, Any] = dict(common, device_map=device_map, low_cpu_mem_usage=True)
-    if "gguf_file" in common:
-        options["quantization_config"] = _dequantise()
-    else:
-        options.update(config=config, use_safetensors=True)
+    source: str, folder: Path, config: Any, dtype: str, device_map: str | None, quantise: str | None,
+    trust_remote_code: bool,
+) -> tuple[Any, list[str]]:  # fmt: skip
+    """The model, and the tensors of its files that its class doesn't read."""
+    _check_method(source, config)
+    index = read_index(folder)
+    if index is not None and not isinstance(index.get("metadata"), dict):
+        raise ModelError(
+            f'{folder / INDEX} has no "metadata", without which transformers can\'t read it; add it, as {{}}'
+        )
+    options: dict[str, Any] = {
+        "config": config, "device_map": device_map, "low_cpu_mem_usage": True, "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     if quantise:
         options["quantization_config"] = _bitsandbytes(quantise)
     failure = ""
     if dtype != "auto":
         candidates: tuple[torch.dtype, ...] = (DTYPES[dtype],)
     else:
-        candidates = AUTO_DTYPES if quantise else _auto_dtypes(where, common.get("gguf_file"), device_map)
+        candidates = AUTO_DTYPES if quantise else _auto_dtypes(folder, device_map)
     for candidate in candidates:
-        model = _from_pretrained(source, where, dict(options, dtype=candidate))
+        model, unread = _from_pretrained(source, folder, dict(options, dtype=candidate))
         failure = _failure(model)
         if not failure:
-            return model
+            return model, unread
         del model
     names = ", ".join(str(candidate).removeprefix("torch.") for candidate in candidates)
     remedy = "try --dtype float32" if torch.float32 not in candidates else "get the file again"
     raise NonFiniteError(f"model {source} doesn't run in {names}: {failure}; {remedy}")
 
 
-def _auto_dtypes(where: str, gguf_file: str | None, device_map: str | None) -> tuple[torch.dtype, ...]:
+def _auto_dtypes(folder: Path, device_map: str | None) -> tuple[torch.dtype, ...]:
     """In which dtypes a model is tried: bfloat16 first, but on a CPU without instructions for it, which multiplies
     float32 several times as fast, float32 where a local model then takes at most half of the memory."""
     if device_map not in (None, "cpu") or torch.accelerator.is_available() or _multiplies_bfloat16():
         return AUTO_DTYPES
-    files = [Path(where) / gguf_file] if gguf_file else list(Path(where).glob("*.safetensors"))
-    widened = (8 if gguf_file else 2) * sum(file.stat().st_size for file in files)
-    return (torch.float32,) if files and widened <= _memory() / 2 else AUTO_DTYPES
+    widened = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return (torch.float32,) if 0 < widened <= _memory() / 2 else AUTO_DTYPES
 
 
 def _multiplies_bfloat16() -> bool:
@@ -215,9 +230,9 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-def _from_pretrained(source: str, where: str, options: dict[str, Any]) -> Any:
+def _from_pretrained(source: str, folder: Path, options: dict[str, Any]) -> tuple[Any, list[str]]:
     try:
-        loaded = from_pretrained(auto_class(options.get("config")), where, **options, output_loading_info=True)
+        loaded = from_pretrained(auto_class(options["config"]), folder, **options, output_loading_info=True)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"model {source} does not fit the device; try --quantise 4bit or --device-map auto") from error
     except Exception as error:
@@ -225,47 +240,13 @@ def _from_pretrained(source: str, where: str, options: dict[str, Any]) -> Any:
     model, info = loaded
     if "quantization_config" in options:
         _keep_gradients(model)
-    if "gguf_file" in options:
-        forget_quantisation(model)
-    elif info["missing_keys"]:
-        first, *others = sorted(info["missing_keys"])
-        more = f" and {len(others)} more" if others else ""
-        raise ModelError(f"model {source}: its files lack weight {first}{more}; get them again")
-    return model
-
-
-def auto_class(config: Any) -> Any:
-    """The class that loads all of a model: a multimodal one keeps its vision part where the config names it."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
-
-    if config is None or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForCausalLM
-    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and whole.__name__ not in (config.architectures or []):
-        return AutoModelForCausalLM
-    return AutoModelForImageTextToText
-
-
-def _dequantise() -> Any:
-    """The setting that makes transformers unpack a GGUF; versions that always do have none."""
-    try:
-        from transformers.utils.quantization_config import GgufConfig
-    except ImportError:
-        return None
-    return GgufConfig(dequantize=True)
-
-
-def forget_quantisation(model: Any) -> None:
-    """Drop the marks a dequantised model keeps of its file; transformers would refuse to save it."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for mark, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
-        if getattr(model, mark, value) != value:
-            setattr(model, mark, value)
+    if info["missing_keys"]:
+        raise ModelError(
+            f"model {source}: its files lack weight {listed(sorted(info['missing_keys']))}; get them again"
+        )
+    unread = sorted(info["unexpected_keys"])
+    _check_unread(source, model, unread)
+    return model, unread
 
 
 def _bitsandbytes(quantise: str) -> Any:
@@ -323,31 +304,15 @@ def _failure(model: Any) -> str:
     return (f"the activation after layer {bad[0]} is" if bad else "the logits are") + " NaN or infinite, or too large"
 
 
-def _dtype_on_disk(where: str, revision: str | None) -> torch.dtype | None:
+def _dtype_on_disk(folder: Path) -> torch.dtype | None:
     """The dtype that most of a model's safetensors hold: configs don't always say, or are wrong."""
-    from huggingface_hub import try_to_load_from_cache
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(where)
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(where, "config.json", revision=revision)
-        folder = Path(cached).parent if isinstance(cached, str) else folder
     sizes: dict[str, int] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(str(file), framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    part = shard.get_slice(name)
-                    sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + math.prod(part.get_shape())
-        except (SafetensorError, OSError):
-            continue
+    for shard in open_checkpoint(folder).shards.values():
+        for tensor in shard.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     named = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     known = {name: size for name, size in sizes.items() if name in named}
     return named[max(known, key=lambda name: known[name])] if known else None
-
-
-def _named_dtype(value: Any) -> torch.dtype | None:
-    return value if isinstance(value, torch.dtype) else DTYPES.get(str(value).removeprefix("torch."))
 
 
 def _explain(source: str, error: Exception) -> str:
@@ -362,12 +327,6 @@ def _explain(source: str, error: Exception) -> str:
         return f"model {source} can't be loaded: a safetensors file is damaged ({text}); get it again"
     if any(word in whole for word in ("safetensors", ".bin")) and "pickle" not in whole and Path(source).exists():
         return f"model {source} can't be loaded: {text} (only safetensors and GGUF are read)"
-    unknown = ("couldn't connect", "offline", "not a local folder", "Can't load", "resolve", "Max retries", "Repo id")
-    if not Path(source).exists() and any(word in whole for word in unknown):
-        return (
-            f"model {source} not found: no such folder here, and the Hub doesn't know it or can't be reached "
-            f"(check the name, the network, or `hf auth login` for a gated model)"
-        )
     return f"model {source} can't be loaded: {text}"
 
 

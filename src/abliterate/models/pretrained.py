@@ -32,6 +32,22 @@ def from_config(kind: Any, config: Any, **options: Any) -> Any:
     return kind.from_config(config, trust_remote_code=False, **options)
 
 
+def auto_class(config: Any) -> Any:
+    """The class that loads all of a model: a multimodal one keeps its vision part where the config names it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    if config is None or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and whole.__name__ not in (config.architectures or []):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
 def with_adapter(model: Any, folder: str | os.PathLike[str]) -> Any:
     """A loaded model with a PEFT adapter put into its layers; no code comes with an adapter's tensors."""
     from peft import PeftModel

@@ -62,7 +62,7 @@ def recipe_for(edit: Edit, model: str | os.PathLike[str] | Handle | None = None)
     return Recipe(renamed, about, {}, {writer: known[writer] for writer in renamed.writers})
 
 
-def config_file(source: str) -> dict[str, str]:
+def config_file(source: str | os.PathLike[str]) -> dict[str, str]:
     """`config_file_hash` of a local model: where the file is the same, so is the config, and apply need not ask
     transformers."""
     file = Path(source).expanduser() / "config.json"

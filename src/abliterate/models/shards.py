@@ -7,6 +7,7 @@ half-way through.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.common.errors import ModelError, shorten
-from abliterate.common.ranges import read_into
+from abliterate.common.ranges import read_into, spans
 from abliterate.edit.stored_tensor import Shape
 
 INDEX = "model.safetensors.index.json"
@@ -109,7 +110,8 @@ class Checkpoint:
         folder: the folder.
         shards: file name -> shard, in the order of the files' names.
         index: the index's JSON, or None for a single file.
-        files: tensor name -> name of the file that loading takes it from.
+        files: tensor name -> name of the file that loading takes it from; what the index names and no file holds is
+            left out, and `absent`.
     """
 
     folder: Path
@@ -126,6 +128,31 @@ class Checkpoint:
         if name not in self.files:
             raise ModelError(f"model folder {self.folder} has no tensor {name}")
         return self.shards[self.files[name]].tensors[name]
+
+    @property
+    def absent(self) -> list[str]:
+        """Tensors that the index names and no file holds."""
+        return [name for name in (self.index or {}).get("weight_map", {}) if name not in self.files]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.tensor(name).nbytes for name in self.files)
+
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes; read some at a time."""
+        places, room = [self.tensor(name) for name in (one, other)], [bytearray(2**20) for _ in range(2)]
+        if (places[0].dtype, places[0].shape) != (places[1].dtype, places[1].shape):
+            return False
+        with contextlib.ExitStack() as opened:
+            files = [opened.enter_context(self.shards[self.files[name]].path.open("rb")) for name in (one, other)]
+            for low, high in spans(0, places[0].nbytes, 2**20):
+                parts = [memoryview(buffer)[: high - low] for buffer in room]
+                for file, place, part in zip(files, places, parts, strict=True):
+                    read_into(file.fileno(), place.start + low, part)
+                if parts[0] != parts[1]:
+                    return False
+        return True
 
     def raw(self, name: str) -> bytearray:
         """A tensor's bytes."""
@@ -214,7 +241,8 @@ def _damaged(path: Path, problem: str) -> ModelError:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The folder's index, checked; None when it has none.
+    """The folder's index, checked; None when it has none, or one of other files than the `model.safetensors` that is
+    there too: transformers loads that.
 
     Raises:
         ModelError: when it isn't JSON of the right form, or names files outside the folder.
@@ -233,6 +261,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     stray = [file for file in weight_map.values() if Path(file).name != file or file in ("", ".", "..")]
     if stray:
         raise _damaged(path, f"it names {shorten(stray[0])}, which is not a file of this folder")
+    if (folder / SINGLE).is_file() and SINGLE not in weight_map.values():
+        return None
     return dict(index)
 
 
@@ -240,8 +270,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read and check the index and every header.
 
     Raises:
-        ModelError: when the folder holds no safetensors, a file is damaged, or the index names files or tensors
-            that aren't there.
+        ModelError: when the folder holds no safetensors, a file is damaged, or the index names one
+            that isn't there.
     """
     index = read_index(folder)
     there = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -261,9 +291,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ModelError(f"model folder {folder}: {_no_weights(folder, there)}")
     shards = {name: read_shard(folder / name) for name in names}
     files = dict(index["weight_map"]) if index else dict.fromkeys(shards[names[0]].tensors, names[0])
-    for tensor, file in files.items():
-        if tensor not in shards[file].tensors:
-            raise ModelError(f"model folder {folder}: {INDEX} says that {file} holds {tensor}, and it doesn't")
+    files = {tensor: file for tensor, file in files.items() if tensor in shards[file].tensors}
     return Checkpoint(folder, shards, index, files)
 
 
@@ -296,15 +324,19 @@ def _no_weights(folder: Path, there: list[str]) -> str:
     return "there are no weights (*.safetensors) in it; get the model's files again"
 
 
-def index_with(index: Mapping[str, Any], added: Mapping[str, Sequence[NewTensor]]) -> dict[str, Any]:
-    """An index that also names these tensors.
+def index_with(index: Mapping[str, Any], added: Mapping[str, Sequence[NewTensor]], total: int) -> dict[str, Any]:
+    """An index that also names these tensors, and has the `metadata` without which transformers doesn't read it.
 
     Args:
         index: the index's JSON.
         added: file -> the tensors that it is given.
+        total: bytes of all tensors before.
     """
     weight_map = {**index["weight_map"], **{tensor.name: file for file in added for tensor in added[file]}}
-    metadata, tensors = dict(index.get("metadata") or {}), [tensor for held in added.values() for tensor in held]
+    metadata, tensors = (
+        dict(index.get("metadata") or {"total_size": total}),
+        [t for held in added.values() for t in held],
+    )
     totals = {
         "total_size": sum(tensor.nbytes for tensor in tensors),
         "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
@@ -312,4 +344,4 @@ def index_with(index: Mapping[str, Any], added: Mapping[str, Sequence[NewTensor]
     for key, more in totals.items():
         if isinstance(metadata.get(key), int | float):
             metadata[key] += more
-    return {**index, **({"metadata": metadata} if metadata else {}), "weight_map": weight_map}
+    return {**index, "metadata": metadata, "weight_map": weight_map}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from abliterate.common.errors import ModelError, WriterError, shorten
 from abliterate.edit.stored_tensor import Shape, StoredGain, StoredTensor
 from abliterate.models.handle import Handle
-from abliterate.models.pretrained import from_config, from_pretrained, wants_own_code
+from abliterate.models.pretrained import auto_class, from_config, from_pretrained, wants_own_code
 from abliterate.models.writers import Writer, layout
 
 
@@ -43,7 +43,7 @@ def stored_tensors(
     Raises:
         WriterError: when transformers stores a writer in a form that can't be edited by itself.
     """
-    with _conversions(handle.model):
+    with conversions(handle.model):
         return {writer.name: _stored(handle, writer, sources or {}) for writer in layout(handle).writers}
 
 
@@ -95,7 +95,7 @@ def _varies(tensor: Tensor, axis: int, pattern: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _conversions(model: Any) -> Iterator[None]:
+def conversions(model: Any) -> Iterator[None]:
     """Let transformers look up once, not for every parameter, how it would save this model."""
     if getattr(model, "_weight_conversions", None) is not None:
         yield
@@ -114,7 +114,7 @@ def _conversions(model: Any) -> Iterator[None]:
 def stored_names(handle: Handle, sources: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
     """What a recipe says of its model's embedding and head: `tied`, and the names `embedding` and `head` in a
     checkpoint, the latter as an untied head is written (None without a head)."""
-    with _conversions(handle.model):
+    with conversions(handle.model):
 
         def name_of(module: nn.Module | None) -> str | None:
             weight = getattr(module, "weight", None)
@@ -192,8 +192,6 @@ def skeleton_of(config: Any, source: str) -> Handle:
         config: a transformers config; it is not changed.
         source: the model's name, for errors.
     """
-    from abliterate.models.loading import auto_class
-
     config = copy.deepcopy(config)  # building a model notes its dtype there
     with torch.device("meta"):
         model = from_config(auto_class(config), config, dtype=torch.float32)

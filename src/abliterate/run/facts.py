@@ -14,7 +14,8 @@ from abliterate.edit.recipe import Recipe
 from abliterate.measure.document import SCHEMA as SCHEMA
 from abliterate.models.handle import Handle
 from abliterate.models.recipes import config_file
-from abliterate.models.stored import stored_names, stored_tensors
+from abliterate.models.shards import checkpoint_shapes
+from abliterate.models.stored import names_in, stored_names, stored_tensors
 from abliterate.models.writers import find_writers
 from abliterate.prompts.sets import Splits
 
@@ -78,9 +79,11 @@ def recipe_of(handle: Handle, edit: Edit) -> Recipe:
     """
     facts = model_facts(handle)
     model = {name: facts[name] for name in ("source", "revision", "class", "config_hash", "layers", "d_model")}
-    model |= {"source": public_name(handle.source), **stored_names(handle), **config_file(handle.source)}
+    names = names_in(handle.model, checkpoint_shapes(handle.folder)) if handle.folder else None
+    model |= {"source": public_name(handle.source), **stored_names(handle, names)}
+    model |= config_file(handle.folder) if handle.folder else {}
     # a quantised model's weights have other shapes in memory: whoever applies the recipe looks at the checkpoint
-    tensors = {} if handle.quantised else stored_tensors(handle)
+    tensors = {} if handle.quantised else stored_tensors(handle, names)
     return Recipe(edit, model, {}, {writer: tensors[writer] for writer in edit.writers if tensors})
 
 

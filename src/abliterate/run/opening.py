@@ -69,7 +69,8 @@ def opened(
     reporter.say(f"loading {model}")
     with clock.stage("load"):
         handle = open_model(model, settings.load)
-    reporter.say(described(handle))
+    for note in (described(handle), *handle.notes):
+        reporter.say(note)
     check_lengths(handle, sides)
     torch.manual_seed(settings.seed)
     return Job(handle, sides, judge, second, settings, behaviour, reporter, clock, Path(out))

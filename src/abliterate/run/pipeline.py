@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from abliterate.apply.hooks import attached
 from abliterate.apply.proof import Proof, check_proof
 from abliterate.cards.card import model_card
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import check_apart, check_folder, check_space, whole_folder
+from abliterate.common.files import check_apart, check_folder, whole_folder
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.directions.activations_file import save_activations
 from abliterate.directions.contrast import collect_contrast, contrast
@@ -53,7 +52,7 @@ from abliterate.run.opening import (
 )
 from abliterate.run.refusing import Refusing
 from abliterate.run.removing import Removal, proofs
-from abliterate.run.saving import Held, attach_or_bake, bytes_to_write, held, save_model, to_save
+from abliterate.run.saving import Held, check_savable, held, in_force, save_edited
 from abliterate.run.searching import forget
 from abliterate.run.showing import filtered
 from abliterate.run.stages import check_same_tokens, collected, decoding, measured, relevant
@@ -161,7 +160,7 @@ def _carried_out(
     keep = read_keep(settings.keep, settings.seed) if settings.keep and strategy.takes_out else None
     job = opened(model, out, settings, behaviour, reporter)
     handle, clock, sides = job.handle, job.clock, job.sides
-    check_space(out, bytes_to_write(handle))
+    check_savable(handle, out)
     strategy.check(handle)
     if keep is not None:
         check_keep(handle, keep)
@@ -181,7 +180,7 @@ def _carried_out(
     recipes = [recipe_of(handle, one) for one in (edit, *(point.edit for point in points))]
     with whole_folder(out, overwrite=overwrite) as folder:
         with clock.stage("edit"):
-            live = attach_or_bake(handle, edit, settings, reporter) if holding.weights else attached(handle, edit)
+            live = in_force(handle, edit, keep_tied=settings.keep_tied)
         with live:
             removed = removal.check(handle) if removal else []
             with clock.stage("measure edited"):
@@ -201,9 +200,8 @@ def _carried_out(
                 document["kept"] = kept_found
             document["frontier"] = _save_recipes(recipes, choice, document, strategy.found, folder, clock)
             if holding.weights:
-                save_model(to_save(handle, edit, settings), folder / "model")
                 card = model_card(RunDocument.model_validate(document))
-                (folder / "model" / "README.md").write_text(card, encoding="utf-8")
+                save_edited(handle, recipes[0], folder / "model", card, reporter, keep_tied=settings.keep_tied)
         document["timings_s"] = clock.seconds
         typed = RunDocument.model_validate(document)
         typed.save(folder / "results.json")

@@ -31,7 +31,6 @@ from abliterate.measure.judges import make_judge
 from abliterate.measure.slots import rows_at_once
 from abliterate.run.opening import open_model, open_prompts
 from abliterate.run.probe import PROBE_TOKENS, Costs, Line, probe
-from abliterate.run.saving import bakes_in_place
 from abliterate.run.showing import FILTER_TOKENS
 from abliterate.search.objectives import DECODE_TOKENS
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT, SweepSettings
@@ -212,12 +211,10 @@ def plan_run(
     reporter.say("probing one batch")
     costs = probe(handle, sides, judge, settings, load)
     counts = Counts(*({name: len(getattr(side, name)) for name in SPLITS} for side in (sides.target, sides.baseline)))
-    return predicted(costs, counts, settings, has_activations, time.monotonic() - start, bakes_in_place(handle))
+    return predicted(costs, counts, settings, has_activations, time.monotonic() - start)
 
 
-def predicted(
-    costs: Costs, prompts: Counts, settings: RunSettings, has_activations: bool, probe_s: float, in_place: bool = True
-) -> Plan:
+def predicted(costs: Costs, prompts: Counts, settings: RunSettings, has_activations: bool, probe_s: float) -> Plan:
     """The plan that follows from the costs and the numbers of prompts; arithmetic only.
 
     Args:
@@ -226,7 +223,6 @@ def predicted(
         settings: those of the run.
         has_activations: nothing is filtered for training or collected.
         probe_s: what the probe took.
-        in_place: the loaded weights are edited; else a second copy is loaded, edited and saved.
     """
     kept = _filtered(costs, prompts, settings.collect.filter)
     count, others = prompts.target["test"], prompts.baseline["test"]
@@ -255,13 +251,13 @@ def predicted(
         # the report reads the validation prompts' activations before and after the edit
         "report data": 2 * costs.collect * (kept.target["validation"] + kept.baseline["validation"]),
         "measure original": measuring(costs.refusing, costs.reference),
-        "edit": costs.bake if in_place else 0.0,
+        "edit": 0.0,  # attached live
         "measure edited": measuring(costs.settling, costs.divergence),
-        "save": costs.save + (0.0 if in_place else costs.load + costs.bake),
+        "save": costs.save + costs.bake,
     }
     return Plan(
         {stage: round(seconds, 3) for stage, seconds in stages.items()},
-        _memory(costs, kept, settings, in_place),
+        _memory(costs, kept, settings),
         costs.weight_bytes + costs.tied_bytes,
         costs,
         round(probe_s, 3),
@@ -277,7 +273,7 @@ def _filtered(costs: Costs, prompts: Counts, filtering: bool) -> Counts:
     return Counts({**target, "test": prompts.target["test"]}, {**baseline, "test": compared})
 
 
-def _memory(costs: Costs, kept: Counts, settings: RunSettings, in_place: bool) -> int:
+def _memory(costs: Costs, kept: Counts, settings: RunSettings) -> int:
     """Peak bytes: the probe's, and what a run has more of."""
     limit = settings.measure.max_new_tokens
     length = costs.prompt_tokens + limit
@@ -292,5 +288,4 @@ def _memory(costs: Costs, kept: Counts, settings: RunSettings, in_place: bool) -
     scored = min(SweepSettings().score_prompts, kept.target["validation"])
     logits = 3 * 2 * scored * costs.vocabulary * 4
     reference = kept.baseline["test"] * ANSWER_TOKENS * (KEPT * 8)
-    copies = costs.tied_bytes if in_place else costs.weight_bytes + costs.tied_bytes
-    return int(costs.peak_bytes + slots + max(logits, reference + copies))
+    return int(costs.peak_bytes + slots + max(logits, reference))

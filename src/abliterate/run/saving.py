@@ -1,53 +1,37 @@
-"""Putting an edit into the weights that are saved, and writing a model's folder."""
+"""What is saved: a copy of the folder that the model was read from, in which the edit's bytes alone are others."""
 
 from __future__ import annotations
 
-import copy
-import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from abliterate.apply.biases import find_switch, lacking
+from abliterate.apply.checkpoint.form import write_folder
+from abliterate.apply.checkpoint.merge import merged
+from abliterate.apply.checkpoint.work import Work, changed_copy, outputs_of, prepare
+from abliterate.apply.forms import ApplyOptions
 from abliterate.apply.hooks import attached
 from abliterate.apply.weights import bake
+from abliterate.common.errors import ModelError
+from abliterate.common.files import check_space
 from abliterate.common.reporting import Reporter
 from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import Recipe
 from abliterate.models.handle import Handle
-from abliterate.models.loading import DTYPES
-from abliterate.run.opening import open_model
-from abliterate.settings.run import RunSettings
+from abliterate.models.shards import open_checkpoint
+from abliterate.models.writers import find_writers
+from abliterate.run.facts import recipe_of
 
 
-def bakes_in_place(handle: Handle) -> bool:
-    """Whether the loaded weights are what will be saved; else a fresh copy in the source's dtype is edited."""
-    return handle.quantised is None and handle.source_dtype in (None, handle.dtype)
-
-
-def attach_or_bake(
-    handle: Handle, edit: Edit, settings: RunSettings, reporter: Reporter
-) -> AbstractContextManager[Any]:
-    """Bake the edit where these weights will be saved; else attach it live for measuring."""
-    if bakes_in_place(handle) or (settings.keep_tied and handle.tied and not handle.quantised):
-        # hooks can't edit the head with the embedding
-        reporter.say("baking the edit into the weights")
-        bake(handle, edit, keep_tied=settings.keep_tied)
+def in_force(handle: Handle, edit: Edit, *, keep_tied: bool) -> AbstractContextManager[Any]:
+    """The edit as it is measured: attached live; baked where a tied head is edited too, which no hook can."""
+    if keep_tied and handle.tied and not handle.quantised:
+        bake(handle, edit, keep_tied=True)
         return nullcontext()
-    precision = "full precision" if handle.quantised else str(handle.source_dtype).removeprefix("torch.")
-    reporter.say(f"measuring with the edit attached live; a copy in {precision} will be edited and saved")
     return attached(handle, edit)
-
-
-def to_save(handle: Handle, edit: Edit, settings: RunSettings) -> Handle:
-    """The handle whose weights hold the edit in the dtype the source has on disk."""
-    if bakes_in_place(handle):
-        return handle
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    dtype = names.get(handle.source_dtype or handle.dtype, "auto")
-    plain = settings.load.model_copy(update={"dtype": dtype, "quantise": None, "device_map": "cpu"})
-    copy = open_model(handle.source, plain)
-    bake(copy, edit, keep_tied=settings.keep_tied)
-    return copy
 
 
 class Held(NamedTuple):
@@ -86,44 +70,61 @@ def held(handle: Handle, edit: Edit) -> Held:
     return Held(False, None, said)
 
 
-def bytes_to_write(handle: Handle) -> int:
-    """About how large the model's folder will be, its head untied."""
-    size = sum(p.numel() for p in handle.model.parameters())
-    embedding = handle.vocabulary * handle.d_model if handle.tied else 0
-    per_weight = (handle.source_dtype or handle.dtype).itemsize
-    return int(1.02 * (size + embedding) * per_weight) + 32 * 2**20
+def check_savable(handle: Handle, out: str | Path) -> None:
+    """See, before the work, that the model's files can hold an edit of any writer, and that there is room for a copy.
+
+    Raises:
+        ModelError: when they can't: they are packed, or transformers mixes their tensors.
+        OutputError: when the disk is too small.
+    """
+    every = Edit.uniform(find_writers(handle), np.ones(handle.d_model))
+    work = prepare(recipe_of(handle, every), folder_of(handle), ApplyOptions(), source=handle.source, card="-")
+    check_space(out, work.total_bytes() + 32 * 2**20)
 
 
-def save_model(handle: Handle, folder: Path) -> None:
-    """Write weights, tokenizer, chat template and generation config, as plain transformers loads them."""
-    from transformers.utils import logging as hf_logging
+def folder_of(handle: Handle) -> Path:
+    """Where the model's files are.
 
-    hf_logging.set_verbosity_error()
-    model, generation = handle.model, getattr(handle.model, "generation_config", None)
-    if generation is not None:
-        model.generation_config = type(generation)()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.generation_config = generation
-    if generation is not None:
-        # Past transformers' checks: it refuses to save what some models are published with, such as a
-        # temperature without sampling.
-        generation.to_json_file(str(folder / "generation_config.json"), use_diff=True)
-    written = _tokenizer_as_given(handle).save_pretrained(folder)
-    source = Path(handle.source).expanduser()
-    images = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # multimodal
-    for file in (Path(name) for name in (*written, "generation_config.json", *images)):
-        if (source / file.name).is_file():  # what a local source has stays as it is, byte for byte
-            shutil.copyfile(source / file.name, folder / file.name)
+    Raises:
+        ModelError: when it was made in memory.
+    """
+    if handle.folder is None:
+        raise ModelError(f"{handle.source} was made in memory, and models are saved from their files; save it first")
+    return handle.folder
 
 
-def _tokenizer_as_given(handle: Handle) -> Any:
-    """The tokenizer without what loading set: padding on the left, a pad token, where its files are."""
-    tokenizer = copy.deepcopy(handle.tokenizer)
-    given = tokenizer.init_kwargs
-    tokenizer.padding_side = given.get("padding_side", type(tokenizer).padding_side)
-    tokenizer.pad_token = given.get("pad_token")
-    for mark in ("is_local", "local_files_only"):
-        given.pop(mark, None)
-    return tokenizer
+def save_edited(
+    handle: Handle, recipe: Recipe, out: Path, card: str, reporter: Reporter, *, keep_tied: bool = False
+) -> None:  # fmt: skip
+    """Write the model's folder with an edit in its weights: full precision also where the model is loaded in less.
+
+    Args:
+        recipe: of this model.
+        out: folder to write, nobody's yet.
+        card: its README.md.
+        keep_tied: edit a tied head with its embedding.
+
+    Raises:
+        AbliterateError: any of those of `apply_checkpoint`.
+    """
+    options = ApplyOptions(keep_tied=keep_tied)
+    work = prepare(recipe, folder_of(handle), options, source=handle.source, card=card)
+    for note in work.summary["notes"]:
+        reporter.say(note)
+    write_folder(work, out, reporter)
+
+
+def save_merged(handle: Handle, adapter: Path, out: Path, card: str, reporter: Reporter) -> None:
+    """Write the model's folder with a LoRA merged into its weights.
+
+    Args:
+        adapter: folder of a PEFT LoRA for this model.
+        out, card: as for `save_edited`.
+
+    Raises:
+        WriterError: when the adapter changes what the folder doesn't hold as a tensor of its own.
+    """
+    checkpoint = open_checkpoint(folder_of(handle))
+    work: Work = changed_copy(checkpoint, outputs_of(checkpoint, merged(adapter, handle, checkpoint), {}), {})
+    work.texts["README.md"] = card.encode()
+    write_folder(work, out, reporter)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from abliterate.apply.adapter.form import apply_adapter, merged
 from abliterate.apply.adapter.low_rank import low_rank, truncated
 from abliterate.apply.forms import ApplyOptions
-from abliterate.apply.norms import removed_keeping_norms
+from abliterate.apply.removal import removed
 from abliterate.apply.weights import bake
 from abliterate.common.errors import AbliterateError, OutputError, RecipeError, WriterError
 from abliterate.common.reporting import Silent
@@ -243,7 +243,7 @@ def test_truncated_is_exact_where_the_change_has_its_rank():
     change = factors(Part(torch.eye(16)[:1], torch.ones(1)))
     low, error = truncated(weight, change, 0)
     assert error < 1e-7
-    assert torch.allclose(weight + low.left @ low.right, removed_keeping_norms(weight, change, 0), atol=1e-6)
+    assert torch.allclose(weight + low.left @ low.right, removed(weight, change, 0, keep_norms=True), atol=1e-6)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((8, 5), 0), ((5, 8), 1), ((3, 8, 5), 1), ((3, 5, 8), 2)])

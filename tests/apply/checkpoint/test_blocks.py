@@ -14,7 +14,6 @@ import torch
 
 from abliterate.apply.checkpoint import blocks
 from abliterate.apply.checkpoint.blocks import FLOATS, take_out
-from abliterate.apply.norms import removed_keeping_norms
 from abliterate.apply.removal import removed
 from abliterate.common.errors import NonFiniteError
 from abliterate.edit.algebra import Factors, factors
@@ -110,7 +109,7 @@ def test_what_is_taken_out_is_what_torch_takes_out(monkeypatch, dtype, k, shape,
 def test_norms_are_kept_as_torch_keeps_them(dtype, k, shape):
     weight = drawn(dtype, *shape)
     change = change_of(shape[1], k)
-    new, wanted = edited(weight, dtype, change, keep_norms=True), removed_keeping_norms(weight, change, 1)
+    new, wanted = edited(weight, dtype, change, keep_norms=True), removed(weight, change, 1, keep_norms=True)
     torch.testing.assert_close(new, wanted, rtol=torch.finfo(DTYPES[dtype]).eps, atol=2e-6)
     assert not torch.equal(new, edited(weight, dtype, change))
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from abliterate.apply.checkpoint import blocks, pieces
-from abliterate.apply.checkpoint.folder import local_folder
 from abliterate.apply.removal import removed
 from abliterate.apply.weights import bake
 from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, OutputError, RecipeError, WriterError
 from abliterate.edit.algebra import factors
 from abliterate.edit.edit import Edit, orthonormal
+from abliterate.models.folders import local_folder
 from abliterate.models.recipes import recipe_for
 from abliterate.models.shards import read_shard
 from abliterate.models.writers import find_writers
@@ -414,7 +414,7 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
 
 
 def test_a_hub_that_does_not_answer(tmp_path):
-    with pytest.raises(ModelError, match=r"me/model is no folder here, and the Hub didn't give it"):
+    with pytest.raises(ModelError, match=r"me/model not found: no such folder here, and the Hub"):
         local_folder("me/model")
 
 

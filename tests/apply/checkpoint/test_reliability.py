@@ -12,23 +12,29 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from abliterate.apply.checkpoint import journal, pieces
 from abliterate.apply.checkpoint.journal import JOURNAL, interrupted
-from abliterate.common.errors import ModelError, OutputError
+from abliterate.apply.checkpoint.pieces import Change
+from abliterate.common.errors import ModelError, OutputError, RecipeError, WriterError
 from abliterate.common.files import host_tag
 from abliterate.common.reporting import Silent
+from abliterate.edit.algebra import Factors
 from abliterate.edit.recipe import save_recipe
 from abliterate.models.shards import open_checkpoint, read_shard
-from apply.checkpoints import apply_to, small_recipe, small_shards, write_checkpoint
+from apply.checkpoints import D_MODEL, apply_to, small_recipe, small_shards, write_checkpoint
 from command import listing, succeeds
 
 FIRST = "model-00001-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
+NOTHING = Factors(np.zeros((0, D_MODEL), np.float32), np.zeros((0, D_MODEL), np.float32))
 
 
 @pytest.fixture
@@ -120,9 +126,61 @@ INDEX_DAMAGES = {
         lambda i: i.replace(FIRST, "model-00003-of-00002.safetensors"),
         "names model-00003.*isn't there",
     ),
-    "a missing tensor": (lambda i: i.replace("rotary.inv_freq", "rotary.freq"), "holds rotary.freq, and it doesn't"),
-    "a tensor elsewhere": (lambda i: i.replace('"steps": "model-00002', '"steps": "model-00001'), "holds steps"),
-}
+    "an edited tensor elsewhere": (
+        lambda i: i.replace('"a.weight": "model-00001', '"a.weight": "model-00002'), "no tensor a.weight",
+    ),
+}  # fmt: skip
+
+
+def test_tensors_that_the_index_names_in_vain_are_noted(tmp_path, folder):
+    path = folder / INDEX
+    path.write_text(path.read_text().replace("rotary.inv_freq", "rotary.freq"))
+    summary = apply_to(small_recipe(), folder, tmp_path / "out")
+    assert any("rotary.freq, which no file holds" in note for note in summary["notes"])
+
+
+def test_of_two_sets_of_weights_the_one_that_transformers_loads_is_edited(tmp_path, folder):
+    tensors = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    save_file(
+        {name: t + 1 if t.is_floating_point() else t for name, t in tensors.items()}, folder / "model.safetensors"
+    )
+    summary = apply_to(small_recipe(), folder, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(new["rotary.inv_freq"], tensors["rotary.inv_freq"] + 1)
+    assert any(FIRST in note for note in summary["notes"])
+
+
+def test_an_index_without_metadata_gets_it(tmp_path, folder):
+    path = folder / INDEX
+    path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]}))
+    apply_to(small_recipe(), folder, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for file in folder.glob("*.safetensors") for t in read_shard(file).tensors.values()
+    )
+
+
+# --- what was written is read back ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"norm_preserving": True}], ids=["plain", "norms"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_tensor_that_was_not_edited_after_all_is_found(tmp_path, monkeypatch, dtype, options, in_place):
+    folder = write_checkpoint(tmp_path / "model", small_shards(dtype))
+    before, edit = listing(folder), pieces._edit
+
+    def forgetful(source, target, piece):
+        change = piece.change if piece.tensor.name != "a.weight" else Change(piece.change.axis, NOTHING)
+        edit(source, target, replace(piece, change=change))
+
+    monkeypatch.setattr(pieces, "_edit", forgetful)
+    out = folder if in_place else tmp_path / "out"
+    with pytest.raises(WriterError, match=r"a\.weight as written is off by .* nothing was written"):
+        apply_to(small_recipe(0.3), folder, out, in_place=in_place, **options)
+    assert listing(folder) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("damage", INDEX_DAMAGES)
@@ -131,7 +189,7 @@ def test_a_damaged_index_is_found_first(tmp_path, folder, damage):
     path = folder / INDEX
     path.write_text(harm(path.read_text()))
     before = listing(tmp_path)
-    with pytest.raises(ModelError, match=match):
+    with pytest.raises((ModelError, RecipeError), match=match):
         apply_to(small_recipe(), folder, tmp_path / "out")
     assert listing(tmp_path) == before
 

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from abliterate.apply.norms import removed_keeping_norms
-from abliterate.apply.parameters import Parameters, open_parameters
+from abliterate.apply.parameters import Parameters
 from abliterate.apply.removal import removed
 from abliterate.cards.others import adapter_card
 from abliterate.common.errors import AbliterateError, NonFiniteError, WriterError
@@ -28,6 +27,7 @@ from abliterate.common.files import check_folder, whole_folder
 from abliterate.common.names import is_local, public_name
 from abliterate.edit.algebra import Factors
 from abliterate.edit.recipe import check_model
+from abliterate.models.folders import model_folder
 from abliterate.models.pretrained import with_adapter
 from abliterate.models.writers import Writer
 
@@ -72,7 +72,7 @@ def apply_adapter(recipe: Recipe, model: str, out: Path, options: ApplyOptions, 
     if not options.plan:
         check_folder(out, overwrite=options.overwrite)
     reporter.say(f"looking at {model}")
-    source = open_parameters(model, options.revision)
+    source = Parameters(model_folder(model, options.revision))
     check_model(recipe, source.handle.config_hash, force=options.force)
     plan = make_plan(source, recipe)
     if plan.skipped and not options.skip_unsupported:
@@ -158,8 +158,8 @@ def _edited_copy(
     copy = {name: source.sibling(writer, name) for name in names}
     for writer, change in changes:
         name = writer.name.rpartition(".")[2]
-        take_out = removed_keeping_norms if norm_preserving and copy[name].ndim > 1 else removed
-        copy[name] = take_out(copy[name], change, writer.axis)
+        keep = norm_preserving and copy[name].ndim > 1
+        copy[name] = removed(copy[name], change, writer.axis, keep_norms=keep)
         if writer.bias:
             bias = writer.bias.rpartition(".")[2]
             copy[bias] = removed(copy[bias], change, writer.bias_axis)

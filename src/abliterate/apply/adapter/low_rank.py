@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.apply.norms import removed_keeping_norms
+from abliterate.apply.removal import removed
 from abliterate.edit.algebra import Factors
-
-if TYPE_CHECKING:
-    pass
 
 ROWS = 2**16  # rows of a weight widened to float64 at once
 
@@ -57,7 +54,7 @@ def truncated(weight: Float[Tensor, ...], change: Factors, axis: int) -> tuple[L
         The factors, and |change - product| / |change| in the Frobenius norm, over all experts.
     """
     wide = weight.detach().double()
-    difference = removed_keeping_norms(wide, change, axis) - wide
+    difference = removed(wide, change, axis, keep_norms=True) - wide
     k = len(change.left)
     u, s, v = torch.linalg.svd(difference, full_matrices=False)
     root = s[..., :k].sqrt()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,11 +17,9 @@ from abliterate.common.errors import NonFiniteError
 from abliterate.common.ranges import spans
 from abliterate.edit.algebra import LEAST_LEFT, Factors
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
 Array = np.ndarray[Any, Any]
 Read = Callable[[int, Array], None]
+Rows = Any  # float32 rows, sliced: an array, or what makes them when they are asked for (`merge.LowRank`)
 Blocks = Callable[[], Iterator[tuple[slice, Array, Array]]]  # which rows, they, and as much room
 
 BLOCK = 2**16  # elements at a time: widened, and once more for what is subtracted, they stay in a core's L2 cache
@@ -34,7 +32,7 @@ FLOATS: dict[str, np.dtype[Any]] = {
 
 def take_out(
     read: Read, write: Callable[[Array], None], dtype: np.dtype[Any], shape: tuple[int, int, int],
-    change: Factors, *, keep_norms: bool = False, addition: Float[Array, "row width"] | None = None,
+    change: Factors, *, keep_norms: bool = False, addition: Rows | None = None,
     name: str = "a weight",
 ) -> None:  # fmt: skip
     """W <- W - left^T (right W) for every matrix W [d_model, inner] of a stack [outer, d_model, inner].
@@ -48,15 +46,15 @@ def take_out(
         dtype: of `FLOATS`.
         shape: outer, d_model, inner.
         change: left and right [k, d_model], from `algebra.factors`.
-        keep_norms: rescale each column of W to the norm it had (see `apply.norms`).
-        addition: what is then added to the rows, float32: a shift in a bias.
+        keep_norms: rescale each column of W to the norm it had (see `apply.removal`).
+        addition: what is then added to the rows, float32: a shift in a bias, a LoRA.
         name: for the error.
 
     Raises:
         NonFiniteError: when a value is, or becomes, NaN or infinite.
     """
     outer, d_model, inner = shape
-    room = _Room(dtype, d_model if inner == 1 else inner)
+    room = Room(dtype, d_model if inner == 1 else inner)
     left, right = (np.ascontiguousarray(factor, room.wide.dtype) for factor in change)
     at = 0
     with np.errstate(all="ignore"):  # said below, once
@@ -73,7 +71,7 @@ def take_out(
                 at += len(rows)
 
 
-class _Room:
+class Room:
     """Arrays for a block of rows, made once: as stored, widened, and for what is subtracted."""
 
     def __init__(self, dtype: np.dtype[Any], width: int) -> None:
@@ -112,6 +110,8 @@ class _Room:
 
 def _changed(blocks: Blocks, left: Array, right: Array, keep_norms: bool, name: str) -> Iterator[Array]:
     """A matrix's rows without what is taken out: first through all of it for right W, then for what is left."""
+    if not len(right):
+        return (wide for _, wide, _ in blocks())
     inside: Array = reduce(np.add, (right[:, rows] @ wide for rows, wide, _ in blocks()))
     _check_finite(inside, name)
 
@@ -124,7 +124,7 @@ def _changed(blocks: Blocks, left: Array, right: Array, keep_norms: bool, name: 
     if not keep_norms:
         return without()
     before, after = _norms(wide for _, wide, _ in blocks()), _norms(without())
-    keep = after > LEAST_LEFT * before  # `norms.rescaled` says why
+    keep = after > LEAST_LEFT * before  # as in `removal.removed`
     factor = np.where(keep, before / np.where(keep, after, 1), 1).astype(left.dtype)
     return (np.multiply(wide, factor, out=wide) for wide in without())
 

@@ -18,44 +18,8 @@ OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data|ot|tflite)"
     r"|(pytorch_)?model.*\.bin|consolidated.*\.bin|pytorch_model.*\.bin\.index\.json|.*\.safetensors\.index\.json"
 )
-_DESCRIBING = (
-    "*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 _LANGUAGE_MODEL = ("text_config", "llm_config", "language_config")  # fields that hold its config in a larger model's
 NOT_COPIED = {".git", ".cache", ".gitattributes"}
-
-
-def local_folder(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The model's folder; of a Hub id, its snapshot in the Hub cache, downloaded if need be.
-
-    Args:
-        model: folder or Hub id.
-        revision: Hub commit, branch or tag.
-        weights: download the safetensors too, not only what describes the model.
-
-    Raises:
-        ModelError: when there is no such folder, or the Hub doesn't give it.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir() and model.strip():
-        return path
-    if path.is_file():
-        hint = "use --as gguf, or give the model's folder" if path.suffix == ".gguf" else "give the model's folder"
-        raise ModelError(f"model {model} is a file, and the form checkpoint takes a folder with safetensors; {hint}")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
-        raise ModelError(f"model {model} not found: no such folder; check the path")
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(
-            model, revision=revision, allow_patterns=[*_DESCRIBING, *(["*.safetensors"] if weights else [])],
-            ignore_patterns=["original/*", "consolidated*.safetensors"],
-        )  # fmt: skip
-    except Exception as error:
-        raise ModelError(
-            f"model {model} is no folder here, and the Hub didn't give it: {shorten(str(error), 200)}"
-        ) from error
-    return Path(found)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -11,17 +11,20 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abliterate.apply.checkpoint.folder import check_config, local_folder
+from abliterate.apply.checkpoint.check import check_written
+from abliterate.apply.checkpoint.folder import check_config
 from abliterate.apply.checkpoint.journal import changing, interrupted, locked, recover
 from abliterate.apply.checkpoint.pieces import run_pieces
 from abliterate.apply.checkpoint.plan import plan_checkpoint
-from abliterate.apply.checkpoint.work import prepare
+from abliterate.apply.checkpoint.work import Work, prepare
 from abliterate.common.errors import AbliterateError, ModelError, OutputError
 from abliterate.common.files import check_folder, check_space, explained, whole_folder
 from abliterate.edit.recipe import Recipe
+from abliterate.models.folders import local_folder
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
@@ -92,15 +95,33 @@ def _to_folder(
     edited = work.summary["tensors"]
     reporter.say(f"editing {edited} of {len(work.checkpoint.files)} tensors in {len(work.outputs)} file(s)")
     with whole_folder(out, overwrite=options.overwrite) as temporary:
-        pieces = [piece for name, output in work.outputs.items() for piece in output.begin(temporary / name)]
         # importing transformers, which knows the config's defaults, takes as long as copying some GiB
-        run_pieces(pieces, reporter, lambda: check_config(recipe, folder, force=options.force))
-        for relative in work.copies:
-            (temporary / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / relative, temporary / relative)
-        for name, text in work.texts.items():
-            (temporary / name).write_bytes(text)
+        write_folder(work, temporary, reporter, lambda: check_config(recipe, folder, force=options.force))
     return {"bytes": total, **work.summary}
+
+
+def write_folder(
+    work: Work, folder: Path, reporter: Reporter, meanwhile: Callable[[], None] | None = None
+) -> None:  # fmt: skip
+    """Write all of it into a folder that is nobody's yet, and check the edited tensors as they are on the disk.
+
+    Args:
+        meanwhile: run at the same time; its error stops the work.
+
+    Raises:
+        NonFiniteError: when a value is, or becomes, NaN or infinite.
+        WriterError: when a tensor isn't what the edit leaves of it.
+    """
+    folder.mkdir(exist_ok=True)
+    targets = {name: folder / name for name in work.outputs}
+    pieces = [piece for name, output in work.outputs.items() for piece in output.begin(targets[name])]
+    run_pieces(pieces, reporter, meanwhile)
+    check_written(work.outputs.values(), targets)
+    for relative in work.copies:
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(work.checkpoint.folder / relative, folder / relative)
+    for name, text in work.texts.items():
+        (folder / name).write_bytes(text)
 
 
 def _in_place(recipe: Recipe, folder: Path, options: ApplyOptions, reporter: Reporter) -> dict[str, Any]:
@@ -122,6 +143,7 @@ def _in_place(recipe: Recipe, folder: Path, options: ApplyOptions, reporter: Rep
         record = {"fingerprint": fingerprint, "summary": summary}
         with explained(folder), changing(folder, names, record) as temporaries:
             run_pieces([p for name, output in outputs.items() for p in output.begin(temporaries[name])], reporter)
+            check_written(outputs.values(), temporaries)
             for name, text in work.texts.items():
                 temporaries[name].write_bytes(text)
             for name, temporary in temporaries.items():

@@ -23,7 +23,7 @@ class HeldShifts(NamedTuple):
     """How a checkpoint holds an edit's shifts.
 
     Attributes:
-        additions: stored bias -> what is added to it, float32 of its shape.
+        additions: stored bias -> what is added to it, float32, in rows of d_model.
         tensors: biases that the checkpoint lacks; file: the shard that these go into.
         switch: the field of config.json that has to be true for them to be read; empty without any.
         shifted: how many of them are not zero.
@@ -54,7 +54,7 @@ def held_shifts(shifts: Sequence[Shift], checkpoint: Checkpoint) -> HeldShifts:
 def _shift_additions(
     handle: Handle, shifts: Sequence[Shift], checkpoint: Checkpoint
 ) -> dict[str, np.ndarray[Any, Any]]:  # fmt: skip
-    """Stored bias -> what is added to it, so that it holds the shifts."""
+    """Stored bias -> what is added to its rows, so that it holds the shifts."""
     owners = {id(p): name for name, p in handle.model.named_parameters()}
     known = stored_tensors(handle, names_in(handle.model, checkpoint.files))
     additions = {}
@@ -67,7 +67,7 @@ def _shift_additions(
                 f"{name}, which would hold the shift, is stored as {len(entries)} tensors in {checkpoint.folder}; "
                 "these forms can hold it: adapter (with lora_bias), control-vector, hooks"
             )
-        additions[entries[0].name] = addition.float().contiguous().numpy()
+        additions[entries[0].name] = addition.float().reshape(-1, addition.shape[-1]).numpy()
     return additions
 
 

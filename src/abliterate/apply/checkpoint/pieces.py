@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from abliterate.apply.checkpoint.blocks import FLOATS, take_out
+from abliterate.apply.checkpoint.blocks import FLOATS, Read, Rows, take_out
 from abliterate.common.ranges import copy_range, read_into, spans, write_from
 from abliterate.common.reporting import Reporter
 from abliterate.edit.algebra import Factors
@@ -38,13 +38,13 @@ class Change:
         axis: its dimension that runs along d_model.
         factors: what is taken out of it.
         keep_norms: whether its vectors along d_model keep their norms.
-        addition: what is then added, float32 and of its shape (a shift in a bias), or None.
+        addition: what is then added, rows along its last dimension (a shift in a bias, a LoRA), or None.
     """
 
     axis: int
     factors: Factors
     keep_norms: bool = False
-    addition: Array | None = None
+    addition: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -178,18 +178,23 @@ def _edit(source: int, target: int, piece: Piece) -> None:
     width = d_model if inner == 1 else inner
     row_bytes, at = width * dtype.itemsize, piece.at
 
-    def read(low: int, into: Array) -> None:
-        read_into(source, piece.start + low * row_bytes, _bytes(into))
-
     def write(rows: Array) -> None:
         nonlocal at
         write_from(target, at, _bytes(rows))
         at += rows.nbytes
 
-    addition = None if change.addition is None else change.addition.reshape(-1, width)
     shape = (piece.nbytes // (dtype.itemsize * d_model * inner), d_model, inner)
-    take_out(read, write, dtype, shape, change.factors, keep_norms=change.keep_norms, addition=addition,
-             name=tensor.name)  # fmt: skip
+    take_out(reader(source, piece.start, row_bytes), write, dtype, shape, change.factors,
+             keep_norms=change.keep_norms, addition=change.addition, name=tensor.name)  # fmt: skip
+
+
+def reader(file: int, start: int, row_bytes: int) -> Read:
+    """What fills an array with rows of a tensor that begins at `start`, from one on."""
+
+    def read(low: int, into: Array) -> None:
+        read_into(file, start + low * row_bytes, _bytes(into))
+
+    return read
 
 
 def _bytes(rows: Array) -> memoryview:

@@ -13,7 +13,7 @@ import numpy as np
 from abliterate.apply.checkpoint.blocks import FLOATS
 from abliterate.apply.checkpoint.folder import config_levels, config_with, other_files, read_config
 from abliterate.apply.checkpoint.pieces import Change, Output
-from abliterate.common.errors import ModelError, NonFiniteError, RecipeError, WriterError, shorten
+from abliterate.common.errors import ModelError, NonFiniteError, RecipeError, WriterError, listed, shorten
 from abliterate.edit.algebra import Factors, factors
 from abliterate.edit.recipe import Recipe
 from abliterate.edit.stored_tensor import Shape, StoredTensor, misfit
@@ -22,6 +22,16 @@ from abliterate.models.shards import INDEX, Checkpoint, NewTensor, StoredRange, 
 if TYPE_CHECKING:
     from abliterate.apply.checkpoint.held_shifts import HeldShifts
     from abliterate.apply.forms import ApplyOptions
+
+
+_UNTIED = "embedding and head were tied; the head is written as {}, unedited"
+
+
+def _other_head(head: str) -> str:
+    return (
+        f"config.json says that embedding and head are one, and the files hold another head, {head}: it stays, as "
+        "transformers 5 loads it (older versions, and other programs, used the embedding)"
+    )
 
 
 @dataclass
@@ -53,17 +63,16 @@ class Work:
         return sum(sizes) + sum(others)
 
 
-def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str) -> Work:
+def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str, card: str | None = None) -> Work:
     """Check everything but the config's hash (`folder.check_config`) and work out every change; nothing is written.
 
     Args:
         source: the model's name for its card.
+        card: the card, where the caller has one.
 
     Raises:
         ModelError, RecipeError, WriterError: see `apply_checkpoint`.
     """
-    from abliterate.cards.others import applied_card
-
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
     notes: list[str] = []
@@ -75,34 +84,49 @@ def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str)
     if tied is not None and options.keep_tied:
         _keep_tied(checkpoint, changes, *tied, notes)
         tied = None
-    outputs = _outputs(checkpoint, changes, tied, held)
-    work = Work(checkpoint, outputs)
     changed = config
     if tied is not None:
         changed = config_with(changed, "tie_word_embeddings", False, everywhere=True)
-        notes.append(f"embedding and head were tied; the head is written as {tied[1]}, unedited")
+        other = tied[1] in checkpoint.files and not checkpoint.alike(*tied)
+        notes.append(_other_head(tied[1]) if other else _UNTIED.format(tied[1]))
     if held is not None and held.switch:
         changed = config_with(changed, held.switch, True)
         notes.append(
             f"config.json says {held.switch}: true now, since a bias holds the shift; the {len(held.tensors)} biases "
             f"that this gives the class are written, all but {held.shifted} of them zero"
         )
-    if changed != config:
-        work.texts["config.json"] = _json(changed)
-    added = {file: output.added for file, output in outputs.items() if output.added}
-    if checkpoint.index is not None and added:
-        work.texts[INDEX] = _json(index_with(checkpoint.index, added))
-    work.copies, left_out = other_files(folder, {*outputs, *work.texts, "README.md"})
+    texts = {"config.json": _json(changed)} if changed != config else {}
+    if checkpoint.absent:
+        notes.append(f"the index names {listed(checkpoint.absent)}, which no file holds")
+    work = changed_copy(checkpoint, _outputs(checkpoint, changes, tied, held), texts)
+    left_out = work.summary["left_out"]
     if left_out:
         done = "these still hold the" if options.in_place else "not copied, because they hold"
         notes.append(f"{done} unedited weights: {', '.join(left_out)}")
+    work.texts["README.md"] = (card or _card(recipe, source, options, notes, folder)).encode()
+    tensors = len(changes) + (held.shifted if held else 0)
+    work.summary |= {"writers": writers, "tensors": tensors, "untied": tied is not None, "notes": notes}
+    return work
+
+
+def changed_copy(checkpoint: Checkpoint, outputs: dict[str, Output], texts: dict[str, bytes]) -> Work:
+    """A copy of a model's folder with shards and small files as given, an index that fits, and no card yet."""
+    work = Work(checkpoint, outputs, texts)
+    added = {file: output.added for file, output in outputs.items() if output.added}
+    if checkpoint.index is not None and (added or not checkpoint.index.get("metadata")):
+        work.texts[INDEX] = _json(index_with(checkpoint.index, added, checkpoint.total))
+    stale = set() if checkpoint.index is not None else {INDEX}  # of shards that aren't loaded
+    made = {*outputs, *work.texts, "README.md", *stale}
+    work.copies, work.summary["left_out"] = other_files(checkpoint.folder, made)
+    return work
+
+
+def _card(recipe: Recipe, source: str, options: ApplyOptions, notes: list[str], folder: Path) -> str:
+    from abliterate.cards.others import applied_card
+
     card = folder / "README.md"
     existing = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    work.texts["README.md"] = applied_card(recipe, source, options, notes, existing).encode()
-    tensors = len(changes) + (held.shifted if held else 0)
-    work.summary = {"writers": writers, "tensors": tensors, "untied": tied is not None, "left_out": left_out,
-                    "notes": notes}  # fmt: skip
-    return work
+    return applied_card(recipe, source, options, notes, existing)
 
 
 def stored_parts(
@@ -241,9 +265,8 @@ def tied_names(
 def _keep_tied(checkpoint: Checkpoint, changes: dict[str, Change], embedding: str, head: str, notes: list[str]) -> None:
     """Have the head edited as the embedding is, where the checkpoint holds both and they are one."""
     if head in checkpoint.files:
-        one, other = checkpoint.tensor(head), checkpoint.tensor(embedding)
-        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
-        if not (alike and checkpoint.raw(head) == checkpoint.raw(embedding)):
+        if not checkpoint.alike(head, embedding):
+            notes.append(_other_head(head))
             return
         changes[head] = changes[embedding]
     notes.append("embedding and head stay tied, so the head is edited too (--keep-tied)")
@@ -253,14 +276,21 @@ def _outputs(
     checkpoint: Checkpoint, changes: dict[str, Change], tied: tuple[str, str] | None, held: HeldShifts | None
 ) -> dict[str, Output]:  # fmt: skip
     """Every shard as it will be written, with a head of its own where it was tied and the biases that are new."""
-    added: dict[str, list[NewTensor]] = {name: [] for name in checkpoint.shards}
+    added: dict[str, list[NewTensor]] = {}
     if tied is not None and tied[1] not in checkpoint.files:
         embedding = checkpoint.tensor(tied[0])
-        added[checkpoint.files[tied[0]]].append(NewTensor(tied[1], embedding.dtype, embedding.shape, embedding))
+        added[checkpoint.files[tied[0]]] = [NewTensor(tied[1], embedding.dtype, embedding.shape, embedding)]
     if held is not None and held.tensors:
-        added[held.file] += held.tensors
+        added[held.file] = [*added.get(held.file, []), *held.tensors]
+    return outputs_of(checkpoint, changes, added)
+
+
+def outputs_of(
+    checkpoint: Checkpoint, changes: dict[str, Change], added: dict[str, list[NewTensor]]
+) -> dict[str, Output]:  # fmt: skip
+    """File name -> the shard with these changes and new tensors."""
     return {
-        name: Output(shard, {t: changes[t] for t in shard.tensors if t in changes}, added[name])
+        name: Output(shard, {t: changes[t] for t in shard.tensors if t in changes}, added.get(name, ()))
         for name, shard in checkpoint.shards.items()
     }
 
