@@ -304,7 +304,8 @@ def checkpoint_shapes(folder: str | os.PathLike[str]) -> dict[str, Shape | None]
     """
     folder = Path(folder)
     index = read_index(folder)
-    files = {folder / file for file in index["weight_map"].values()} if index else set(folder.glob("*.safetensors"))
+    single = [folder / SINGLE] if (folder / SINGLE).is_file() else folder.glob("*.safetensors")
+    files = {folder / file for file in index["weight_map"].values()} if index else set(single)
     if not files:
         raise ModelError(f"model folder {folder} holds no *.safetensors; only those are read")
     shapes: dict[str, Shape | None] = dict.fromkeys(index["weight_map"]) if index else {}
