@@ -20,6 +20,7 @@ from abliterate.edit.recipe import Recipe, load_recipe, save_recipe
 from abliterate.models.loading import load
 from abliterate.models.recipes import recipe_for
 from abliterate.models.writers import SITES, find_writers
+from long import LONG
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +144,7 @@ def test_checkpoint(case: Case, hooks: list[Tensor], baked: list[Tensor], tmp_pa
     assert off(found, baked) < 1.5 * off(baked, hooks)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["Q8_0", pytest.param("Q4_1", marks=LONG)])
 def test_gguf(
     case: Case, plain: list[Tensor], hooks: list[Tensor], demo_gguf: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:

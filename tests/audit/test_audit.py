@@ -21,6 +21,7 @@ from abliterate.directions.means import Place, difference_of_means
 from abliterate.measure.rates import Rate
 from abliterate.run import opening
 from command import listing
+from long import LONG
 from planted import RefusesWithR, planted
 
 WORDS = ["boats", "maps", "rain", "bread", "songs", "cats", "walks", "tea", "hills", "birds", "snow", "lamps"]
@@ -212,6 +213,7 @@ def test_the_stream_read_for_few_prompts_is_that_of_collect():
 # --- the demo model ---
 
 
+@LONG
 @pytest.mark.slow
 def test_the_demo_guard(tmp_path):
     """Without the fit, which its own tests cover: one direction undoes it, few prompts find that."""

@@ -23,6 +23,7 @@ from abliterate.models.writers import find_writers
 from abliterate.studio.conversation import Conversation, Sampling
 from apply.checkpoints import small_recipe, small_shards, write_checkpoint
 from command import abliterate, fails, listing, succeeds
+from long import LONG
 from models import handle_of, save_tiny, tiny_llama
 
 
@@ -246,6 +247,7 @@ def test_a_70b_model_is_planned_from_its_index_alone(tmp_path):
     assert plan["memory_bytes"] < 3 * largest_tensor + 400e6
 
 
+@LONG
 @pytest.mark.slow
 def test_a_70b_model_is_planned_by_its_skeleton(tmp_path):
     """A recipe that names parameters and nothing else."""

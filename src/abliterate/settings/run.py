@@ -104,7 +104,7 @@ class MeasureSettings(Stage):
         said="the behaviour's",
         several=" + ",
     )
-    report_judge: str = option("none", "A judge that choosing never sees, for the report; as --judge, or none.")
+    report_judge: str = option("trained", "A judge that choosing never sees, for the report; as --judge, or none.")
     max_new_tokens: int = option(100, "Longest answer decoded.", ge=1)
     batch_size: int = Field(256, ge=1)
 
