@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from abliterate.bench.quick import CHECKS, QUICK_TASKS, follows, items, last_number, score_arithmetic
+from abliterate.bench.quick import QUICK_TASKS, items, last_number, score_arithmetic
+from abliterate.measure.checks import CHECKS, follows
 
 CHOICES = ("quick_knowledge", "quick_common_sense", "quick_reading")
 

@@ -28,7 +28,8 @@ from abliterate.measure.document import load_document
 from abliterate.models.loading import load
 from abliterate.report.document import load_run
 from abliterate.report.markdown import markdown
-from abliterate.run.pipeline import measure_models, run
+from abliterate.run.measuring import measure_models
+from abliterate.run.pipeline import run
 from abliterate.settings.heal import HealRunSettings
 from abliterate.settings.run import RunSettings, resolve
 from documents import check_document

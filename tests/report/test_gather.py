@@ -12,7 +12,7 @@ from abliterate.directions.means import Place, at, difference_of_means
 from abliterate.edit.edit import Edit
 from abliterate.models.writers import SITES, find_writers
 from abliterate.prompts.sets import load_sides
-from abliterate.report.gather import direction_by_layer, gather, paired, stream_at
+from abliterate.report.gather import direction_by_layer, gather, stream_at
 from models import FAMILIES, handle_of
 
 PLACE = Place(2, "mid", -2)
@@ -128,20 +128,6 @@ def test_direction_by_layer_follows_the_strengths(tiny_handle):
             strengths[row, 2] = -1.5
     along = direction_by_layer(Edit([w.name for w in writers], directions, strengths), tiny_handle)
     assert along.argmax(1).tolist() == [0, 1, 2, 2]  # layer 2 isn't edited: the strongest of all
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "lost", "won", "p"),
-    [
-        ([1, 1, 1, 0], [0, 0, 0, 0], 3, 0, 0.25),
-        ([1] * 10 + [0], [0] * 10 + [1], 10, 1, 2 * 12 / 2**11),
-        ([1, 0], [0, 1], 1, 1, 1.0),
-        ([1, 0], [1, 0], 0, 0, 1.0),
-    ],
-)
-def test_paired(before, after, lost, won, p):
-    found = paired([bool(x) for x in before], [bool(x) for x in after])
-    assert found == {"only_original": lost, "only_edited": won, "p": pytest.approx(p)}
 
 
 def test_a_run_keeps_little_and_no_answer_to_a_target_prompt(done):

@@ -23,7 +23,8 @@ from abliterate.measure.document import RunDocument
 from abliterate.models.loading import load
 from abliterate.models.recipes import tensors_for
 from abliterate.run import opening, pipeline
-from abliterate.run.pipeline import measure_models, run
+from abliterate.run.measuring import measure_models
+from abliterate.run.pipeline import run
 from abliterate.settings.run import RunSettings
 from documents import check_document
 from models import save_tiny, tiny_llama, tiny_tokenizer

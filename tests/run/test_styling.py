@@ -18,7 +18,8 @@ from abliterate.models.loading import load
 from abliterate.prompts.behaviour import load_behaviour
 from abliterate.prompts.style import Style
 from abliterate.run import styling
-from abliterate.run.pipeline import collect_to_file, measure_models, run
+from abliterate.run.measuring import measure_models
+from abliterate.run.pipeline import collect_to_file, run
 from abliterate.search.styles import StyleSettings, add_style, remove_style, shifted
 from abliterate.settings.run import RunSettings
 from documents import check_document

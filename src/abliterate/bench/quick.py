@@ -6,11 +6,12 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterate.bench.suites import QUICK_TASKS
+from abliterate.measure import checks
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -49,8 +50,8 @@ def items_hash(name: str) -> str:
 
 
 def _scoring_hash() -> str:
-    """Sha256 of this module: scores that it judged otherwise are others."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """Sha256 of what scores: scores that it judged otherwise are others."""
+    return hashlib.sha256(Path(__file__).read_bytes() + Path(checks.__file__).read_bytes()).hexdigest()
 
 
 def _file(name: str) -> Path:
@@ -84,86 +85,7 @@ def last_number(answer: str) -> float | None:
 
 def score_instructions(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """1 when the answer passes every check of its question."""
-    return {"acc": float(follows(results[0], json.loads(doc["checks"])))}
-
-
-def follows(answer: str, checks: Sequence[dict[str, Any]]) -> bool:
-    """Whether an answer does what was asked for.
-
-    Args:
-        answer: the model's whole answer; an empty one never does.
-        checks: each a "kind" of CHECKS, with its arguments as further fields.
-    """
-    answer = answer.strip()
-    return bool(answer) and all(
-        CHECKS[check["kind"]](answer, **{k: v for k, v in check.items() if k != "kind"}) for check in checks
-    )
-
-
-def _words(answer: str, least: int = 0, most: int = 10**6) -> bool:
-    return least <= len(re.findall(r"\w[\w'’-]*", answer)) <= most
-
-
-def _lines(answer: str, least: int = 0, most: int = 10**6, pattern: str = "") -> bool:
-    """Lines that aren't empty, and, with a pattern, only those that begin with it."""
-    lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    return least <= sum(bool(re.match(pattern, line)) for line in lines) <= most
-
-
-def _sentences(answer: str, least: int = 0, most: int = 10**6) -> bool:
-    return least <= len(re.findall(r"[.!?]+(?:\s|$)", answer)) <= most
-
-
-def _contains(answer: str, words: Sequence[str], least: int | None = None) -> bool:
-    """All words are there, or at least so many of them; whole words, in any case."""
-    found = sum(bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE)) for word in words)
-    return found >= (len(words) if least is None else least)
-
-
-def _excludes(answer: str, words: Sequence[str]) -> bool:
-    return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) for word in words)
-
-
-def _lacks(answer: str, text: str) -> bool:
-    return text.lower() not in answer.lower()
-
-
-def _is(answer: str, texts: Sequence[str]) -> bool:
-    """The answer is one of the texts and nothing else; case and marks around it don't count."""
-
-    def bare(text: str) -> str:
-        return " ".join(re.sub(r"[^\w\s,'-]", " ", text.lower()).split()).strip(" ,")
-
-    return bare(answer) in {bare(text) for text in texts}
-
-
-def _json(answer: str, keys: Sequence[str] = (), length: int | None = None) -> bool:
-    """The answer is JSON, within a code fence or not: an object with these keys, or a list this long."""
-    fence = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", answer, re.DOTALL)
-    try:
-        found = json.loads(fence[1] if fence else answer)
-    except ValueError:
-        return False
-    if length is not None:
-        return isinstance(found, list) and len(found) == length
-    return isinstance(found, dict) and set(keys) <= set(found)
-
-
-CHECKS: dict[str, Callable[..., bool]] = {
-    "words": _words,
-    "lines": _lines,
-    "sentences": _sentences,
-    "contains": _contains,
-    "excludes": _excludes,
-    "lacks": _lacks,
-    "is": _is,
-    "json": _json,
-    "upper": lambda answer: answer.upper() == answer and answer.lower() != answer,
-    "lower": lambda answer: answer.lower() == answer and answer.upper() != answer,
-    "starts": lambda answer, text: answer.lower().lstrip("\"'*").startswith(text.lower()),
-    "ends": lambda answer, text: answer.lower().rstrip("\"'* ").endswith(text.lower()),
-    "matches": lambda answer, pattern: re.search(pattern, answer) is not None,
-}
+    return {"acc": float(checks.follows(results[0], json.loads(doc["checks"])))}
 
 
 def _choices(question: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from abliterate.cards.also import also_notes
 from abliterate.cards.edit import directions, how_found, how_healed, was_learnt, what_changed, what_is_left
 from abliterate.cards.head import head, of_model
 from abliterate.cards.tables import results
@@ -71,7 +72,7 @@ def model_card(document: RunDocument) -> str:
         [f"{of} {is_now}"],
         [
             Section("What was changed", _changed(document)),
-            Section("What it did", [*results(document).markdown(), _how_measured(document, kind), *_judged(document)]),
+            Section("What it did", [*results(document).markdown(), _how_measured(document, kind), *_said(document)]),
             *([] if kind in ("style", "induce") else [Section("Prompts", _prompts(document))]),
             *_meaning(document, kind),
             Section("", [_made_with(document)]),
@@ -164,8 +165,8 @@ def _how_measured(document: RunDocument, kind: str) -> str:
     )
 
 
-def _judged(document: RunDocument) -> list[str]:
-    said = verdicts(document)
+def _said(document: RunDocument) -> list[str]:
+    said = [*verdicts(document), *also_notes(document)]
     return ["", *listed(said)] if said else []
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from abliterate.cards.also import also_rows
 from abliterate.cards.words import count_of
 from abliterate.measure.document import RunDocument
 from abliterate.measure.numbers import Measured
@@ -91,6 +92,7 @@ def results(document: RunDocument) -> Table:
         divergences(document, "divergence, along answers", "answer"),
         shares(document, "degenerate answers", "degenerate"),
         losses(document, "loss on the original's answers"),
+        *also_rows(document),
     ]
     return state_table(document, rows)
 

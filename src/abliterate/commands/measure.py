@@ -36,7 +36,7 @@ def collect(
 
 
 @command(
-    "behaviour prompts -prompts.train_prompts -prompts.validation_prompts measure load seed config",
+    "behaviour prompts -prompts.train_prompts -prompts.validation_prompts measure beside load seed config",
     "abliterate measure ./edited --original ./model --target bundled --baseline bundled",
 )
 def measure(
@@ -53,7 +53,7 @@ def measure(
         if out is not None:
             check_file(out, overwrite=io.overwrite)
         from abliterate.commands.terminal import measurement_table
-        from abliterate.run.pipeline import measure_models
+        from abliterate.run.measuring import measure_models
 
         first = source_of(original) if original else None
         document = measure_models(source_of(model), first, settings, reporter=terminal)

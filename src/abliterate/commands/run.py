@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    "search collect keep behaviour prompts measure load resume keep_tied force seed config",
+    "search collect keep behaviour prompts measure beside load resume keep_tied force seed config",
     "abliterate run Qwen/Qwen3-0.6B --out qwen-abliterated",
     "abliterate run ./model --target bad.txt --baseline good.txt --method article --interactive",
     "abliterate run ./model --behaviour persona    a melancholic voice, added to the weights",
@@ -50,8 +50,8 @@ def run(
         if induce and (plan or activations is not None or show_completions or "search.method" in given.flags):
             raise AbliterateError("--induce has a search of its own; leave --plan, --activations, --show-completions "
                                   "and --method out")  # fmt: skip
-        if induce and settings.keep is not None:
-            raise AbliterateError("--induce adds a shift and doesn't know --keep; leave it out")
+        if induce and (settings.keep or settings.beside.also_target):
+            raise AbliterateError("--induce adds a shift and doesn't know --keep or --also-target; leave them out")
         source = source_of(model)
         if induce:
             _induce(source, out, settings, terminal, io)
@@ -89,7 +89,7 @@ def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: P
     from abliterate.run.plan import plan_run
 
     found = plan_run(source, settings, has_activations=activations is not None, reporter=terminal)
-    io.result(found.to_json(), rows_table(found.rows(), ("", "planned"), "what the run would take here"))
+    io.result(found.to_json(), rows_table(found.rows(), ("", "planned"), "what the run would take here"), *found.notes)
 
 
 def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, io: Output) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from abliterate.common.reporting import Tick, untold
+from abliterate.measure.refusal import split_reasoning
 from abliterate.models.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
-from abliterate.models.handle import Handle
+from abliterate.models.handle import REASONING_PREFILLS, Handle
 
 if TYPE_CHECKING:
     from abliterate.measure.slots import Slots
@@ -33,6 +34,8 @@ class Answer:
         finished: whether the model ended it itself.
         stopped: whether decoding stopped because the verdict was settled.
         end: the end token it ended with; a model may have several.
+        reasoning: what comes before `text` where the handle `thinks`; None where there is none.
+        unclosed: whether it ended inside the reasoning; `text` is empty then.
     """
 
     ids: list[int]
@@ -40,6 +43,8 @@ class Answer:
     finished: bool
     stopped: bool
     end: int | None = None
+    reasoning: str | None = None
+    unclosed: bool = False
 
     @property
     def whole(self) -> list[int]:
@@ -103,6 +108,9 @@ class _Answers:
         self.handle, self.settled, self.tick, self.keep_special = handle, settled, tick, keep_special
         self.tokens: list[list[int]] = [[] for _ in ids]
         self.done: list[Answer | None] = [None] * len(ids)
+        self.opened = _opening_mark(handle, ids[0]) if handle.thinks else ""
+        # reasoning is long, and every look decodes all of it
+        self.every = CHECK_EVERY * 8 if handle.thinks else CHECK_EVERY
         context = handle.context_length
         # learned positions end with the context: the answer ends there at the latest
         self.limits = [
@@ -125,18 +133,33 @@ class _Answers:
         if not finished:
             tokens.append(token)
         last = len(tokens) == self.limits[row]
-        look = self.settled is not None and not finished and len(tokens) % CHECK_EVERY == 0
+        look = self.settled is not None and not finished and len(tokens) % self.every == 0
         if not (finished or last or look):
             return False
-        text = self._text(tokens)
-        stopped = look and self.settled is not None and self.settled(row, text)
+        text, reasoning, unclosed = self._read(tokens)
+        stopped = look and self.settled is not None and not unclosed and self.settled(row, text)
         if finished or last or stopped:
-            self.done[row] = Answer(tokens, text, finished, stopped, token if finished else None)
+            end = token if finished else None
+            self.done[row] = Answer(tokens, text, finished, stopped, end, reasoning, unclosed)
         return self.done[row] is not None
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        text = self.handle.tokenizer.decode(tokens, skip_special_tokens=not self.keep_special)
-        return text.rstrip("\ufffd")  # half of a character still to come
+    def _read(self, tokens: Sequence[int]) -> tuple[str, str | None, bool]:
+        """The answer, the reasoning before it, and whether that is still open."""
+        tokenizer, thinks = self.handle.tokenizer, self.handle.thinks
+        text = tokenizer.decode(tokens, skip_special_tokens=not (self.keep_special or thinks))
+        text = text.rstrip("\ufffd")  # half of a character still to come
+        if not thinks:
+            return text, None, False
+        reasoning, answer = split_reasoning(self.opened + text)
+        for token in tokenizer.all_special_tokens:
+            answer = answer and answer.replace(token, "")
+        return (answer or "").lstrip(), reasoning or None, answer is None
+
+
+def _opening_mark(handle: Handle, ids: Sequence[int]) -> str:
+    """The mark of reasoning with which the template ends its prompts, if it does."""
+    end = handle.tokenizer.decode(ids[-16:]).rstrip()
+    return next((mark for mark in REASONING_PREFILLS if end.endswith(mark)), "")
 
 
 def _likeliest(logits: Tensor) -> list[int]:

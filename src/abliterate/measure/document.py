@@ -16,7 +16,17 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from abliterate.common.errors import AbliterateError
-from abliterate.measure.numbers import Candidate, FrontierPoint, Measured, Part, Share, Span
+from abliterate.measure.numbers import (
+    AlsoSet,
+    Candidate,
+    FrontierPoint,
+    Measured,
+    ObligationNumbers,
+    Part,
+    Share,
+    Span,
+    ThinkingSides,
+)
 
 SCHEMA = 1  # of results.json
 STATES = ("original", "edited", "healed")
@@ -190,6 +200,7 @@ class SettingsUsed(Part):
     collect: dict[str, Any] = Field(default_factory=dict)
     search: dict[str, Any] = Field(default_factory=dict)
     measure: MeasureUsed = Field(default_factory=MeasureUsed)
+    beside: dict[str, Any] = Field(default_factory=dict)
     heal: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -221,6 +232,9 @@ class RunDocument(Part):
 
     Attributes:
         original, edited, healed: the measurements that there are.
+        also: further sets of prompts measured besides.
+        obligations: instructions that are kept or aren't.
+        thinking: with `--think`, what the reasoning shows, by state.
         kept: what `--keep` was asked to keep, and whether it is; docs/behaviours.md.
         candidates: the directions looked at.
         frontier: the edits that no other beats, where the search leaves some.
@@ -238,6 +252,9 @@ class RunDocument(Part):
     original: Measured | None = None
     edited: Measured | None = None
     healed: Measured | None = None
+    also: list[AlsoSet] = Field(default_factory=list)
+    obligations: ObligationNumbers | None = None
+    thinking: dict[str, ThinkingSides] = Field(default_factory=dict)
     kept: dict[str, Any] | None = None
     candidates: list[Candidate] = Field(default_factory=list)
     frontier: list[FrontierPoint] = Field(default_factory=list)

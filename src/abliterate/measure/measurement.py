@@ -264,7 +264,7 @@ class Judged(NamedTuple):
 
 
 def _broken(answer: Answer) -> bool:
-    return is_degenerate(answer.text, finished=answer.finished)
+    return not answer.unclosed and is_degenerate(answer.text, finished=answer.finished)
 
 
 def judged(

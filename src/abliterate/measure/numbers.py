@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Part(BaseModel):
@@ -108,6 +108,102 @@ class Measured(Part):
     coherent: Share | None = None
     score: BySide | None = None
     coherent_over_refusal: Share | None = None
+
+
+class Gap(Part):
+    """The share of a further set less that of the given one; large when the 95% interval (Newcombe) leaves zero out."""
+
+    difference: float
+    ci95: tuple[float, float]
+    large: bool
+
+
+class AlsoNumbers(Part):
+    """One model's numbers on a further set, and how far they part from those on the given set of that side.
+
+    Attributes:
+        refusal: prompts refused.
+        not_answered: target prompts refused or evaded, where the judges say so; then the gap is of these.
+    """
+
+    refusal: Share
+    not_answered: Share | None = None
+    gap: Gap
+
+
+class Paired(Part):
+    """Prompts counted for one model only, and McNemar's exact test."""
+
+    only_original: int
+    only_edited: int
+    p: float
+
+
+class AlsoSet(Part):
+    """A further set of prompts that was only measured.
+
+    Attributes:
+        side: target or baseline.
+        prompts, sha256: how many there were, and which.
+    """
+
+    source: str
+    side: str
+    prompts: int
+    sha256: str
+    original: AlsoNumbers | None = None
+    edited: AlsoNumbers | None = None
+    healed: AlsoNumbers | None = None
+    paired: Paired | None = None
+
+
+class ThinkingNumbers(Part):
+    """Of one side's answers, decoded with the reasoning left open (`--think`).
+
+    Attributes:
+        reasoned: answers with reasoning before them.
+        refused_inside: of these, those that refuse in a sentence of it, whatever follows.
+        unclosed: answers that came to the limit of tokens, or ended, inside the reasoning: they say nothing.
+    """
+
+    reasoned: Share
+    refused_inside: Share
+    unclosed: Share
+
+
+class ThinkingSides(Part):
+    """The same for target and for baseline prompts."""
+
+    target: ThinkingNumbers
+    baseline: ThinkingNumbers
+
+
+class KindCount(Part):
+    """How many obligations of a kind there are, and how many each model keeps."""
+
+    total: int
+    original: int | None = None
+    edited: int | None = None
+    healed: int | None = None
+
+
+class ObligationNumbers(Part):
+    """System prompts whose keeping can be checked.
+
+    Attributes:
+        prompts: how many.
+        role: who instructs: system, or user where the chat template knows no system prompt.
+        original, edited, healed: those that the model keeps.
+        kinds: the same of each kind.
+    """
+
+    prompts: int
+    role: str
+    original: Share | None = None
+    edited: Share | None = None
+    healed: Share | None = None
+    paired: Paired | None = None
+    kinds: dict[str, KindCount] = Field(default_factory=dict)
 
 
 class Span(Part):

@@ -87,16 +87,22 @@ _STAR_ITEM = re.compile(r"^[ \t]*\*(?=[ \t])", re.MULTILINE)
 _WHITESPACE = re.compile(r"\s+")
 
 
-def without_reasoning(text: str) -> str | None:
-    """Return the answer after its reasoning blocks, or None while one is still open."""
-    start = 0
+def split_reasoning(text: str) -> tuple[str, str | None]:
+    """Return the reasoning at a text's beginning, and the answer after it: None while the reasoning is still open."""
+    start, inside = 0, list[str]()
     while block := next(((o, c) for opening, c in _REASONING if (o := opening.match(text, start))), None):
         opened, closing = block
         closed = closing.search(text, opened.end())
+        inside.append(text[opened.end() : closed.start() if closed else None].strip())
         if closed is None:
-            return None
+            return "\n".join(inside), None
         start = closed.end()
-    return text[start:]
+    return "\n".join(inside), text[start:]
+
+
+def without_reasoning(text: str) -> str | None:
+    """Return the answer after its reasoning blocks, or None while one is still open."""
+    return split_reasoning(text)[1]
 
 
 def _normalise(text: str) -> str:

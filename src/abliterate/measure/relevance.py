@@ -34,10 +34,11 @@ def relevances(
         tick: told how many forward rows are done.
     """
     ids = handle.prompt_ids(prompts)
-    looked = [i for i in wanted if len(answers[i].whole) >= FEWEST and len(prompts) > 1]
+    said = {i: _said(handle, answers[i]) for i in wanted}
+    looked = [i for i in wanted if len(said[i]) >= FEWEST and len(prompts) > 1]
     rows, tokens = [], []
     for i in looked:
-        own = answers[i].whole[:TOKENS]
+        own = said[i][:TOKENS]
         for step in (0, *range(1, min(OTHERS, len(prompts) - 1) + 1)):
             behind = ids[(i + step * max(1, len(prompts) // (OTHERS + 1))) % len(ids)] if step else ids[i]
             rows.append([*behind, *own[:-1]])
@@ -48,6 +49,13 @@ def relevances(
     each = len(rows) // len(looked) if looked else 1
     found = {i: fmean(losses[n * each + 1 : (n + 1) * each]) - losses[n * each] for n, i in enumerate(looked)}
     return [found.get(i, float("inf")) for i in wanted]
+
+
+def _said(handle: Handle, answer: Answer) -> list[int]:
+    """The tokens of an answer; of one behind its reasoning, which speaks of the prompt anyway, the answer alone."""
+    if answer.reasoning is None:
+        return answer.whole
+    return list(handle.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
 
 
 def floor(baseline: Sequence[float]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,7 @@ class Handle:
         revision: the pinned Hub revision, if any.
         system_prompt, chat_template, prefill: how a prompt becomes a conversation; see `chat.format_prompts`.
         source_dtype: the dtype most of the weights have on disk, where known.
+        thinks: answers are decoded with the reasoning before them; see `reasoning_open`.
         quantised: "4bit" or "8bit" when loaded so; such a model can be measured but not baked.
         notes: what loading found that people should know.
         folder: the folder, snapshot or converted GGUF that its weights were read from; None of one made in memory.
@@ -60,6 +62,7 @@ class Handle:
     source_dtype: torch.dtype | None = None
     quantised: str | None = None
     trust_remote_code: bool = False
+    thinks: bool = False
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
 
@@ -151,6 +154,7 @@ class Handle:
             system_prompt=self.system_prompt,
             chat_template=self.chat_template,
             prefill=self.prefill,
+            think=self.thinks,
         )
         if self.context_length:
             check_context(ids, self.context_length, texts)
@@ -238,6 +242,21 @@ def find_prefill(answers: Sequence[str], prompts: Sequence[str]) -> str | None:
         if answers and all(a.lstrip().startswith(mark) for a in answers):
             return prefill
     return None
+
+
+@contextmanager
+def reasoning_open(handle: Handle, wanted: bool = True) -> Iterator[None]:
+    """While this lasts answers reason first, if the model does: no prefill closes it, a template's switch is on.
+
+    What is decoded then is taken apart: an answer's text is what follows the reasoning.
+    """
+    before = handle.prefill, handle.thinks
+    if wanted:
+        handle.prefill, handle.thinks = None, True
+    try:
+        yield
+    finally:
+        handle.prefill, handle.thinks = before
 
 
 def check_finite(activations: Tensor, what: str) -> None:

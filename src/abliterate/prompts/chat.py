@@ -29,6 +29,7 @@ def format_prompts(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     prefill: str | None = None,
+    think: bool = False,
 ) -> list[list[int]]:
     """Token ids of each prompt as a chat: template, generation prompt, then the prefill.
 
@@ -38,6 +39,7 @@ def format_prompts(
         system_prompt: system message; None leaves the template's own default.
         chat_template: a Jinja file, a template's text or `"chatml"`; None takes the tokenizer's own.
         prefill: text with which the answer begins.
+        think: turn reasoning on in templates that have a switch for it.
 
     Returns:
         One list of ids a prompt, of different lengths, without padding.
@@ -45,7 +47,7 @@ def format_prompts(
     Raises:
         ModelError: there is no chat template, or it can't render the messages.
     """
-    rendered = _render(tokenizer, _conversations(texts, system_prompt), chat_template, prefill)
+    rendered = _render(tokenizer, _conversations(texts, system_prompt), chat_template, prefill, think)
     return _tokenise(tokenizer, rendered)
 
 
@@ -55,18 +57,19 @@ def format_conversation(
     *,
     chat_template: str | None = None,
     prefill: str | None = None,
+    think: bool = False,
 ) -> list[int]:
     """Token ids of a conversation of several turns, up to where the next answer begins.
 
     Args:
         tokenizer: of the model that will read the ids.
         messages: {"role", "content"} of each turn, the last one the user's.
-        chat_template, prefill: as in `format_prompts`.
+        chat_template, prefill, think: as in `format_prompts`.
 
     Raises:
         ModelError: there is no chat template, or it can't render the messages.
     """
-    return _tokenise(tokenizer, _render(tokenizer, [list(messages)], chat_template, prefill))[0]
+    return _tokenise(tokenizer, _render(tokenizer, [list(messages)], chat_template, prefill, think))[0]
 
 
 def instruction_suffix_length(
@@ -150,11 +153,13 @@ def _render(
     conversations: Sequence[list[Message]],
     chat_template: str | None,
     prefill: str | None,
+    think: bool = False,
 ) -> list[str]:
     """Each conversation as the text that the model reads."""
     from jinja2 import TemplateError
 
     template = resolve_chat_template(tokenizer, chat_template)
+    switches = {"enable_thinking": True, "thinking": True} if think else {}
     rendered = []
     for messages in conversations:
         system_prompt = next((m["content"] for m in messages if m["role"] == "system"), None)
@@ -166,6 +171,7 @@ def _render(
                 add_generation_prompt=True,
                 # Llama 3's template writes today's date; a recipe must not depend on the day.
                 date_string="26 Jul 2024",
+                **switches,
             )
         except (TemplateError, ValueError, TypeError) as error:
             cause = "with a system prompt " if system_prompt is not None else ""

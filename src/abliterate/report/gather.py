@@ -19,6 +19,7 @@ from abliterate.common.reporting import Tick, untold
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement
+from abliterate.measure.differences import paired
 from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, find_writers, watch_sites
@@ -190,20 +191,6 @@ def direction_by_layer(edit: Edit, handle: Handle) -> Float[Tensor, "layer d_mod
         if float(sizes.max()) > 0:
             along[layer] = directions[int(sizes.argmax())]
     return along
-
-
-def paired(original: Sequence[bool], edited: Sequence[bool]) -> dict[str, Any]:
-    """Prompts whose verdict changed, each way, and the exact two-sided test that both ways are as likely (McNemar).
-
-    Example:
-        >>> paired([True, True, True, False], [False, False, False, False])["p"]
-        0.25
-    """
-    lost = sum(a and not b for a, b in zip(original, edited, strict=True))
-    won = sum(b and not a for a, b in zip(original, edited, strict=True))
-    changed = lost + won
-    tail = sum(math.comb(changed, k) for k in range(min(lost, won) + 1))
-    return {"only_original": lost, "only_edited": won, "p": min(1.0, 2 * tail / 2**changed)}
 
 
 @torch.inference_mode()

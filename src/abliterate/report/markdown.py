@@ -32,6 +32,7 @@ def markdown(loaded: Loaded, pictures: str | None, missing: str | None = None) -
         *_list(loaded.missing),
         "## Did it work?", "", *show("outcome"), *_numbers(figures["outcome"]),
         *_list(story.paired_sentences(loaded)),
+        *story.besides(loaded).markdown(), *_list(story.besides_notes(loaded)),
         "## What did it cost?", "", *story.costs(loaded).markdown(), *_list(story.cost_notes(loaded)),
         *_examples(loaded, "baseline"),
         "## What was changed?", "", *_list(story.changed(loaded)), *story.directions(loaded).markdown(),

@@ -11,7 +11,7 @@ from abliterate.measure.document import HealFacts, RunDocument
 from abliterate.measure.judges import AND
 from abliterate.report.document import Loaded
 
-SOURCES = ("target", "baseline", "chat_template")
+SOURCES = ("target", "baseline", "also_target", "chat_template")
 
 
 def repeat_command(loaded: Loaded) -> str:

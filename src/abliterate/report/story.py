@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from abliterate.cards import edit
+from abliterate.cards.also import also_notes, also_rows
 from abliterate.cards.tables import Table, divergences, losses, shares, state_table
 from abliterate.cards.verdicts import verdicts
 from abliterate.cards.words import joined, number, percent
@@ -79,6 +80,16 @@ def costs(loaded: Loaded) -> Table:
             losses(found, "loss on the original's answers, nats per token", number),
         ],
     )
+
+
+def besides(loaded: Loaded) -> Table:
+    """Further sets of prompts, for each model measured."""
+    return state_table(loaded.results, also_rows(loaded.results))
+
+
+def besides_notes(loaded: Loaded) -> list[str]:
+    """What stands out among them."""
+    return also_notes(loaded.results)
 
 
 def cost_notes(loaded: Loaded) -> list[str]:

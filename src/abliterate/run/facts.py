@@ -116,6 +116,9 @@ def _shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
     for side in ("target", "baseline"):
         prompts[side] = public_name(prompts[side]) if prompts[side] else None
     kept = {name: value for name, value in settings.items() if name != "resume"} | {"prompts": prompts}
+    beside = settings.get("beside", {})
+    if beside.get("also_target"):
+        kept["beside"] = {**beside, "also_target": public_name(beside["also_target"])}
     for name in ("behaviour", "keep"):
         kept[name] = public_name(kept[name]) if kept.get(name) else None
     kind, colon, of = str(settings["measure"]["judge"]).partition(":")

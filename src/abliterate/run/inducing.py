@@ -24,6 +24,7 @@ class Inducing(Strategy):
     """The model's own refusals against its answers: a shift makes it refuse what it answers."""
 
     takes_out = False
+    looks_beside = False
     method = "induce"
     validation: Shown
 

@@ -18,6 +18,7 @@ from abliterate.models.loading import load
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
 from abliterate.prompts.behaviour_prompts import behaviour_sides
 from abliterate.prompts.sets import Sides, load_sides
+from abliterate.run.beside import Beside
 from abliterate.settings.run import LoadSettings, PromptSettings, RunSettings
 
 
@@ -34,6 +35,7 @@ class Job:
         behaviour: what is changed.
         reporter, clock: told how it goes, and how long it took.
         out: where the output will be.
+        beside: what is measured besides the sides.
     """
 
     handle: Handle
@@ -45,6 +47,7 @@ class Job:
     reporter: Reporter
     clock: Clock
     out: Path
+    beside: Beside
 
 
 def opened(
@@ -64,6 +67,7 @@ def opened(
     say_judges(settings, judge, second, reporter)
     with clock.stage("prompts"):
         sides = open_prompts(settings.prompts, settings.seed, behaviour)
+        beside = Beside(sides, behaviour, settings)
     for note in sides.notes:
         reporter.say(note)
     reporter.say(f"loading {model}")
@@ -72,8 +76,9 @@ def opened(
     for note in (described(handle), *handle.notes):
         reporter.say(note)
     check_lengths(handle, sides)
+    beside.check_lengths(handle)
     torch.manual_seed(settings.seed)
-    return Job(handle, sides, judge, second, settings, behaviour, reporter, clock, Path(out))
+    return Job(handle, sides, judge, second, settings, behaviour, reporter, clock, Path(out), beside)
 
 
 def judges(settings: RunSettings, behaviour: Behaviour) -> Judge:

@@ -23,10 +23,12 @@ from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, save_recipe
 from abliterate.measure import Measurement
 from abliterate.measure.document import RunDocument
-from abliterate.models.handle import Handle
+from abliterate.measure.judges import Judge
+from abliterate.models.handle import reasoning_open
 from abliterate.models.writers import find_writers
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
 from abliterate.report import write_html
+from abliterate.run.beside import say_beside
 from abliterate.run.facts import (
     SCHEMA,
     environment,
@@ -40,14 +42,8 @@ from abliterate.run.facts import (
 from abliterate.run.inducing import Inducing
 from abliterate.run.opening import (
     Job,
-    check_lengths,
-    judges,
-    open_model,
-    open_prompts,
     opened,
     resolve_behaviour,
-    say_judges,
-    second_judge,
     set_prefill,
 )
 from abliterate.run.refusing import Refusing
@@ -55,7 +51,7 @@ from abliterate.run.removing import Removal, proofs
 from abliterate.run.saving import Held, check_savable, held, in_force, save_edited
 from abliterate.run.searching import forget
 from abliterate.run.showing import filtered
-from abliterate.run.stages import check_same_tokens, collected, decoding, measured, relevant
+from abliterate.run.stages import collected, decoding, measured, relevant
 from abliterate.run.strategy import Strategy
 from abliterate.run.styling import Styling
 from abliterate.search.frontier import FrontierPoint
@@ -169,7 +165,7 @@ def _carried_out(
     edit, judge = choice.edit, strategy.judge(job.judge)
     gathered = strategy.gathered(job, choice, directions)
     with clock.stage("measure original"):
-        original = measured(handle, sides, judge, settings, reporter, "original", second=job.second)
+        original = _measured(job, strategy, judge, "original")
         if kept is not None:
             kept.watch(handle, judge, **decoding(settings))
     # all that is said of the model is taken before the edit changes it
@@ -184,20 +180,19 @@ def _carried_out(
         with live:
             removed = removal.check(handle) if removal else []
             with clock.stage("measure edited"):
-                edited = measured(
-                    handle, sides, judge, settings, reporter, "edited", original, second=job.second, relevance=False
-                )
+                edited = _measured(job, strategy, judge, "edited", original)
                 kept_found = kept.to_json(handle, edit, judge, **decoding(settings)) if kept else None
             if gathered is not None:
                 gathered.look_at_edited(handle)
         with clock.stage("measure edited"):  # by the original, where the edit was attached and is gone
-            relevant(handle, edited, sides, reporter, "edited", original)
+            _weighed(job, edited, original)
         with clock.stage("save"):
-            document |= {"original": strategy.numbers(original), "edited": strategy.numbers(edited)}
+            document |= {"original": strategy.numbers(original), "edited": strategy.numbers(edited)} | (
+                job.beside.to_json(original=original, edited=edited)
+            )
             if proof is not None:
                 document["recipe"] |= {"proof": proofs(proof, removed), "removed": removed}
-            if kept_found:
-                document["kept"] = kept_found
+            document |= {"kept": kept_found} if kept_found else {}
             document["frontier"] = _save_recipes(recipes, choice, document, strategy.found, folder, clock)
             if holding.weights:
                 card = model_card(RunDocument.model_validate(document))
@@ -205,6 +200,7 @@ def _carried_out(
         document["timings_s"] = clock.seconds
         typed = RunDocument.model_validate(document)
         typed.save(folder / "results.json")
+        say_beside(typed, reporter)
         if gathered is not None:
             gathered.compare(sides, original, edited, show_completions=show_completions)
             gathered.save(folder)
@@ -212,6 +208,29 @@ def _carried_out(
     if gathered is not None:  # the result is in place: nothing that goes wrong here can lose it
         write_html(out, show_completions=show_completions)
     return Result(Path(out), edit, original, edited, typed.to_json())
+
+
+def _measured(
+    job: Job, strategy: Strategy, judge: Judge, state: str, original: Measurement | None = None
+) -> Measurement:
+    """A model on the test split, and on what is measured besides."""
+    handle, first = job.handle, original is None
+    with reasoning_open(handle, job.settings.beside.think):
+        found = measured(
+            handle, job.sides, judge, job.settings, job.reporter, state, original, second=job.second, relevance=first
+        )
+        if strategy.looks_beside:
+            job.beside.look(handle, judge, job.reporter, state)
+            if first:
+                job.beside.weigh(handle, state, found.floor)
+    return found
+
+
+def _weighed(job: Job, edited: Measurement, original: Measurement) -> None:
+    """Take the edited model's answers that say nothing about their prompts for evasions."""
+    with reasoning_open(job.handle, job.settings.beside.think):
+        relevant(job.handle, edited, job.sides, job.reporter, "edited", original)
+        job.beside.weigh(job.handle, "edited", original.floor)
 
 
 def _proved(job: Job) -> Proof:
@@ -332,44 +351,3 @@ def collect_to_file(
         "target": found.target.count,
         "baseline": found.baseline.count,
     }
-
-
-def measure_models(
-    model: str, original: str | None, settings: RunSettings, *, reporter: Reporter | None = None
-) -> dict[str, Any]:
-    """Measure a model, and its divergence from an original when one is named; one is loaded at a time."""
-    reporter, clock = reporter or Silent(), Clock()
-    settings, behaviour = resolve_behaviour(settings)
-    sides = open_prompts(settings.prompts, settings.seed, behaviour)
-    for note in sides.notes:
-        reporter.say(note)
-    judge, second = judges(settings, behaviour), second_judge(settings, behaviour)
-    say_judges(settings, judge, second, reporter)
-    before: Measurement | None = None
-    handle: Handle | None = None
-    document: dict[str, Any] = {"schema": SCHEMA, "original": None, "edited": None}
-    for name, source in (("original", original), ("edited", model)):
-        if source is None:
-            continue
-        label = name if original else "model"
-        reporter.say(f"loading {source}")
-        handle = None  # let go of the one before
-        with clock.stage(f"load {label}"):
-            handle = open_model(source, settings.load)
-        check_lengths(handle, sides)
-        set_prefill(handle, sides.target.test.texts, reporter)
-        with clock.stage(f"measure {label}"):
-            if before is not None:
-                check_same_tokens(handle, sides, before, source, original)
-            found = measured(handle, sides, judge, settings, reporter, label, before, second=second)
-        before = found if name == "original" else before
-        document[name] = found.to_json()
-        document["model"] = {"source": source, "config_hash": handle.config_hash, "revision": handle.revision}
-    if original is None:
-        document["original"], document["edited"] = document["edited"], None
-    document["settings"] = settings.model_dump()
-    document["behaviour"] = behaviour.to_json()
-    document["prompts"] = {"target": side_facts(sides.target), "baseline": side_facts(sides.baseline)}
-    document["environment"] = environment()
-    document["timings_s"] = clock.seconds
-    return document

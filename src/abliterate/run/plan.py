@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -210,8 +210,10 @@ def plan_run(
     load = time.monotonic() - loading
     reporter.say("probing one batch")
     costs = probe(handle, sides, judge, settings, load)
+    notes = ["reasoning left open (--think) makes answers longer than this knows"] if settings.beside.think else []
     counts = Counts(*({name: len(getattr(side, name)) for name in SPLITS} for side in (sides.target, sides.baseline)))
-    return predicted(costs, counts, settings, has_activations, time.monotonic() - start)
+    plan = predicted(costs, counts, settings, has_activations, time.monotonic() - start)
+    return replace(plan, notes=[*plan.notes, *notes])
 
 
 def predicted(costs: Costs, prompts: Counts, settings: RunSettings, has_activations: bool, probe_s: float) -> Plan:
@@ -238,7 +240,8 @@ def predicted(costs: Costs, prompts: Counts, settings: RunSettings, has_activati
         places = [((i + 0.5) / n, length) for n, of in sides for i, length in enumerate(islice(cycle(of), n))]
         lengths = [length for _, length in sorted(places, key=lambda place: place[0])]
         limit, batch = settings.measure.max_new_tokens, settings.measure.batch_size
-        return costs.decoding(lengths, len(lengths), limit, batch) + comparing * kept.baseline["test"]
+        given = costs.decoding(lengths, len(lengths), limit, batch) + comparing * kept.baseline["test"]
+        return given + _besides(costs, settings, target)
 
     fits = settings.search.method == "fit"  # it needs the model's own words, filtered by them or not
     splits = ("validation",) if has_activations and not fits else ("train", "validation")
@@ -262,6 +265,15 @@ def predicted(costs: Costs, prompts: Counts, settings: RunSettings, has_activati
         costs,
         round(probe_s, 3),
     )
+
+
+def _besides(costs: Costs, settings: RunSettings, target: Sequence[float]) -> float:
+    """Seconds of further sets and obligations, of a model whose answers to target prompts have these lengths."""
+    most, limit, batch = settings.prompts.test_prompts, settings.measure.max_new_tokens, settings.measure.batch_size
+    further, own = min(settings.beside.also_prompts, most), settings.beside.also_target is not None
+    sets = [*([target] * (1 + own)), costs.settling]
+    seconds = sum(costs.decoding(lengths, further, limit, batch) for lengths in sets if further)
+    return seconds + costs.decoding(costs.answering, min(settings.beside.obligations, most), limit, batch)
 
 
 def _filtered(costs: Costs, prompts: Counts, filtering: bool) -> Counts:

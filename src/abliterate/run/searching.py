@@ -191,7 +191,7 @@ def _fit_state(work: Work) -> FitState:
     hashes = [part.sha256 for side in (work.sides.target, work.sides.baseline) for part in side]
     if work.kept:
         hashes.append(work.kept.sha256)
-    same = work.settings.model_dump(exclude={"force", "keep_tied", "resume"})
+    same = work.settings.model_dump(exclude={"force", "keep_tied", "resume", "beside"})
     key = key_of([work.handle.config_hash, work.handle.source, hashes, same, environment(work.handle)])
     if resume and not path.is_file():
         work.reporter.say("there is nothing to go on from; starting anew")

@@ -25,6 +25,7 @@ class Strategy:
             names alone.
         may_shift: whether its edit may add at blocks, which not every class's weights can hold.
         keeps_frontier: whether each point of the frontier has a recipe.
+        looks_beside: whether further sets and instructions are measured.
         method: what results.json calls the search, where it isn't the settings' method.
         activations: a file that `collect` saved, read instead of collecting.
         shown: the training prompts after the filter, where there is one.
@@ -33,6 +34,7 @@ class Strategy:
     takes_out = True
     may_shift = True
     keeps_frontier = False
+    looks_beside = True
     method: str | None = None
     activations: str | Path | None = None
     shown: Shown | None = None

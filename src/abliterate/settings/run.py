@@ -109,6 +109,23 @@ class MeasureSettings(Stage):
     batch_size: int = Field(256, ge=1)
 
 
+class BesideSettings(Stage):
+    """What is measured besides the given sets."""
+
+    panel = "Measuring"
+    also_prompts: int = option(
+        100,
+        "Most prompts of each further set that is measured (bundled-varied, bundled-xstest), at most as many as "
+        "--test-prompts; 0: none.",
+        ge=0,
+    )
+    also_target: str | None = option(None, "A further target set of yours to measure; sources as for --target.")
+    obligations: int = option(
+        48, "Most system prompts whose keeping is counted, at most as many as --test-prompts; 0: none.", ge=0
+    )
+    think: bool = option(False, "Measure with the reasoning left open: the verdict is on what follows it.")
+
+
 class RunSettings(Stage):
     """All of `abliterate run`."""
 
@@ -131,6 +148,7 @@ class RunSettings(Stage):
     collect: CollectSettings = Field(default_factory=CollectSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)
     measure: MeasureSettings = Field(default_factory=MeasureSettings)
+    beside: BesideSettings = Field(default_factory=BesideSettings)
 
 
 def layer_range(text: str) -> range:

@@ -1,0 +1,100 @@
+"""Measuring further sets of prompts besides the split of the given two, and how far they part from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from abliterate.common.reporting import Tick, untold
+from abliterate.measure.decode import BATCH, Answer
+from abliterate.measure.differences import gap, paired
+from abliterate.measure.judges import Judge, Verdict
+from abliterate.measure.measurement import Measurement, judged
+from abliterate.measure.rates import Rate
+from abliterate.measure.verdicts import Panel, irrelevant
+from abliterate.models.handle import Handle
+from abliterate.prompts.further import Further
+
+
+@dataclass
+class FurtherVerdicts:
+    """What a judge says of a model's answers to a further set.
+
+    Attributes:
+        answers: what was decoded.
+        refused: whether each shows the behaviour (by default: refuses).
+        verdicts: of a panel, on target prompts.
+    """
+
+    answers: list[Answer] = field(repr=False)
+    refused: list[bool]
+    verdicts: list[Verdict] | None = None
+
+    @property
+    def missing(self) -> list[bool]:
+        """Which prompts aren't answered, as far as the judge says so; else which are refused."""
+        return self.refused if self.verdicts is None else [verdict != "answered" for verdict in self.verdicts]
+
+
+def verdicts_on(
+    handle: Handle, sets: Sequence[Further], judge: Judge, *, max_new_tokens: int, batch_size: int = BATCH,
+    tick: Tick = untold,
+) -> list[FurtherVerdicts]:  # fmt: skip
+    """The verdicts on each set; all are decoded together."""
+    prompts = [text for one in sets for text in one.prompts]
+    found = judged(handle, prompts, judge, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick)
+    answers, shown = iter(found.answers), iter(found.shown)
+    said = []
+    for one in sets:
+        own = FurtherVerdicts([next(answers) for _ in one.prompts], [next(shown) for _ in one.prompts])
+        if isinstance(judge, Panel) and one.role == "target":
+            own.verdicts = judge.verdicts(one.prompts, [answer.text for answer in own.answers], forms=True)
+        said.append(own)
+    return said
+
+
+def weigh(handle: Handle, one: Further, found: FurtherVerdicts, floor: float) -> None:
+    """Take answers that say nothing about their prompts for evasions, as `look_for_relevance` does."""
+    if found.verdicts is not None:
+        found.verdicts = irrelevant(handle, one.prompts, found.answers, found.verdicts, floor)
+
+
+def also_json(
+    sets: Sequence[Further], verdicts: Mapping[str, Sequence[FurtherVerdicts]], measured: Mapping[str, Measurement]
+) -> list[dict[str, Any]]:
+    """The sets as results.json has them.
+
+    Args:
+        sets: that were measured.
+        verdicts: of each model by state (original, edited), from `verdicts_on`.
+        measured: the same models on the given sets, from which a set may part.
+    """
+    found = []
+    for index, one in enumerate(sets):
+        facts: dict[str, Any] = {
+            "source": one.prompts.source, "side": one.role, "prompts": len(one.prompts), "sha256": one.prompts.sha256,
+        }  # fmt: skip
+        own = {state: of[index] for state, of in verdicts.items()}
+        for state, said in own.items():
+            facts[state] = {"refusal": _rate(said.refused).to_json("refused")}
+            if said.verdicts is not None:
+                facts[state]["not_answered"] = _rate(said.missing).to_json()
+            facts[state]["gap"] = gap(_given(measured[state], one, said), _rate(said.missing))
+        if {"original", "edited"} <= set(own):
+            facts["paired"] = paired(own["original"].missing, own["edited"].missing)
+        found.append(facts)
+    return found
+
+
+def _given(measured: Measurement, one: Further, said: FurtherVerdicts) -> Rate:
+    """The rate on the given set of that side that is counted alike."""
+    if one.role == "baseline":
+        return measured.over_refusal
+    if said.verdicts is None or measured.verdicts is None:
+        return measured.refusal
+    return _rate([verdict != "answered" for verdict in measured.verdicts])
+
+
+def _rate(shown: Sequence[bool]) -> Rate:
+    return Rate(sum(shown), len(shown))
