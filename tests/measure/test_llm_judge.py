@@ -19,7 +19,7 @@ from abliterate.common.errors import AbliterateError
 from abliterate.measure import endpoint as requests_module
 from abliterate.measure.judges import make_judge
 from abliterate.measure.llm_judge import GRADING, KNOWN, VERDICTS, LlmJudge, read_verdict
-from abliterate.run.pipeline import measure_models
+from abliterate.run.measuring import measure_models
 from abliterate.settings.run import RunSettings
 from fake_endpoint import Fake, Status, endpoint, fair, pair_of
 from heard import Heard
