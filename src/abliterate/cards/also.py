@@ -53,9 +53,9 @@ def _gap(document: RunDocument, one: AlsoSet) -> str:
     found = getattr(one, state)
     if found is None or not found.gap.large:
         return ""
-    missing = found.not_answered is not None and given.not_answered is not None
-    here, there = (found.not_answered, given.not_answered) if missing else (found.refusal, given.refusal)
-    word = "not answered" if missing else document.about.words.shows
+    here, there, word = found.refusal, given.refusal, document.about.words.shows
+    if found.not_answered is not None and given.not_answered is not None:
+        here, there, word = found.not_answered, given.not_answered, "not answered"
     low, high = sorted(map(abs, found.gap.ci95))
     more = found.gap.difference > 0
     told = "the one rate says little of the other"

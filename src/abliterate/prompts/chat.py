@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from abliterate.common.errors import ModelError, PromptError, shorten
 
@@ -159,7 +159,7 @@ def _render(
     from jinja2 import TemplateError
 
     template = resolve_chat_template(tokenizer, chat_template)
-    switches = {"enable_thinking": True, "thinking": True} if think else {}
+    switches: dict[str, Any] = {"enable_thinking": True, "thinking": True} if think else {}
     rendered = []
     for messages in conversations:
         system_prompt = next((m["content"] for m in messages if m["role"] == "system"), None)

@@ -70,8 +70,9 @@ class Beside:
             state: of the model that was looked at.
             floor: how relevant an answer must be, from the original's measurement; None: that isn't known.
         """
-        for one, found in zip(self.sets, self.verdicts.get(state, ()), strict=False) if floor is not None else ():
-            weigh(handle, one, found, floor)
+        if floor is not None:
+            for one, found in zip(self.sets, self.verdicts.get(state, ()), strict=False):
+                weigh(handle, one, found, floor)
 
     def to_json(self, **measured: Measurement) -> dict[str, Any]:
         """The parts of results.json; the models' numbers on the given sets are what they are compared with."""
