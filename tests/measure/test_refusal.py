@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abliterate.measure.judges import LexicalJudge
 from abliterate.measure.refusal import is_refusal, settled_refusal
 
 LABELLED = [
@@ -41,13 +39,6 @@ def test_each_language_is_judged_right(lang: str) -> None:
     share, wrong = accuracy(rows)
     assert share >= 0.93, f"{share:.1%}; judged wrong:\n{wrong}"
     assert {row["refusal"] for row in rows} == {True, False}
-
-
-def test_ten_thousand_answers_take_seconds() -> None:
-    answers = [row["text"] for row in LABELLED] * (10_000 // len(LABELLED))
-    start = time.perf_counter()
-    LexicalJudge().judge([""] * len(answers), answers)
-    assert time.perf_counter() - start < 8  # about 1.5 s alone on a machine; others share it
 
 
 # --- Settling ---
