@@ -19,6 +19,7 @@ from abliterate.heal import launch, worker
 from abliterate.heal.launch import NAMES, check_launch, command, configuration, train
 from abliterate.heal.training import Job
 from abliterate.settings.heal import HealRunSettings
+from long import LONG
 from preference_pairs import Heard, small_job
 
 START = """
@@ -52,7 +53,10 @@ def persuaded(name):
         yield
 
 
-@pytest.fixture(scope="module", params=NAMES)
+OFTEN = [pytest.param(name, marks=LONG) if name == "zero2" else name for name in NAMES]  # zero3 does all that it does
+
+
+@pytest.fixture(scope="module", params=OFTEN)
 def two(request, tiny_folder, pairs_file, tmp_path_factory):
     """A job with the same global batch that two processes did, what it came to, and what was said meanwhile."""
     name, folder = request.param, tmp_path_factory.mktemp("two") / "work"
@@ -95,7 +99,7 @@ def test_two_processes_train_as_one_does(two, one):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("two", ["fsdp", "zero2", "zero3"], indirect=True)
+@pytest.mark.parametrize("two", [name for name in OFTEN if name != "ddp"], indirect=True)
 def test_what_is_spread_over_processes_is_resumed(two, heard):
     """A checkpoint has every process's part: the last steps done again give the same adapter, byte for byte."""
     job, training, _ = two
