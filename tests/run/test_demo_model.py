@@ -39,7 +39,8 @@ def result(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """One whole run at its defaults but for the prompts' numbers, on 60 held-out prompts a side."""
     out = tmp_path_factory.mktemp("run") / "out"
     prompts = {"prompts__train_prompts": 128, "prompts__validation_prompts": 48, "prompts__test_prompts": TEST}
-    return run(demo_model, out, settings(**prompts, measure__max_new_tokens=48))
+    beside = {"beside__also_prompts": 16, "beside__obligations": 8}
+    return run(demo_model, out, settings(**prompts, **beside, measure__max_new_tokens=48))
 
 
 def wordings(measurement: Measurement) -> Counter[str]:
