@@ -60,3 +60,19 @@ def test_a_panel_says_what_is_not_answered(monkeypatch):
     missing = sum(verdict != "answered" for verdict in given.verdicts) / 8  # of the given set, counted alike
     assert told["original"]["gap"]["difference"] == 1 - missing
     assert RunDocument.model_validate({"also": [told]}).to_json() == {"also": [told]}
+
+
+def test_a_judge_that_choosing_never_saw_is_asked_too():
+    class Strict(RefusesWithR):
+        name = "strict"
+
+        def judge(self, prompts, answers):
+            return [True] * len(answers)
+
+    handle = planted()
+    one = Further("target", PromptSet("others", ("tell of Q", "a tale")))
+    given = measure(handle, TARGET, BASELINE, judge=RefusesWithR(), max_new_tokens=2)
+    said = verdicts_on(handle, [one], RefusesWithR(), second=Strict(), max_new_tokens=2)
+    (told,) = also_json([one], {"original": said}, {"original": given})
+    assert told["original"]["refusal"]["refused"] == 1 and told["original"]["second"]["refused"] == 2
+    assert RunDocument.model_validate({"also": [told]}).to_json() == {"also": [told]}

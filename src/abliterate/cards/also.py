@@ -25,6 +25,8 @@ def also_rows(document: RunDocument) -> list[list[str]]:
         rows.append([f"{word}, {name_of(one)}", *(count_of(of.refusal if of else None) for of in found)])
         if all(of and of.not_answered for of in found):
             rows.append([f"not answered, {name_of(one)}", *(count_of(of.not_answered) for of in found)])
+        if all(of and of.second for of in found):
+            rows.append([f"{word} by the second judge, {name_of(one)}", *(count_of(of.second) for of in found)])
     if document.obligations is not None:
         kept = (getattr(document.obligations, state) for state in document.states)
         rows.append(["instructions obeyed", *map(count_of, kept)])

@@ -25,11 +25,13 @@ class FurtherVerdicts:
         answers: what was decoded.
         refused: whether each shows the behaviour (by default: refuses).
         verdicts: of a panel, on target prompts.
+        second: what a judge says that choosing never saw.
     """
 
     answers: list[Answer] = field(repr=False)
     refused: list[bool]
     verdicts: list[Verdict] | None = None
+    second: list[bool] | None = None
 
     @property
     def missing(self) -> list[bool]:
@@ -39,9 +41,9 @@ class FurtherVerdicts:
 
 def verdicts_on(
     handle: Handle, sets: Sequence[Further], judge: Judge, *, max_new_tokens: int, batch_size: int = BATCH,
-    tick: Tick = untold,
+    second: Judge | None = None, tick: Tick = untold,
 ) -> list[FurtherVerdicts]:  # fmt: skip
-    """The verdicts on each set; all are decoded together."""
+    """The verdicts on each set, of `second` too where there is one; all are decoded together."""
     prompts = [text for one in sets for text in one.prompts]
     found = judged(handle, prompts, judge, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick)
     answers, shown = iter(found.answers), iter(found.shown)
@@ -50,6 +52,8 @@ def verdicts_on(
         own = FurtherVerdicts([next(answers) for _ in one.prompts], [next(shown) for _ in one.prompts])
         if isinstance(judge, Panel) and one.role == "target":
             own.verdicts = judge.verdicts(one.prompts, [answer.text for answer in own.answers], forms=True)
+        if second is not None:
+            own.second = second.judge(one.prompts.texts, [answer.text for answer in own.answers])
         said.append(own)
     return said
 
@@ -80,6 +84,8 @@ def also_json(
             facts[state] = {"refusal": _rate(said.refused).to_json("refused")}
             if said.verdicts is not None:
                 facts[state]["not_answered"] = _rate(said.missing).to_json()
+            if said.second is not None:
+                facts[state]["second"] = _rate(said.second).to_json("refused")
             facts[state]["gap"] = gap(_given(measured[state], one, said), _rate(said.missing))
         if {"original", "edited"} <= set(own):
             facts["paired"] = paired(own["original"].missing, own["edited"].missing)

@@ -124,10 +124,12 @@ class AlsoNumbers(Part):
     Attributes:
         refusal: prompts refused.
         not_answered: target prompts refused or evaded, where the judges say so; then the gap is of these.
+        second: prompts refused as a judge says that choosing never saw.
     """
 
     refusal: Share
     not_answered: Share | None = None
+    second: Share | None = None
     gap: Gap
 
 

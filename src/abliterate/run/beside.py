@@ -53,11 +53,13 @@ class Beside:
             handle.prompt_ids(one.prompts.texts)
         _, self.role = instructed_ids(handle, self.obligations)
 
-    def look(self, handle: Handle, judge: Judge, reporter: Reporter, state: str) -> None:
-        """Measure a model; `state` is original or edited."""
+    def look(self, handle: Handle, judge: Judge, reporter: Reporter, state: str, second: Judge | None = None) -> None:
+        """Measure a model; `state` is original or edited, `second` a judge that choosing never saw."""
         if self.sets:
             tick = reporter.progress(f"{state}: further prompts", sum(len(one.prompts) for one in self.sets))
-            self.verdicts[state] = verdicts_on(handle, self.sets, judge, tick=tick, **decoding(self.settings))
+            self.verdicts[state] = verdicts_on(
+                handle, self.sets, judge, second=second, tick=tick, **decoding(self.settings)
+            )
         if self.obligations:
             tick = reporter.progress(f"{state}: instructions", len(self.obligations))
             self.kept[state] = obeyed(handle, self.obligations, tick=tick, **decoding(self.settings))

@@ -57,7 +57,7 @@ def measure_models(
                 check_same_tokens(handle, sides, before, source, original)
             found = measured(handle, sides, judge, settings, reporter, label, before, second=second)
             state = name if original else "original"
-            beside.look(handle, judge, reporter, state)
+            beside.look(handle, judge, reporter, state, second)
             beside.weigh(handle, state, found.floor)
         measurements[state] = found
         before = found if name == "original" else before

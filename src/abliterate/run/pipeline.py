@@ -220,7 +220,7 @@ def _measured(
             handle, job.sides, judge, job.settings, job.reporter, state, original, second=job.second, relevance=first
         )
         if strategy.looks_beside:
-            job.beside.look(handle, judge, job.reporter, state)
+            job.beside.look(handle, judge, job.reporter, state, job.second)
             if first:
                 job.beside.weigh(handle, state, found.floor)
     return found
