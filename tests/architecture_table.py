@@ -1,4 +1,4 @@
-"""The table of architectures: what `test_architectures.py` measured, as docs/architectures.md and in the README."""
+"""The table of architectures: what `test_architectures.py` measured, as docs/architectures.md."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
-README = ROOT / "README.md"
-START, END = "<!-- architectures -->", "<!-- /architectures -->"
 
 
 class Row(NamedTuple):
@@ -57,19 +55,8 @@ it is reported (`find_writers(handle, projector=True)`) and left alone.
 """
 
 
-def rewritten(text: str, rows: Iterable[Row]) -> str:
-    """The text with the table between its markers, or as it is where it has none."""
-    if START not in text or END not in text:
-        return text
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    return f"{before}{START}\n{table(rows)}{END}{after}"
-
-
-def write(rows: list[Row], page_file: Path = PAGE, readme: Path = README) -> None:
-    """Bring docs/architectures.md and the README's block up to date; files that already are stay untouched."""
-    for file, new in ((page_file, page(rows)), (readme, None)):
-        old = file.read_text(encoding="utf-8") if file.exists() else ""
-        new = rewritten(old, rows) if new is None else new
-        if new != old:
-            file.write_text(new, encoding="utf-8")
+def write(rows: list[Row], page_file: Path = PAGE) -> None:
+    """Bring docs/architectures.md up to date; untouched where it already is."""
+    old = page_file.read_text(encoding="utf-8") if page_file.exists() else ""
+    if page(rows) != old:
+        page_file.write_text(page(rows), encoding="utf-8")

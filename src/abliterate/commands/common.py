@@ -21,7 +21,7 @@ app = typer.Typer(
     "abliterate demo                      the whole job on a small real model\n\n"
     "abliterate run Qwen/Qwen3-0.6B       the same on yours\n\n"
     "abliterate inspect ./my-model        what writes to its residual stream, and the proof\n\n"
-    "Exit codes: 0 done, 2 bad input or an error with a reason, 3 nothing to do, 130 interrupted, "
+    "Exit codes: 0 done, 2 bad input or an error with a reason, 3 nothing to do, 70 unforeseen, 130 interrupted, "
     "143 terminated.",
 )
 
