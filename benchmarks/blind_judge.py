@@ -41,8 +41,11 @@ def main(out: str) -> None:
     result = run(str(demo_model()), out, resolve(options, environment={}))
     for name, measured in (("original", result.original), ("edited", result.edited)):
         texts = [answer.text for answer in measured.target_answers]
-        print(f"{name}: of {len(texts)} target prompts {sum(map(is_refusal, texts))} are refused in truth, the blind "
-              f"judge alone counts {sum(map(judges.is_refusal, texts))}, the panel says {dict(Counter(measured.verdicts))}")  # fmt: skip
+        truth, counted = (sum(map(judge, texts)) for judge in (is_refusal, judges.is_refusal))
+        print(
+            f"{name}: of {len(texts)} target prompts {truth} are refused in truth, {counted} by the blind judge alone"
+        )
+        print(f"  the panel says {dict(Counter(measured.verdicts))}")
     print(f"divergence {result.edited.divergence}")
 
 
