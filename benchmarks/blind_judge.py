@@ -42,9 +42,7 @@ def main(out: str) -> None:
     for name, measured in (("original", result.original), ("edited", result.edited)):
         texts = [answer.text for answer in measured.target_answers]
         truth, counted = (sum(map(judge, texts)) for judge in (is_refusal, judges.is_refusal))
-        print(
-            f"{name}: of {len(texts)} target prompts {truth} are refused in truth, {counted} by the blind judge alone"
-        )
+        print(f"{name}: of {len(texts)} targets {truth} are refused, {counted} by the blind judge alone")
         print(f"  the panel says {dict(Counter(measured.verdicts))}")
     print(f"divergence {result.edited.divergence}")
 

@@ -30,12 +30,14 @@ def measured(refused, evaded, second):
 
 
 def document(edited):
-    return RunDocument.model_validate({"original": measured(70, 0, 78), "edited": edited})
+    prompts = {"wordings": {"learnt": 14, "unknown": 5}}
+    return RunDocument.model_validate({"original": measured(70, 0, 78), "edited": edited, "prompts": prompts})
 
 
 def test_a_judge_that_sees_refusals_where_the_choosing_one_sees_none_is_heard():
     said = " ".join(verdicts(document(measured(1, 0, 81))))
     assert "counts 81 of 100" in said and "agree on 120 of 200 answers" in said
+    assert "14 refusal wordings learnt from the original's own answers, 5 of them unknown" in said
     assert "more than the 1 counted by the judge that chose" in said and "Trust the larger number" in said
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abliterate.cards.words import count_of
+from abliterate.cards.words import count_of, counted
 from abliterate.common.names import public
 from abliterate.measure.document import RunDocument
 from abliterate.measure.numbers import Measured
@@ -19,7 +19,12 @@ def verdicts(document: RunDocument) -> list[str]:
     states = {state: measured for state, measured in document.states.items() if measured.not_answered}
     if not states:
         return []
-    said = [f"{MEANT}."]
+    said, learnt = [f"{MEANT}."], document.prompts.wordings
+    if learnt is not None:
+        said.append(
+            f"{counted(learnt.learnt, 'refusal wording')} learnt from the original's own answers, {learnt.unknown} of "
+            "them unknown to the list, count as refusals too."
+        )
     for state, measured in states.items():
         assert measured.answered and measured.evaded
         answered, refused, evaded = (s.counted for s in (measured.answered, measured.refusal, measured.evaded))

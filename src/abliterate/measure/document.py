@@ -173,12 +173,20 @@ class FilterFacts(Part):
     answered: Share | None = None
 
 
+class WordingFacts(Part):
+    """How many refusal wordings were learnt from the original's own answers, and how many no list knew."""
+
+    learnt: int
+    unknown: int
+
+
 class PromptFacts(Part):
-    """The prompts."""
+    """The prompts, and what the original's answers to them taught."""
 
     target: SideFacts | None = None
     baseline: SideFacts | None = None
     filter: FilterFacts | None = None
+    wordings: WordingFacts | None = None
     validation: dict[str, Share] | None = None
     contrast: dict[str, int] | None = None
     notes: list[str] = Field(default_factory=list)

@@ -49,6 +49,12 @@ class Panel:
         """All sentences known by which an answer is none."""
         return self.wordings.keys + self.evasions.keys
 
+    def facts(self) -> dict[str, dict[str, int]]:
+        """What results.json says of the wordings learnt."""
+        return (
+            {"wordings": {"learnt": len(self.wordings.keys), "unknown": self.wordings.unknown}} if self.learnt else {}
+        )
+
     @property
     def strict(self) -> Strict:
         return Strict(self)

@@ -24,6 +24,7 @@ from abliterate.edit.recipe import Recipe, save_recipe
 from abliterate.measure import Measurement
 from abliterate.measure.document import RunDocument
 from abliterate.measure.judges import Judge
+from abliterate.measure.verdicts import Panel
 from abliterate.models.handle import reasoning_open
 from abliterate.models.writers import find_writers
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
@@ -284,6 +285,7 @@ def _document(strategy: Strategy, job: Job, choice: Choice, holding: Held) -> di
             "baseline": side_facts(sides.baseline),
             "notes": list(sides.notes),
             **strategy.prompt_facts(),
+            **(job.judge.facts() if isinstance(job.judge, Panel) else {}),
         },
         "environment": environment(handle),
         "candidates": [c.to_json() for c in choice.candidates],
