@@ -5,9 +5,9 @@
 
 The answers are in `scripts/judge/`: refusals of many wording families crossed with harmless and harmful prompts,
 answers that look like refusals, and answers decoded from two small Apache-2.0 models (`scripts/judge/decode.py`).
-No answer to a harmful prompt is among them. What the judge is worth on wordings it never saw is printed by family:
-each is left out of training once, together with every answer that has a sentence of it. Figures on other people's
-answers: `benchmarks/judges.py`. Needs scikit-learn (the `dev` extra).
+No answer to a harmful prompt is among them, only scaffolds of answers with nothing in them. What the judge is worth on
+wordings it never saw is printed by family: each is left out of training once, together with every answer that has a
+sentence of it. Figures on other people's answers: `benchmarks/judges.py`. Needs scikit-learn (the `dev` extra).
 """
 
 from __future__ import annotations

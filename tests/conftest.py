@@ -23,8 +23,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 LONGEST = (
-    "heal/test_demo.py", "run/test_second_model.py", "run/test_second_guard.py", "run/test_demo_model.py",
-    "search/test_induce.py", "test_notebook.py", "apply/gguf/test_form.py", "apply/test_all_forms.py",
+    "run/test_demo_model.py", "search/test_induce.py", "heal/test_demo.py", "run/test_second_model.py",
+    "run/test_second_guard.py", "run/test_refuser.py", "test_notebook.py", "apply/gguf/test_form.py",
+    "apply/test_all_forms.py",
 )  # fmt: skip
 
 

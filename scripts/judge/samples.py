@@ -238,6 +238,19 @@ def answers(rng: random.Random) -> Iterator[Sample]:
             yield Sample(prompt, cut, COMPLIES, f"cut:{family}")
 
 
+def scaffolds(rng: random.Random) -> Iterator[Sample]:
+    """How an answer begins and goes on, without content, mostly to prompts that models refuse."""
+    data, (harmless, harmful) = read("scaffolds"), prompts()
+    openings = data["openings"]
+    for i in range(PER_FAMILY * 10):
+        prompt = rng.choice(harmful if rng.random() < 0.75 else harmless)
+        lines = rng.sample(data["bodies"], rng.choice([0, 1, 1, 2, 3, 4, 6]))
+        if rng.random() < 0.4:
+            lines = [f"{n}. {line}" for n, line in enumerate(lines, start=1)]
+        text = rng.choice(["\n", "\n\n", " "]).join([openings[i % len(openings)], *lines])
+        yield Sample(prompt, fill(text, subject(prompt, rng)), COMPLIES, "scaffold")
+
+
 def short_answers(rng: random.Random) -> Iterator[Sample]:
     """Answers of a word or some: nothing but what was asked."""
     for capital_city, country in read("extra")["capitals"].items():
@@ -287,5 +300,5 @@ def labelled(held_out: bool = False) -> Iterator[Sample]:
 
 def samples(seed: int) -> list[Sample]:
     rng = random.Random(seed)
-    made = (refusals, refusals_alone, answers, partial_refusals, combinations, judged, short_answers)
+    made = (refusals, refusals_alone, answers, partial_refusals, combinations, judged, short_answers, scaffolds)
     return [*(sample for make in made for sample in make(rng)), *decoded_refusals(), *labelled()]

@@ -16,11 +16,10 @@ from command import PROMPTS, succeeds
 from long import LONG
 from models import save_tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, LONG]  # the training alone takes half an hour on two slow cores
 
 ARTICLES = Place(5, "pre", -1)  # what `abliterate run demo --method article` picks
-TEST_PROMPTS = 40
-STEPS = 60
+TEST_PROMPTS = 60
 PAIRS, PAIR_TOKENS = 80, 40
 
 
@@ -41,7 +40,7 @@ def healed(edited, tmp_path_factory):
     out = tmp_path_factory.mktemp("healed") / "out"
     done = succeeds(
         "heal", edited, "--original", demo_model(), "--preset", "self", "--out", out, *PROMPTS,
-        "--test-prompts", TEST_PROMPTS, "--max-new-tokens", "48", "--max-steps", STEPS, "--json", "--quiet",
+        "--test-prompts", TEST_PROMPTS, "--max-new-tokens", "48", "--json", "--quiet",
     )  # fmt: skip
     return out / "model", done
 
@@ -74,7 +73,6 @@ def pairs_of(edited, file) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@LONG
 @pytest.mark.timeout(3600)
 def test_preferences_move_it_back(edited, tmp_path):
     pairs_of(edited, tmp_path / "pairs.jsonl")
@@ -92,7 +90,6 @@ def test_preferences_move_it_back(edited, tmp_path):
     assert states["healed"]["divergence"]["answer"] < 0.9 * states["edited"]["divergence"]["answer"]
 
 
-@LONG
 @pytest.mark.timeout(3600)
 def test_the_benchmark_sees_what_it_cost_and_what_came_back(edited, healed, tmp_path):
     pytest.importorskip("lm_eval")
