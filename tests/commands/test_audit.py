@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
+from abliterate.run.opening import judges
 from abliterate.settings.audit import QUICK, AuditRunSettings
 from abliterate.settings.run import resolve
 from command import PROMPTS, abliterate, fails, succeeds
@@ -30,7 +32,7 @@ class SaysNo:
 
 @pytest.fixture
 def refusing(monkeypatch):
-    monkeypatch.setattr("abliterate.audit.stages.make_judge", lambda name: SaysNo())
+    monkeypatch.setattr(sys.modules[judges.__module__], "make_judge", lambda name: SaysNo())
 
 
 def test_help_and_what_is_missing(tmp_path):
