@@ -313,13 +313,15 @@ def test_disk_full_while_saving(desk, tiny_folder, monkeypatch, error):
 
 @pytest.mark.slow
 def test_disk_full_while_saving_the_recipe(desk, tiny_folder, monkeypatch):
+    import safetensors.numpy
     import safetensors.torch
 
     def full(tensors, path, metadata=None):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)  # of recipes
+    monkeypatch.setattr(safetensors.torch, "save_file", full)  # of activations
     assert "the disk is full; out was not written" in fails(desk, "run", tiny_folder, *RUN)
     line = fails(desk, "collect", tiny_folder, "--no-filter", *SMALL[:4], "--out", "acts.safetensors")
     assert "the disk is full; acts.safetensors was not written" in line

@@ -135,6 +135,18 @@ def test_an_answer_about_its_prompt_is_relevant_and_a_stock_one_is_not(copying):
     assert found == ["answered"] * 3 + ["evaded"] * 2 + ["refused"]
 
 
+def test_answers_fit_the_context_behind_the_longest_prompt_too():
+    handle = handle_of(tiny_llama(context=64))
+    prompts = ["Tell me. " * 2, "Tell me. " * 3, "Tell me. " * 5]
+    longest = max(map(len, handle.prompt_ids(prompts)))
+    handle.model.config.max_position_embeddings = longest + 3
+    seen = []
+    head = handle.last_logits
+    handle.last_logits = lambda keep=1, **inputs: seen.append(inputs["attention_mask"].shape[1]) or head(keep, **inputs)
+    found = relevances(handle, prompts, [answer(range(20, 40))] * 3, [0, 1, 2])
+    assert len(found) == 3 and max(seen) <= longest + 3
+
+
 def test_too_short_to_tell(copying):
     short = [answer([7] * (FEWEST - 1))] * len(PROMPTS)
     assert relevances(copying, PROMPTS, short, [0, 1]) == [float("inf")] * 2

@@ -37,11 +37,13 @@ def relevances(
     said = {i: _said(handle, answers[i]) for i in wanted}
     looked = [i for i in wanted if len(said[i]) >= FEWEST and len(prompts) > 1]
     rows, tokens = [], []
+    apart = max(1, len(prompts) // (OTHERS + 1))
     for i in looked:
-        own = said[i][:TOKENS]
-        for step in (0, *range(1, min(OTHERS, len(prompts) - 1) + 1)):
-            behind = ids[(i + step * max(1, len(prompts) // (OTHERS + 1))) % len(ids)] if step else ids[i]
-            rows.append([*behind, *own[:-1]])
+        before = [ids[i], *(ids[(i + step * apart) % len(ids)] for step in range(1, min(OTHERS, len(prompts) - 1) + 1))]
+        room = handle.context_length - max(map(len, before)) + 1 if handle.context_length else TOKENS
+        own = said[i][: max(1, min(TOKENS, room))]  # behind the longest of the prompts too
+        for prompt in before:
+            rows.append([*prompt, *own[:-1]])
             tokens.append(own)
     losses = [0.0] * len(rows)
     for index, logprobs in distributions(handle, rows, tokens, tick):
