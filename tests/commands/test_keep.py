@@ -16,8 +16,9 @@ from abliterate.measure import judged
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
 from abliterate.run import opening, refusing, searching
-from abliterate.search import fit, tpe
+from abliterate.search import tpe
 from abliterate.search.fit_settings import FitSettings
+from abliterate.search.points import PointJudge
 from abliterate.search.stand_ins import Staying
 from command import abliterate, fails, succeeds
 from models import save_tiny
@@ -178,7 +179,7 @@ def test_a_study_of_other_kept_prompts_is_not_gone_on_with(desk):
 
 @pytest.mark.slow
 def test_a_fit_cut_short_goes_on_with_the_same_file_only(desk, monkeypatch):
-    judge_point, calls = fit._Job.judge_point, []
+    judge_point, calls = PointJudge.judge, []
 
     def cut(job, edit, **found):
         calls.append(found)
@@ -188,7 +189,7 @@ def test_a_fit_cut_short_goes_on_with_the_same_file_only(desk, monkeypatch):
 
     desk.run("whole", "fit")
     with monkeypatch.context() as patch:
-        patch.setattr(fit._Job, "judge_point", cut)
+        patch.setattr(PointJudge, "judge", cut)
         assert abliterate(*desk.command("out", "fit")).code == 130
     kept = desk.folder / "keep.txt"
     before = kept.read_text()
