@@ -233,7 +233,7 @@ def test_no_original_for_dpo_still_measures_two(ran, tmp_path, pairs_file):
     assert result.document["edited"] and result.document["healed"]
     assert result.document["heal"]["held_out"]["pairs"] > 0
     text = (tmp_path / "out" / "model" / "README.md").read_text()
-    assert "| | edited | healed |" in text
+    assert "|  | edited | healed |" in text
     assert "preference tuning (DPO" in text and "`pairs.jsonl`" in text
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
 
