@@ -144,7 +144,7 @@ def test_a_click_on_a_point_shows_its_strengths(page, frontier):
     assert caption(page, "point-strengths") == frames[0].summary
     assert page.find_element("css selector", "[data-frames='point-strengths']").get_attribute("value") == "0"
     assert marks(page, "point-strengths") != before
-    assert "point 1: 9 of 10 refused" in caption(page, "point-strengths")
+    assert "point 1: 9 of 10 not answered" in caption(page, "point-strengths")
 
 
 def test_folding(page):
