@@ -253,6 +253,8 @@ def test_layers_limit_what_is_edited(tiny_folder, tmp_path):
 class PromptJudge:
     """Calls every answer to a bundled target prompt a refusal, but for every fourth."""
 
+    name = "by prompt"
+
     def __init__(self) -> None:
         from abliterate.prompts.sets import load_prompts
 
