@@ -5,9 +5,9 @@ from __future__ import annotations
 from abliterate.cards.words import count_of
 from abliterate.common.names import public_source
 from abliterate.measure.document import RunDocument
-from abliterate.measure.numbers import AlsoSet
+from abliterate.measure.numbers import AlsoSet, Paired
+from abliterate.prompts.sets import SAFE
 
-SAFE = "bundled-xstest"
 LEVEL = 0.05  # of the tests
 MOST_UNCLOSED = 0.1  # share of answers, past which the rates say little
 _THINKING = (
@@ -71,23 +71,22 @@ def _gap(document: RunDocument, one: AlsoSet) -> str:
 
 
 def _changed(one: AlsoSet) -> str:
-    if one.side != "baseline" or one.paired is None or one.paired.p >= LEVEL:
-        return ""
-    lost, won = one.paired.only_original, one.paired.only_edited
-    return (
-        f"{name_of(one)}: {'more' if won > lost else 'fewer'} are refused than before: {lost} only by the "
-        f"original, {won} only by the edited model (exact McNemar test, p = {one.paired.p:.2g})."
-    )
+    return _differs(name_of(one), "refused", one.paired) if one.side == "baseline" else ""
 
 
 def _obeyed(document: RunDocument) -> str:
     found = document.obligations
-    if found is None or found.paired is None or found.paired.p >= LEVEL:
+    return _differs("Instructions", "obeyed", found.paired) if found is not None else ""
+
+
+def _differs(what: str, done: str, paired: Paired | None) -> str:
+    """That more or fewer of something are so than before, where that is more than chance."""
+    if paired is None or paired.p >= LEVEL:
         return ""
-    lost, won = found.paired.only_original, found.paired.only_edited
+    lost, won = paired.only_original, paired.only_edited
     return (
-        f"Instructions: {'more' if won > lost else 'fewer'} are obeyed than before: {lost} only by the original, {won} "
-        f"only by the edited model (exact McNemar test, p = {found.paired.p:.2g})."
+        f"{what}: {'more' if won > lost else 'fewer'} are {done} than before: {lost} only by the original, {won} only "
+        f"by the edited model (exact McNemar test, p = {paired.p:.2g})."
     )
 
 
