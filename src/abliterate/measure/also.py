@@ -81,12 +81,12 @@ def also_json(
         }  # fmt: skip
         own = {state: of[index] for state, of in verdicts.items()}
         for state, said in own.items():
-            facts[state] = {"refusal": _rate(said.refused).to_json("refused")}
+            facts[state] = {"refusal": Rate.of(said.refused).to_json("refused")}
             if said.verdicts is not None:
-                facts[state]["not_answered"] = _rate(said.missing).to_json()
+                facts[state]["not_answered"] = Rate.of(said.missing).to_json()
             if said.second is not None:
-                facts[state]["second"] = _rate(said.second).to_json("refused")
-            facts[state]["gap"] = gap(_given(measured[state], one, said), _rate(said.missing))
+                facts[state]["second"] = Rate.of(said.second).to_json("refused")
+            facts[state]["gap"] = gap(_given(measured[state], one, said), Rate.of(said.missing))
         if {"original", "edited"} <= set(own):
             facts["paired"] = paired(own["original"].missing, own["edited"].missing)
         found.append(facts)
@@ -99,8 +99,4 @@ def _given(measured: Measurement, one: Further, said: FurtherVerdicts) -> Rate:
         return measured.over_refusal
     if said.verdicts is None or measured.verdicts is None:
         return measured.refusal
-    return _rate([verdict != "answered" for verdict in measured.verdicts])
-
-
-def _rate(shown: Sequence[bool]) -> Rate:
-    return Rate(sum(shown), len(shown))
+    return Rate.of([verdict != "answered" for verdict in measured.verdicts])

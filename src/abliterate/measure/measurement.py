@@ -117,16 +117,12 @@ class SecondOpinion:
         missing = [v != "answered" or theirs for v, theirs in zip(measured.verdicts, self.target, strict=True)]
         return {
             "judge": self.judge,
-            "refusal": _rate(self.target).to_json("refused"),
-            "over_refusal": _rate(self.baseline).to_json("refused"),
-            "not_answered": _rate(missing).to_json(),
+            "refusal": Rate.of(self.target).to_json("refused"),
+            "over_refusal": Rate.of(self.baseline).to_json("refused"),
+            "not_answered": Rate.of(missing).to_json(),
             "agree": Rate(total - len(differ), total).to_json(),
             "disagreements": differ,
         }
-
-
-def _rate(shown: Sequence[bool]) -> Rate:
-    return Rate(sum(shown), len(shown))
 
 
 def measure(
@@ -205,7 +201,7 @@ def measure(
     if isinstance(judge, Panel):
         found.verdicts = judge.verdicts(target, texts[:count], forms=True)
         alike = [stock([a.text for a in side.answers]) for side in (on_target, on_baseline)]
-        found.collapse = tuple(_rate(side).rate for side in alike)  # type: ignore[assignment]
+        found.collapse = tuple(Rate.of(side).rate for side in alike)  # type: ignore[assignment]
         if second is not None:
             said = second.judge(prompts, texts)
             found.second = SecondOpinion(second.name, said[:count], said if one else said[count:])
@@ -250,7 +246,7 @@ class Judged(NamedTuple):
     @property
     def rate(self) -> Rate:
         """Answers that show it."""
-        return Rate(sum(self.shown), len(self.shown))
+        return Rate.of(self.shown)
 
     @property
     def degenerate(self) -> Rate:

@@ -88,7 +88,7 @@ def obligations_json(given: Sequence[Obligation], kept: Mapping[str, list[bool]]
             total = sum(one.kind == kind for one in given)
             kinds.setdefault(kind, {"total": total})[state] = counts[kind]
     facts: dict[str, Any] = {"prompts": len(given), "role": role}
-    facts |= {state: Rate(sum(found), len(found)).to_json() for state, found in kept.items()}
+    facts |= {state: Rate.of(found).to_json() for state, found in kept.items()}
     if {"original", "edited"} <= set(kept):
         facts["paired"] = paired(kept["original"], kept["edited"])
     return {**facts, "kinds": kinds}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,11 @@ class Rate:
 
     count: int
     total: int
+
+    @classmethod
+    def of(cls, shown: Sequence[bool]) -> Rate:
+        """How many are true of how many there are."""
+        return cls(sum(shown), len(shown))
 
     @property
     def rate(self) -> float:

@@ -21,9 +21,9 @@ def refuses_inside(answer: Answer) -> bool:
 def thinking_json(answers: Sequence[Answer]) -> dict[str, Any]:
     """Of one side's answers, as results.json has it: those with reasoning, refusing in it, and not out of it."""
     reasoned = [answer for answer in answers if answer.reasoning is not None]
-    unclosed = Rate(sum(answer.unclosed for answer in answers), len(answers))
+    unclosed = Rate.of([answer.unclosed for answer in answers])
     return {
         "reasoned": Rate(len(reasoned), len(answers)).to_json(),
-        "refused_inside": Rate(sum(map(refuses_inside, reasoned)), len(reasoned)).to_json("refused"),
+        "refused_inside": Rate.of([refuses_inside(answer) for answer in reasoned]).to_json("refused"),
         "unclosed": unclosed.to_json(),
     }
