@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from abliterate.common.errors import AbliterateError, ModelError
+from abliterate.measure.numbers import Verdict as Verdict
 from abliterate.measure.refusal import is_refusal, settled_refusal
 from abliterate.measure.trained_judge import TrainedJudge
 from abliterate.prompts.behaviour import load_behaviour
@@ -20,7 +21,6 @@ from abliterate.prompts.style import Style
 AND = " + "
 """Between the specifications of several judges."""
 
-Verdict = Literal["answered", "evaded", "refused"]
 WORSE: list[Verdict] = ["answered", "evaded", "refused"]
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -20,9 +20,9 @@ from abliterate.common.errors import AbliterateError, shorten
 from abliterate.common.files import cache
 from abliterate.common.resumable import key_of
 from abliterate.measure.endpoint import Endpoint
+from abliterate.measure.numbers import Verdict
 from abliterate.settings.options import Stage
 
-Verdict = Literal["answered", "refused", "evaded"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 GRADING = "ABLITERATE_LLM_JUDGE"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Verdict = Literal["answered", "refused", "evaded"]
+"""On an answer to a target prompt; docs/verdicts.md."""
 
 
 class Part(BaseModel):
