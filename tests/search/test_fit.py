@@ -22,6 +22,7 @@ from abliterate.measure.decode import Answer
 from abliterate.measure.divergence import make_reference
 from abliterate.measure.rates import Rate
 from abliterate.models.writers import find_writers
+from abliterate.search import packed
 from abliterate.search.examples import Examples
 from abliterate.search.fit import (
     _draw,
@@ -161,6 +162,41 @@ def test_what_is_fitted_is_the_edit_that_comes_out(family, rank):
             attached = handle.model(input_ids=ids).logits
     torch.testing.assert_close(live, attached, rtol=1e-3, atol=1e-4)
     assert (live - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_with_little_memory_the_fit_is_the_same_bit_for_bit(family, rank, monkeypatch):
+    """Blocks are then run again in the backward pass, with the edit in them as at first."""
+    texts = ["tell of boats", "the sea at night", "bread"]
+    answers = [Answer([5, 6], "", False, False) for _ in texts]
+    side = Examples(texts, answers, texts, answers)
+    options = FitSettings(layers=range(1, 4), rank=rank)
+
+    def descended(free):
+        monkeypatch.setattr(packed, "_free_bytes", lambda _handle: free)
+        handle = handle_of(FAMILIES[family]())
+        directions = difference_of_means(collect(handle, texts, [t + "?" for t in texts], positions=1))
+        job = _Job(handle, directions, side, side, RefusesWithR(), options, (), FitState())
+        job.start(Silent())
+        job.descend(1.0, 3, Silent())
+        return job.variables
+
+    plenty = descended(math.inf)
+    checkpointed = []
+    monkeypatch.setattr(packed._Checkpointed, "__init__", noting(checkpointed, packed._Checkpointed.__init__))
+    little = descended(0.0)
+    assert len(checkpointed) == 3 * 3  # steps, blocks: choosing where to start takes no gradients
+    assert torch.equal(plenty.vectors, little.vectors)
+    assert torch.equal(plenty.strengths, little.strengths)
+
+
+def noting(made, plain):
+    def init(self, block):
+        made.append(block)
+        plain(self, block)
+
+    return init
 
 
 def test_refusals_in_other_words_are_looked_for(handle, data):

@@ -219,7 +219,7 @@ class _Job:
         best, best_loss = "", math.inf
         for name in each(reporter, "choosing where to start", list(starts)):
             self.variables.put(starts[name], 1.0)
-            with torch.no_grad():
+            with torch.no_grad(), self.variables.live():
                 loss = float(self._loss(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0))
             if loss < best_loss:
                 best, best_loss = name, loss
@@ -253,10 +253,13 @@ class _Job:
             for group, base in zip(self.optimiser.param_groups, self._rates(), strict=True):
                 group["lr"] = base
             self.optimiser.zero_grad()
-            loss = self._loss(weight, settings.target_batch, settings.baseline_batch, state.step)
-            if not bool(loss.isfinite()):
-                raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
-            loss.backward()
+            with self.variables.live():  # backward may run blocks again: hooks stay until it is done
+                loss = self._loss(weight, settings.target_batch, settings.baseline_batch, state.step)
+                if not bool(loss.isfinite()):
+                    raise NonFiniteError(
+                        f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32"
+                    )
+                loss.backward()
             self.optimiser.step()
             self.variables.keep_in_bounds(settings.max_strength)
             state.step += 1
@@ -273,13 +276,13 @@ class _Job:
         return factor * settings.rate / self.handle.d_model**0.5, factor * settings.rate / 2
 
     def _loss(self, weight: float, targets: int, baselines: int, step: int) -> Float[Tensor, ""]:
+        """The objective on one batch, with the edit live."""
         refusing = self._refusing_batch(targets, step)
         batches: list[tuple[float, StandIn, list[int], list[int]]] = [(weight, self.refusing, self.rows[0], refusing)]
         batches.append((1 / UNIT, self.staying, self.rows[1], self._batch(1, baselines, step)))
         for place, (own_weight, stand_in) in enumerate(self.also, start=2):
             batches.append((own_weight, stand_in, self.rows[place], self._batch(place, targets, step)))
-        with self.variables.live():
-            logprobs = self.packer.logprobs([rows[i] for _, _, rows, picked in batches for i in picked])
+        logprobs = self.packer.logprobs([rows[i] for _, _, rows, picked in batches for i in picked])
         total = self.settings.sparsity * self.variables.strengths.mean()
         for factor, stand_in, _, picked in batches:
             own, logprobs = logprobs[: len(picked)], logprobs[len(picked) :]

@@ -45,7 +45,8 @@ class Packer:
         rows: every row that may be asked for; they share a prefix.
         first_block: the first block whose output may change; what enters it is kept per row.
         checkpointing: recompute blocks in the backward pass instead of keeping their insides; by default
-            when keeping them would take more than half of the memory that is free.
+            when keeping them would take more than half of the memory that is free. Hooks in blocks must then stay
+            until the backward pass is done.
     """
 
     handle: Handle
