@@ -224,3 +224,12 @@ def test_the_first_layer_that_is_not_finite_is_named():
     activations[2, 1, 0], activations[3, 0, 0] = float("nan"), float("inf")
     with pytest.raises(NonFiniteError, match=r"x: activation at layer 2.*--dtype float32"):
         check_finite(activations, "x")
+
+
+def test_a_token_that_the_embedding_has_no_row_for(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<a>", "<b>"])
+    handle = handle_of(tiny_llama(), tokenizer)
+    assert handle.prompt_ids(["tell me"])  # unused extra tokens do no harm
+    with pytest.raises(ModelError, match=r"gives '<b>' the id 401, and the embedding has 400 rows"):
+        handle.prompt_ids(["tell me", "tell <b>"])

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from abliterate.apply.proof import check_proof
 from abliterate.common.errors import ModelError
+from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import load_recipe
-from abliterate.models import loading
+from abliterate.models import quantised
 from abliterate.models.loading import load
+from abliterate.models.quantised import packed_as
 from abliterate.models.writers import find_writers
 from abliterate.run import opening, searching
 from abliterate.run.pipeline import run
 from abliterate.search.fit import FitSettings
 from abliterate.settings.run import RunSettings
-from models import save_tiny, tiny_llama
+from models import handle_of, save_tiny, tiny_llama
 from planted import TOPICS
 
 FEW = {"train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
@@ -49,6 +54,63 @@ def test_writers_are_found_and_proved(folder, bits):
     assert packed.model.get_parameter(name).dtype in (torch.uint8, torch.int8)
     assert [w.name for w in find_writers(packed)] == [w.name for w in find_writers(plain)]
     check_proof(packed)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_folder_that_is_packed_already_is_as_one_packed_on_loading(folder, tmp_path, bits):
+    first = load(folder, quantise=bits)
+    first.model.save_pretrained(tmp_path / "packed")
+    first.tokenizer.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert again.quantised == bits
+    with pytest.raises(ModelError, match=f"loaded in {bits} and its weights can't be changed"):
+        again.bake(Edit.uniform(find_writers(again), np.ones(again.d_model)))
+
+
+class Scaled(torch.Tensor):
+    """A tensor that says it is another: what packed weights are in torchao and others."""
+
+
+@pytest.mark.parametrize("packed", [lambda w: w.to(torch.int8), lambda w: w.to(torch.float8_e4m3fn), Scaled])
+def test_baking_takes_plain_float_weights_only(packed):
+    handle = handle_of(tiny_llama())
+    writer = next(w for w in find_writers(handle) if w.side == "mlp")
+    edit, weight = Edit.uniform([writer], np.ones(handle.d_model)), handle.model.get_parameter(writer.name)
+    module = handle.model.get_submodule(writer.module)
+    assert packed_as(handle.model) is None
+    module.weight = torch.nn.Parameter(packed(weight.data), requires_grad=False)
+    before = module.weight.data.clone()
+    assert packed_as(handle.model) is not None
+    with pytest.raises(ModelError, match=f"{writer.name} is no plain float weight.*--as checkpoint"):
+        handle.bake(edit)
+    assert bool((before.float() == module.weight.data.float()).all())
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq.*can't be edited.*original.*adapter"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq.*can't be edited.*original.*adapter"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantised for Apple's MLX.*original"),
+        ({"quantization_config": {"group_size": 64, "bits": 4}}, "quantised for Apple's MLX.*original"),
+        ({"quantization_config": {"quant_method": "zork"}}, r"doesn't know \(zork\).*original"),
+    ],
+)
+def test_weights_that_cannot_be_edited_are_said_so_with_the_way_round(folder, tmp_path, said, words):
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | said))
+    with pytest.raises(ModelError, match=words):
+        load(tmp_path / "m")
+
+
+def test_a_packed_folder_isnt_packed_once_more(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    packed = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (tmp_path / "m/config.json").write_text(json.dumps(config | packed))
+    with pytest.raises(ModelError, match=r"quantised already \(fp8\); leave out --quantise 4bit"):
+        load(tmp_path / "m", quantise="4bit")
 
 
 def test_gradients_pass(folder):
@@ -97,7 +159,7 @@ def test_a_run_fits_it_live_and_saves_the_edit_in_full_precision(folder, tmp_pat
 
 
 def test_without_bitsandbytes(folder, monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"--quantise 4bit needs bitsandbytes: pip install .abliterate\[quantised\]"):
         load(folder, quantise="4bit")
 

@@ -14,6 +14,7 @@ from abliterate.apply.shifts import bias_additions, check_shifts
 from abliterate.common.errors import ModelError, NonFiniteError
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
+from abliterate.models.quantised import is_plain
 
 
 @torch.no_grad()
@@ -64,8 +65,9 @@ def _changes(
     for writer, change in weight_factors(handle, edit.parts):
         weight = parameters[writer.name]
         sharded = hasattr(weight.data, "placements")  # a DTensor
-        if sharded or weight.dtype.itemsize < 2 or not weight.is_floating_point():
-            what = "spread over processes" if sharded else str(weight.dtype).removeprefix("torch.")
+        if sharded or not is_plain(weight):
+            kind = f"{type(weight.data).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+            what = "spread over processes" if sharded else f"no plain float weight ({kind})"
             raise ModelError(
                 f"{handle.source}: {writer.name} is {what} and can't be changed in memory; apply the recipe to the "
                 "model's files (--as checkpoint)"

@@ -47,7 +47,8 @@ class Handle:
         system_prompt, chat_template, prefill: how a prompt becomes a conversation; see `chat.format_prompts`.
         source_dtype: the dtype most of the weights have on disk, where known.
         thinks: answers are decoded with the reasoning before them; see `reasoning_open`.
-        quantised: "4bit" or "8bit" when loaded so; such a model can be measured but not baked.
+        quantised: how its weights are packed in memory ("4bit", "8bit", or another method's name); such a model can
+            be measured but not baked.
         notes: what loading found that people should know.
         folder: the folder, snapshot or converted GGUF that its weights were read from; None of one made in memory.
     """
@@ -146,7 +147,7 @@ class Handle:
 
         Raises:
             PromptError: when a prompt is longer than the model's context.
-            ModelError: when there is no chat template.
+            ModelError: when there is no chat template, or a token has no row in the embedding.
         """
         ids = format_prompts(
             self.tokenizer,
@@ -156,9 +157,20 @@ class Handle:
             prefill=self.prefill,
             think=self.thinks,
         )
+        self._check_known(ids)
         if self.context_length:
             check_context(ids, self.context_length, texts)
         return ids
+
+    def _check_known(self, rows: Sequence[Sequence[int]]) -> None:
+        """Raise ModelError when the tokenizer gives a token that the embedding has no row for."""
+        largest = max((max(row, default=0) for row in rows), default=0)
+        if largest >= self.vocabulary:
+            raise ModelError(
+                f"model {self.source}: the tokenizer gives {self.tokenizer.convert_ids_to_tokens(largest)!r} the id "
+                f"{largest}, and the embedding has {self.vocabulary} rows; take the tokenizer's files from where the "
+                "weights are from, or a chat template without that token (--chat-template)"
+            )
 
     def hidden_states(self, **inputs: Any) -> Any:
         """Run the blocks alone: what the model does, less the logits. A cache goes in as `cache`."""

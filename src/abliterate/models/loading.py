@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,18 @@ from abliterate.common.errors import ModelError, NonFiniteError, listed, shorten
 from abliterate.models.folders import commit_of, model_folder
 from abliterate.models.handle import Handle
 from abliterate.models.pretrained import auto_class, from_pretrained, wants_own_code
+from abliterate.models.quantised import (
+    WAY_ROUND,
+    bitsandbytes,
+    check_method,
+    check_unread,
+    keep_gradients,
+    packed_as,
+)
 from abliterate.models.shards import INDEX, open_checkpoint, read_index
 
 AUTO_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Names of tensors that say how others are packed.
-_PACKING = re.compile(
-    r"scale_inv|weight_scale|weight_packed|qweight|qzeros|absmax|quant_(map|state)|zero_point|\.scales$"
-)
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how transformers' classes of decoders are called
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -78,7 +81,7 @@ def load(
     tokenizer = load_tokenizer(source, folder, trust_remote_code)
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
-    model, unread = _load_weights(source, folder, config, dtype, device_map, quantise, trust_remote_code)
+    model, notes = _load_weights(source, folder, config, dtype, device_map, quantise, trust_remote_code)
     model.eval().requires_grad_(False)
     handle = Handle(
         model=model,
@@ -90,9 +93,9 @@ def load(
         chat_template=chat_template,
         prefill=prefill,
         source_dtype=_dtype_on_disk(folder),
-        quantised=quantise or _bits(model),
+        quantised=packed_as(model),
         trust_remote_code=trust_remote_code,
-        notes=_notes(model, unread),
+        notes=notes,
     )
     check_weights(handle)
     return handle
@@ -104,21 +107,22 @@ def load_config(source: str, folder: Path, trust_remote_code: bool) -> Any:
     Raises:
         ModelError: when it can't be read, or is that of something else.
     """
-    from transformers import AutoConfig
+    import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
     try:
-        config = from_pretrained(AutoConfig, folder, trust_remote_code=trust_remote_code)
+        config = from_pretrained(transformers.AutoConfig, folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(_explain(source, error)) from error
     architectures = getattr(config, "architectures", None) or []
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     known = known or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    causal = any(a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for a in architectures)
-    if getattr(config, "is_encoder_decoder", False) or not known or (architectures and not causal):
+    # a class of transformers' own that makes something else of such a config; names that it doesn't know say nothing
+    other = [a for a in architectures if hasattr(transformers, a) and not a.endswith(_CAUSAL)]
+    if getattr(config, "is_encoder_decoder", False) or not known or (other and len(other) == len(architectures)):
         kind = ", ".join(architectures) or type(config).__name__
         raise ModelError(f"model {source} is {kind}, not a causal language model; only decoders can be edited")
     return config
@@ -143,47 +147,19 @@ def load_tokenizer(source: str, folder: Path, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _notes(model: Any, unread: list[str]) -> list[str]:
-    """What people should know of tensors that the files hold and the class doesn't read."""
-    said = f"{type(model).__name__} doesn't read {listed(unread)}; what is saved holds them as they are"
-    return [said] if unread else []
-
-
-def _check_unread(source: str, model: Any, unread: list[str]) -> None:
-    """Raise ModelError when tensors that the class doesn't read say how others are packed."""
-    packing = [name for name in unread if _PACKING.search(name)]
-    if packing:
-        raise ModelError(
-            f"model {source} can't be loaded: its files hold {listed(packing)}, which {type(model).__name__} doesn't "
-            "read: its weights are quantised, and wrong without them; give the unquantised model, or a GGUF"
-        )
-
-
-def _bits(model: Any) -> str | None:
-    """How a model whose files are packed by bitsandbytes is loaded."""
-    return next((bits for bits in ("4bit", "8bit") if getattr(model, f"is_loaded_in_{bits}", False)), None)
-
-
-def _check_method(source: str, config: Any) -> None:
-    """Raise ModelError when a config says that its weights are packed by a method that transformers doesn't know."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    packed = getattr(config, "quantization_config", None)
-    found = packed if isinstance(packed, dict) else getattr(packed, "__dict__", {})
-    method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
-    if packed and method not in AUTO_QUANTIZATION_CONFIG_MAPPING and not any(k.startswith("load_in") for k in found):
-        raise ModelError(
-            f"model {source} can't be loaded: it is quantised in a way that transformers doesn't know ({method}); give "
-            "the unquantised model, or a GGUF"
-        )
+def _notes(model: Any, unread: list[str], unpacked: str | None) -> list[str]:
+    """What people should know of tensors that the files hold and the class doesn't read, or reads unpacked."""
+    notes = [f"{type(model).__name__} doesn't read {listed(unread)}; what is saved holds them as they are"]
+    packed = f"its weights are quantised ({unpacked}): dequantised to {_named(model.dtype)} for the search"
+    return notes[: len(unread)] + ([f"{packed}, and packed again in what is saved"] if unpacked else [])
 
 
 def _load_weights(
     source: str, folder: Path, config: Any, dtype: str, device_map: str | None, quantise: str | None,
     trust_remote_code: bool,
 ) -> tuple[Any, list[str]]:  # fmt: skip
-    """The model, and the tensors of its files that its class doesn't read."""
-    _check_method(source, config)
+    """The model, and what people should know of how it was read."""
+    unpacked = check_method(source, config, quantise)
     index = read_index(folder)
     if index is not None and not isinstance(index.get("metadata"), dict):
         raise ModelError(
@@ -194,7 +170,7 @@ def _load_weights(
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     if quantise:
-        options["quantization_config"] = _bitsandbytes(quantise)
+        options["quantization_config"] = bitsandbytes(quantise)
     failure = ""
     if dtype != "auto":
         candidates: tuple[torch.dtype, ...] = (DTYPES[dtype],)
@@ -202,13 +178,17 @@ def _load_weights(
         candidates = AUTO_DTYPES if quantise else _auto_dtypes(folder, device_map)
     for candidate in candidates:
         model, unread = _from_pretrained(source, folder, dict(options, dtype=candidate))
-        failure = _failure(model)
+        failure = _failure(source, model)
         if not failure:
-            return model, unread
+            return model, _notes(model, unread, unpacked)
         del model
-    names = ", ".join(str(candidate).removeprefix("torch.") for candidate in candidates)
+    names = ", ".join(map(_named, candidates))
     remedy = "try --dtype float32" if torch.float32 not in candidates else "get the file again"
     raise NonFiniteError(f"model {source} doesn't run in {names}: {failure}; {remedy}")
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _auto_dtypes(folder: Path, device_map: str | None) -> tuple[torch.dtype, ...]:
@@ -238,49 +218,22 @@ def _from_pretrained(source: str, folder: Path, options: dict[str, Any]) -> tupl
     except Exception as error:
         raise ModelError(_explain(source, error)) from error
     model, info = loaded
-    if "quantization_config" in options:
-        _keep_gradients(model)
+    keep_gradients(model)
     if info["missing_keys"]:
         raise ModelError(
             f"model {source}: its files lack weight {listed(sorted(info['missing_keys']))}; get them again"
         )
     unread = sorted(info["unexpected_keys"])
-    _check_unread(source, model, unread)
+    check_unread(source, model, unread)
     return model, unread
 
 
-def _bitsandbytes(quantise: str) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantise not in ("4bit", "8bit"):
-        raise ModelError(f"unknown quantisation '{quantise}'; choose 4bit or 8bit")
-    if find_spec("bitsandbytes") is None:
-        raise ModelError(f'--quantise {quantise} needs bitsandbytes: pip install "abliterate[quantised]"')
-    if quantise == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True,
-    )  # fmt: skip
-
-
-def _keep_gradients(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU: gradients don't pass the kernel for the packed ones.
-
-    It repacks a layer at its first forward without gradients, for good, and gives zeros for gradients from then on.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 @torch.inference_mode()
-def _failure(model: Any) -> str:
+def _failure(source: str, model: Any) -> str:
     """Why two tokens don't go through with finite logits: the first weight or block at fault; empty if they do."""
-    device = next(model.get_input_embeddings().parameters()).device
     bad: list[int] = []
     hooks = []
-    for layer, block in enumerate(Handle(model, None, "the model").blocks):
+    for layer, block in enumerate(Handle(model, None, source).blocks):
 
         def look(_module: nn.Module, _args: Any, out: Any, layer: int = layer) -> None:
             stream = out[0] if isinstance(out, tuple) else out
@@ -290,9 +243,15 @@ def _failure(model: Any) -> str:
 
         hooks.append(block.register_forward_hook(look))
     try:
+        device = next(model.get_input_embeddings().parameters()).device
         logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits
-    except (RuntimeError, NotImplementedError) as error:  # a kernel missing for this dtype
-        return shorten(str(error), 200)
+    except Exception as error:
+        if isinstance(error, NotImplementedError) or "not implemented for" in str(error):
+            return shorten(str(error), 200)  # a kernel missing for this dtype
+        raise ModelError(
+            f"model {source}: {type(model).__name__} can't run on two tokens by themselves "
+            f"({type(error).__name__}: {shorten(str(error), 200)}); only models that go on with a text can be edited"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -319,6 +278,8 @@ def _explain(source: str, error: Exception) -> str:
     """One line for what transformers says in a page."""
     whole = str(error)
     text = shorten(whole, 300)
+    if isinstance(error, ImportError) and "quanti" in whole:
+        return f"model {source} can't be loaded: {text}; or {WAY_ROUND}"
     if wants_own_code(error):
         return f"model {source} comes with code of its own; read it, then pass --trust-remote-code to run it"
     if "ignore_mismatched_sizes" in whole:

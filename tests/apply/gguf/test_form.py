@@ -93,6 +93,16 @@ def test_packing_once_would_leave_most_of_it_in(tmp_path: Path, monkeypatch: pyt
     assert naive > 0.3 and constrained < 0.35 * naive
 
 
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
+def test_a_type_too_coarse_to_hold_the_edit_stops(tmp_path: Path, kind: str) -> None:
+    model = write_model(tmp_path / "model.gguf", kind, width=256, inner=512)
+    with pytest.raises(
+        ModelError, match=rf"as {kind} again undoes 1\d\d% of the edit.*nothing was written.*another type"
+    ):
+        apply_gguf(recipe_of(names(embedding=False), width=256), str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_a_matrix_in_parts_is_the_matrix_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("Q4_1", "F16"):
         model = write_model(tmp_path / "model.gguf", kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from abliterate.apply.gguf.names import EMBEDDING, HEAD, Names, Target, by_tensor, targets
-from abliterate.apply.gguf.requantise import PLAIN, Account, chunks, edited
+from abliterate.apply.gguf.requantise import PLAIN, chunks, edited
 from abliterate.apply.gguf.write import NewTensor, Writer, check_output, planned, refuse, whole_gguf, write_copy
+from abliterate.apply.rounding import Account
 from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, RecipeError
 from abliterate.common.files import check_space
 from abliterate.models.gguf.file import GgufFile, open_gguf
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 # Architectures in which llama.cpp adds an optional blk.N.ffn_down.bias to what the block hands on, unscaled (read of
 # its src/models); a file of another that has a tensor too many isn't loaded.
 READS_DOWN_BIAS = frozenset({"llama"})
+
+_OTHER_TYPE = (
+    "edit a GGUF of another type (Q4_0, a K-quant, F16), or the model's safetensors, and quantise that "
+    "(abliterate export)"
+)
 
 
 def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, reporter: Reporter) -> dict[str, Any]:
@@ -76,19 +83,22 @@ def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, rep
         return {**summary, "notes": [*notes, *_planned(jobs)]}
     check_output(out, file.path, overwrite=options.overwrite)
     check_space(out, summary["bytes"])
-    account = Account()
-    edits = _edits(file, jobs, account, reporter.progress("editing tensors", len(jobs)))
+    accounts: dict[tuple[str, int], Account] = defaultdict(Account)  # of a type, along one axis
+    edits = _edits(file, jobs, accounts, reporter.progress("editing tensors", len(jobs)))
     edits |= {name: _shifted(file, name, jobs.get(name, []), v) for name, v in shifts.items() if name in file.tensors}
     with whole_gguf(out) as temporary:
         write_copy(file, temporary, edits | added)
+        for (kind, _), account in accounts.items():
+            account.check(kind, _OTHER_TYPE)
+    total = sum(accounts.values(), Account())
     if kinds - set(PLAIN):
         notes.append(
-            f"packing the edited tensors again changed their values by {account.error:.1%}, and left the component "
-            f"along the directions {account.component_off:.1%} of what it was from where it should be"
+            f"packing the edited tensors again changed their values by {total.error:.1%}, and left the component "
+            f"along the directions {total.component_off:.1%} of what it was from where it should be"
         )
     return {
         **summary, "seconds": round(time.monotonic() - began, 2), "notes": notes,
-        "component_off": account.component_off, "packing_error": account.error,
+        "component_off": total.component_off, "packing_error": total.error,
     }  # fmt: skip
 
 
@@ -150,12 +160,14 @@ def _planned(jobs: Mapping[str, Sequence[Target]]) -> list[str]:
     ]
 
 
-def _edits(file: GgufFile, jobs: Mapping[str, Sequence[Target]], account: Account, tick: Tick) -> dict[str, NewTensor]:
-    """The tensors with their directions taken out; how well that goes is added to the account."""
+def _edits(
+    file: GgufFile, jobs: Mapping[str, Sequence[Target]], accounts: Mapping[tuple[str, int], Account], tick: Tick
+) -> dict[str, NewTensor]:
+    """The tensors with their directions taken out; how well that goes is added to the account of its kind."""
 
     def editor(todo: Sequence[Target]) -> Writer:
         def write(into: np.ndarray) -> None:
-            _edit(file, todo, into, account)
+            _edit(file, todo, into, accounts[todo[0].tensor.kind, todo[0].axis])
             tick(1)
 
         return write

@@ -1,0 +1,136 @@
+"""Models whose weights are packed: by bitsandbytes as they are loaded, or in their files by whatever made them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abliterate.common.errors import ModelError, listed, shorten
+
+# How a model whose weights can't be edited can be edited all the same.
+WAY_ROUND = (
+    "run on its unquantised original, and use the recipe here as an adapter (abliterate apply RECIPE ORIGINAL --as "
+    "adapter), or quantise the edited model"
+)
+# Names of tensors that say how others are packed.
+_PACKING = re.compile(
+    r"scale_inv|weight_scale|weight_packed|qweight|qzeros|absmax|quant_(map|state)|zero_point|\.scales$"
+)
+# What these load are modules without weights that can be seen, let alone changed.
+_OPAQUE = ("awq", "gptq", "auto-round")
+
+
+def quantisation_of(config: Any) -> tuple[str, dict[str, Any]] | None:
+    """By which method a config says that its weights are packed, and the rest that it says; None for plain weights."""
+    packed = getattr(config, "quantization_config", None)
+    found = packed if isinstance(packed, dict) else getattr(packed, "__dict__", {})
+    mlx = getattr(config, "quantization", None)
+    if not found and isinstance(mlx, dict) and "group_size" in mlx:
+        found = mlx
+    if not found:
+        return None
+    method = found.get("quant_method")
+    if method is None and {"bits", "group_size"} <= set(found):
+        return "mlx", found
+    if method is None and any(key.startswith("load_in") for key in found):
+        return "bitsandbytes", found
+    return str(getattr(method, "value", method)), found
+
+
+def check_method(source: str, config: Any, quantise: str | None) -> str | None:
+    """See that a model packed in its files can be loaded, and have transformers unpack it where it can.
+
+    Returns:
+        The method by which it is packed and comes unpacked; None of a plain one, or one that stays packed.
+
+    Raises:
+        ModelError: when it is packed by a method that gives no weights to look at, or that transformers doesn't know.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    found = quantisation_of(config)
+    if found is None:
+        return None
+    method, settings = found
+    if quantise and method != "bitsandbytes":
+        raise ModelError(f"model {source} is quantised already ({method}); leave out --quantise {quantise}")
+    if method == "mlx":
+        raise ModelError(f"model {source} can't be loaded: it is quantised for Apple's MLX; {WAY_ROUND}")
+    if method in _OPAQUE:
+        raise ModelError(f"model {source} is quantised ({method}), and such weights can't be edited; {WAY_ROUND}")
+    if method == "bitsandbytes":
+        return None
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise ModelError(
+            f"model {source} can't be loaded: it is quantised in a way that transformers doesn't know ({method}); "
+            f"{WAY_ROUND}"
+        )
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+    if "dequantize" not in inspect.signature(kind).parameters:
+        return None
+    config.quantization_config = {**settings, "quant_method": method, "dequantize": True}
+    return method
+
+
+def bitsandbytes(quantise: str) -> Any:
+    """How bitsandbytes packs a model as it is loaded."""
+    from transformers import BitsAndBytesConfig
+
+    if quantise not in ("4bit", "8bit"):
+        raise ModelError(f"unknown quantisation '{quantise}'; choose 4bit or 8bit")
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(f'--quantise {quantise} needs bitsandbytes: pip install "abliterate[quantised]"')
+    if quantise == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+
+
+def keep_gradients(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU: gradients don't pass the kernel for the packed ones.
+
+    It repacks a layer at its first forward without gradients, for good, and gives zeros for gradients from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """Whether a parameter is an ordinary one of 16 bits or more, whose values can be changed where they are."""
+    kinds = (nn.Parameter, Tensor)
+    plain = type(parameter) in kinds and type(parameter.data) is Tensor
+    return plain and parameter.is_floating_point() and parameter.dtype.itemsize > 1
+
+
+def packed_as(model: Any) -> str | None:
+    """How the weights of a loaded model are packed, read off its modules: "4bit", "8bit" (bitsandbytes), or another
+    method's name; None when all that have two dimensions and more are plain."""
+    kinds = {type(parameter).__name__ for parameter in model.parameters()}
+    for kind, bits in (("Params4bit", "4bit"), ("Int8Params", "8bit")):
+        if kind in kinds:
+            return bits
+    method = getattr(model, "quantization_method", None) if getattr(model, "is_quantized", False) else None
+    if method is not None:
+        return str(getattr(method, "value", method))
+    # a DTensor is spread over processes, not packed
+    odd = (p for p in model.parameters() if p.ndim > 1 and not is_plain(p) and not hasattr(p.data, "placements"))
+    return next((shorten(f"{type(p.data).__name__} of {p.dtype}", 60) for p in odd), None)
+
+
+def check_unread(source: str, model: Any, unread: Sequence[str]) -> None:
+    """Raise ModelError when tensors that the class doesn't read say how others are packed."""
+    found = [name for name in unread if _PACKING.search(name)]
+    if found:
+        raise ModelError(
+            f"model {source} can't be loaded: its files hold {listed(found)}, which {type(model).__name__} doesn't "
+            f"read: its weights are quantised, and wrong without them; {WAY_ROUND}"
+        )
