@@ -72,6 +72,15 @@ def format_conversation(
     return _tokenise(tokenizer, _render(tokenizer, [list(messages)], chat_template, prefill, think))[0]
 
 
+def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """A conversation in the tokenizer's own template, as text, up to where the next answer begins.
+
+    Raises:
+        ModelError: there is no chat template, or it can't render the messages.
+    """
+    return _render(tokenizer, [list(messages)], None, None)[0]
+
+
 def instruction_suffix_length(
     tokenizer: PreTrainedTokenizerBase,
     *,

