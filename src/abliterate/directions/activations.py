@@ -124,7 +124,8 @@ def collect(
 
     Args:
         handle: a loaded model.
-        target, baseline: prompts.
+        target: prompts that show the behaviour.
+        baseline: prompts that don't.
         positions: last token positions to read; None takes `default_positions`.
         batch_size: most prompts in a batch.
         winsorise: clamp each activation vector to this quantile of its absolute entries (e.g. 0.995),

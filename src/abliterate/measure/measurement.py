@@ -141,7 +141,8 @@ def measure(
 
     Args:
         handle: the model, with or without an edit attached or baked.
-        target, baseline: held-out prompts; where they are the same, answers are decoded once and count for both.
+        target: held-out prompts that show the behaviour.
+        baseline: held-out prompts that don't; where the two are the same, answers are decoded once and count for both.
         original: the original's measurement on the same baseline prompts, to get a divergence from it;
             None when `handle` is the original.
         judge: decides what a refusal is; the lexical one by default. A panel that has learnt no refusal wordings yet

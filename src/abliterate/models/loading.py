@@ -51,7 +51,9 @@ def load(
         quantise: "4bit" or "8bit" through bitsandbytes; without a GPU it computes on the CPU, to save memory, not time.
         revision: Hub commit, branch or tag.
         trust_remote_code: run model code that comes with the Hub repository.
-        chat_template, system_prompt, prefill: see `chat.format_prompts`.
+        chat_template: Jinja template, file or "chatml", in place of the tokenizer's.
+        system_prompt: put before every prompt.
+        prefill: text that every answer starts with; None finds it for models that reason.
 
     Returns:
         The handle, model in evaluation mode with frozen parameters.

@@ -133,7 +133,8 @@ def sweep(
     Args:
         handle: the loaded original.
         directions: candidates, from the training split.
-        target, baseline: validation prompts that the original refuses / answers.
+        target: validation prompts that the original refuses.
+        baseline: validation prompts that it answers.
         judge: decides what a refusal is; the lexical one by default.
         settings: sizes of the stages.
         reporter: told about stages and progress.
