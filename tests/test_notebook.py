@@ -1,4 +1,4 @@
-"""The notebook is executed at smaller sizes, and its key cells gave what their text says."""
+"""The notebooks are executed at smaller sizes, and their key cells gave what their text says."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from abliterate.measure.refusal import is_refusal
+from long import LONG
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "walkthrough.ipynb"
+QUICK = NOTEBOOK.with_name("quickstart.ipynb")
 SIZES = {"TRAIN": 24, "VALIDATION": 12, "TEST": 12, "TOKENS": 24, "TRIED": 6, "DECODED": 2}
 nbformat = pytest.importorskip("nbformat", reason="nbformat isn't installed")
 
@@ -20,7 +22,9 @@ def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def test_outputs_are_stripped_and_every_cell_is_explained(notebook):
+@pytest.mark.parametrize("path", [NOTEBOOK, QUICK], ids=lambda path: path.stem)
+def test_outputs_are_stripped_and_every_cell_is_explained(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     for before, cell in zip([None, *notebook.cells], notebook.cells, strict=False):
         if cell.cell_type == "code":
@@ -94,6 +98,22 @@ def test_it_runs_and_says_what_it_should(notebook, tmp_path, monkeypatch):
     assert (out / "report.html").stat().st_size > 100_000
     assert (out / "model" / "config.json").is_file()
     assert os.environ.get("TMPDIR") == str(tmp_path)
+    assert_no_target_answers(notebook)
+
+
+@LONG
+def test_the_quick_start_runs(tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient isn't installed")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(QUICK, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('_prompts": 40', '_prompts": 12').replace('tokens": 48', 'tokens": 24')
+    there = {"metadata": {"path": tmp_path}}
+    nbclient.NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=there).execute()
+    (ran,) = (printed(cell) for cell in notebook.cells if "ab.run(" in cell.source)
+    before, after = numbers(r"^refusal: (\d+) -> (\d+) of", ran)
+    assert before > 8 and after < before / 2
+    assert (tmp_path / "quickstart-out" / "report.html").is_file()
     assert_no_target_answers(notebook)
 
 
