@@ -54,7 +54,7 @@ def test_the_readmes_links_work_on_pypi_too() -> None:
                 assert (ROOT / target.removeprefix(repository + branch).partition("#")[0]).exists(), target
         if target.startswith(URLS["Documentation"]):
             page, _, anchor = target.removeprefix(URLS["Documentation"]).partition("#")
-            source = ROOT / "docs" / page.replace(".html", ".md")
+            source = ROOT / "docs" / (page or "index.html").replace(".html", ".md")
             made = page.removeprefix("commands/").removesuffix(".html") in HOOK.command_pages()
             assert source.is_file() or made, target
             assert not anchor or anchor in anchors(source), target
