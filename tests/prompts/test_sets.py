@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from abliterate.common.errors import ModelError, PromptError, shorten
+from abliterate.prompts import hub as prompt_hub
 from abliterate.prompts import sets as prompts
 from abliterate.prompts import sources as prompt_sources
 from abliterate.prompts.chat import CHATML, check_context, format_prompts, instruction_suffix_length
@@ -55,13 +56,14 @@ def hub(monkeypatch):
     """A Hub that answers, from a dictionary of data sets, and the calls made to it."""
     sets, calls = {}, []
 
-    def load_dataset(name, split=None):
-        calls.append((name, split))
+    def load_dataset(path, split=None, *, name=None, revision=None):
+        calls.append((path, split, *filter(None, (name, revision))))
+        name = "/".join(filter(None, (path, name)))
         if name not in sets:
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
         return sets[name] if split is None else sets[name][split]
 
-    monkeypatch.setattr(prompt_sources, "hub_answers", lambda: True)
+    monkeypatch.setattr(prompt_hub, "hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     load_dataset.sets, load_dataset.calls = sets, calls
     return load_dataset
@@ -262,7 +264,7 @@ def test_without_the_hub_the_bundled_prompts_serve_and_a_note_says_so(monkeypatc
 
 
 def test_one_default_side_falls_back_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(prompt_sources, "_read_hub", unreachable)
+    monkeypatch.setattr(prompt_sources, "read_hub", unreachable)
     mine = write_jsonl(tmp_path / "mine.jsonl", [{"mine": text} for text in TEXTS])
     # The column named for the Hub's data set doesn't apply to the bundled prompts.
     sides = load_sides(mine, target_column="mine", baseline_column="instruction")
@@ -271,8 +273,8 @@ def test_one_default_side_falls_back_alone(monkeypatch, tmp_path):
     assert len(sides.notes) == 1 and "harmless_alpaca" in sides.notes[0] and "harmful" not in sides.notes[0]
 
 
-def unreachable(dataset, split):
-    raise prompt_sources.HubUnreachableError("unreachable")
+def unreachable(*_):
+    raise prompt_hub.HubUnreachableError("unreachable")
 
 
 def test_offline_mode_fails_fast_and_leaves_the_libraries_as_they_were(monkeypatch, tmp_path):
@@ -300,9 +302,9 @@ def test_a_hub_that_never_answers_is_given_up_within_seconds(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.utils, "get_session", Silent)
-    monkeypatch.setattr(prompt_sources, "HUB_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(prompt_hub, "HUB_TIMEOUT_SECONDS", 0.1)
     start = time.monotonic()
-    assert not prompt_sources.hub_answers()
+    assert not prompt_hub.hub_answers()
     assert time.monotonic() - start < 2
 
 
@@ -312,7 +314,7 @@ def test_a_named_hub_set_that_is_missing_is_an_error(hub, other):
 
 
 def test_a_named_hub_set_that_cannot_be_reached_is_an_error(monkeypatch):
-    monkeypatch.setattr(prompt_sources, "_read_hub", unreachable)
+    monkeypatch.setattr(prompt_sources, "read_hub", unreachable)
     with pytest.raises(PromptError, match="unreachable"):
         load_sides("harmful_behaviors", None)
 
@@ -369,7 +371,7 @@ def test_the_hash_depends_on_texts_and_order_alone():
 # --- Mistakes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["nowhere.csv", "./nowhere", "~/nowhere", "/no/where", "a/b/c", "no.csv:col"])
+@pytest.mark.parametrize("path", ["nowhere.csv", "./nowhere", "~/nowhere", "/no/where", "a/b/c/d", "no.csv:col"])
 def test_a_missing_file_is_not_taken_for_a_hub_set(path, hub):
     with pytest.raises(PromptError, match="not found"):
         load_prompts(path)
@@ -410,10 +412,10 @@ def test_a_file_that_is_not_utf8_names_the_byte(tmp_path):
         ("p.jsonl", ['{"text": "a"}', "", '{"text": '], "line 3: not valid JSON"),
         ("p.json", ["[", '"a",', "]"], "line 3"),
         ("p.json", ["3"], "holds one int"),
-        ("p.json", ['{"a": [], "b": []}'], "2 lists.*'a', 'b'"),
+        ("p.json", ['{"a": ["x"], "b": []}'], "2 lists.*'a', 'b'"),
         ("p.csv", ["text", "a", '"b" c'], "line 3: not valid CSV"),
         ("p.parquet", ["x"], "not a readable Parquet file"),
-        ("p.md", ["x"], "no known kind"),
+        ("p.doc", ["x"], "no known kind"),
         ("p.jsonl", ['{"text": "a"}', '"b"'], "line 2.*stands among objects"),
     ],
 )

@@ -79,7 +79,7 @@ def _quantised() -> Finding:
 
 
 def _hub() -> Finding:
-    from abliterate.prompts.sources import hub_answers
+    from abliterate.prompts.hub import hub_answers
 
     if hub_answers():
         return Finding(True, "the Hugging Face Hub answers: model ids and the article's data sets can be used")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+_ADDRESS = re.compile(r"hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
 
 
 def is_local(source: str) -> bool:
@@ -13,7 +17,10 @@ def is_local(source: str) -> bool:
 
 def public_name(source: str) -> str:
     """A source as others may see it: a Hub id as it is, a local file or folder without its path."""
-    return Path(source).expanduser().resolve().name if is_local(source) else source
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
+    return path.resolve().name if path.is_file() or path.is_dir() else "pipe"  # whose number is another each time
 
 
 def public(text: str) -> str:
@@ -26,3 +33,41 @@ def public_source(source: str) -> str:
     if re.match(r"[~.\\/]|[A-Za-z]:[\\/]", source) or source.count("/") > 1 or Path(source).is_file():
         return re.split(r"[\\/]", source.rstrip("\\/"))[-1] or "model"
     return source
+
+
+class HubName(NamedTuple):
+    """A Hub id as it was typed or pasted: the id, the revision named with it, and what followed the id."""
+
+    id: str
+    revision: str | None = None
+    rest: tuple[str, ...] = ()
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an address of the Hub's, as browsers show it."""
+    return _ADDRESS.match(text.strip()) is not None
+
+
+def hub_name(text: str, kind: str = "models") -> HubName:
+    """What a text means as the name of a model or data set of the Hub.
+
+    Args:
+        text: "org/name", "org/name@revision", or an address: "https://huggingface.co/org/name/tree/main", "hf.co/...".
+        kind: "models" or "datasets": a word that addresses have before the id.
+
+    Example:
+        >>> hub_name(" https://huggingface.co/org/name/tree/main?library=peft ")
+        HubName(id='org/name', revision='main', rest=())
+    """
+    text = text.strip()
+    address = _ADDRESS.match(text)
+    if address:
+        text = unquote(re.split(r"[?#]", text[address.end() :])[0])
+    text, _, revision = text.partition("@")
+    parts = [part for part in text.split("/") if part]
+    if parts[:1] == [kind] and (address or len(parts) > 2):
+        parts = parts[1:]
+    name, rest = "/".join(parts[:2]), tuple(parts[2:])
+    if address and rest[:1] == ("tree",):
+        revision, rest = revision or "/".join(rest[1:]), ()
+    return HubName(name, revision.strip("/") or None, rest)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from abliterate.common.errors import PromptError, shorten
 from abliterate.common.reporting import Reporter, Silent
-from abliterate.prompts.sources import Origin, Table, listed, read_tables
+from abliterate.prompts.sources import Origin, read_tables
+from abliterate.prompts.tables import Table, kind_of, listed
 from abliterate.settings.heal import HealSettings
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from abliterate.models.handle import Handle
 
 Message = dict[str, str]
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 ROLES = ("system", "user", "assistant", "tool")
 JUDGED_AT_ONCE = 512
 TEMPLATE_DATE = "26 Jul 2024"  # as in chat.py: some templates write today's
@@ -185,7 +185,7 @@ def _locate(source: str, split: str | None) -> Origin:
     if path.exists():
         kind = "folder" if path.is_dir() else "file"
         return Origin(source, f"preference {kind} {source}", "baseline", path=path, split=split)
-    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if kind_of(path) is not None or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise PromptError(
             f"preference file {source} was not found (looked for {path.absolute()}); "
             "check the path, or give a Hub data set as id[:split]"

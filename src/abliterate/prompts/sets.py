@@ -24,14 +24,15 @@ from abliterate.prompts.chat import check_context as check_context
 from abliterate.prompts.chat import format_prompts as format_prompts
 from abliterate.prompts.chat import instruction_suffix_length as instruction_suffix_length
 from abliterate.prompts.chat import resolve_chat_template as resolve_chat_template
+from abliterate.prompts.hub import HubUnreachableError as HubUnreachableError
+from abliterate.prompts.hub import hub_answers as hub_answers
 from abliterate.prompts.sources import BUNDLED as BUNDLED
 from abliterate.prompts.sources import SAFE as SAFE
 from abliterate.prompts.sources import SHORT_NAMES as SHORT_NAMES
 from abliterate.prompts.sources import VARIED as VARIED
-from abliterate.prompts.sources import HubUnreachableError as HubUnreachableError
-from abliterate.prompts.sources import Origin, listed, locate
+from abliterate.prompts.sources import Origin, locate
 from abliterate.prompts.sources import Role as Role
-from abliterate.prompts.sources import hub_answers as hub_answers
+from abliterate.prompts.tables import listed
 from abliterate.prompts.texts import MIN_PROMPTS, count, read_splits
 
 DEFAULT_SOURCES: dict[Role, str] = {"target": "harmful_behaviors", "baseline": "harmless_alpaca"}
@@ -100,8 +101,9 @@ def load_prompts(
     """Load a source, or one split of it, as one set without repeats.
 
     Args:
-        source: `"bundled[:split]"`, `"bundled-varied"`, `"bundled-xstest"`, a local file or folder (`path[:column]`),
-            or a Hub data set (`id[:split[:column]]`, or one of `SHORT_NAMES`).
+        source: `"bundled[:split]"`, `"bundled-varied"`, `"bundled-xstest"`, a local file, folder or pattern
+            (`path[:column]`), `"-"` for standard input, or a Hub data set (`id[/subset][:split[:column]]`, or one of
+            `SHORT_NAMES`).
         role: which bundled file to read, and which option errors name.
         column: the column with the prompts; guessed from `COLUMN_NAMES` if None.
         split: load this split only.

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from abliterate.common.errors import PromptError
-from abliterate.common.errors import shorten as shorten
-from abliterate.prompts.chat import CHATML as CHATML
-from abliterate.prompts.chat import check_context as check_context
-from abliterate.prompts.chat import format_prompts as format_prompts
-from abliterate.prompts.chat import instruction_suffix_length as instruction_suffix_length
-from abliterate.prompts.chat import resolve_chat_template as resolve_chat_template
-from abliterate.prompts.sources import BUNDLED as BUNDLED
-from abliterate.prompts.sources import SHORT_NAMES as SHORT_NAMES
-from abliterate.prompts.sources import SPLIT_NAMES, Origin, Table, listed, read_tables
-from abliterate.prompts.sources import HubUnreachableError as HubUnreachableError
-from abliterate.prompts.sources import Role as Role
-from abliterate.prompts.sources import hub_answers as hub_answers
+from abliterate.common.errors import PromptError, shorten
+from abliterate.prompts.sources import Origin, read_tables
+from abliterate.prompts.tables import SPLIT_NAMES, Table, listed
 
 COLUMN_NAMES = (
     *("text", "prompt", "instruction", "question", "goal", "query"),
     *("input", "request", "behavior", "content", "messages", "conversations"),
 )
-
-
+# Alpaca, Dolly and HarmBench keep what an instruction is about in a column of its own.
+COLUMNS_BESIDE = {"instruction": ("input", "context"), "question": ("context",), "behavior": ("contextstring",)}
 MIN_PROMPTS = 8
 
 
@@ -63,21 +54,48 @@ def _texts(table: Table, origin: Origin, notes: list[str]) -> list[str]:
     if not table.places:
         return []
     column = _choose_column(table, origin)
+    beside = _beside(table, column)
     texts: list[str] = []
-    blank = 0
-    for value, place in zip(table.columns[column], table.places, strict=True):
+    counts: Counter[str] = Counter()
+    for value, place, more in zip(table.columns[column], table.places, beside[1], strict=True):
         text = _first_user_turn(value)
         if text is not None and text.strip():
             texts.append(text.strip())
+            if isinstance(more, str) and more.strip():
+                counts["beside"] += 1
+                texts[-1] += f"\n\n{more.strip()}" if origin.column is None else ""
+            counts["turns"] += _has_more(value)
         elif text is not None and origin.dataset is not None:
-            blank += 1  # The user can't correct somebody else's data set, so it isn't an error there.
+            counts["blank"] += 1  # The user can't correct somebody else's data set, so it isn't an error there.
         else:
             where = f"{origin.label}, {place}" + (f", column '{column}'" if column else "")
             what = "is blank" if text is not None else f"is not text but {shorten(repr(value), 60)}"
             raise PromptError(f"{where}: the prompt {what}; correct it or delete it")
-    if blank:
-        notes.append(f"{origin.label}: dropped {count(blank, 'blank prompt')}")
+    joined = "joined to" if origin.column is None else f"not read, as {origin.option} names only"
+    said = {
+        "blank": ("blank prompt", "dropped {}"),
+        "beside": ("prompt", f"'{beside[0]}' of {{}} {joined} '{column}'"),
+        "turns": ("chat", "of {}, system prompts or turns after the user's first left out"),
+    }
+    notes += [
+        f"{origin.label}: {form.format(count(counts[of], noun))}" for of, (noun, form) in said.items() if counts[of]
+    ]
     return texts
+
+
+def _beside(table: Table, column: str) -> tuple[str, Sequence[object]]:
+    """The column with what a column's prompts are about, as Alpaca's `input`, and its values; "" where none is."""
+    usual = COLUMNS_BESIDE.get(column.casefold(), ())
+    name = next((name for name in table.columns if name.casefold() in usual), "")
+    return name, table.columns[name] if name else [None] * len(table.places)
+
+
+def _has_more(value: object) -> bool:
+    """Whether a chat has a system prompt or several turns of the user's."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return False
+    roles = [turn.get("role", turn.get("from")) for turn in value if isinstance(turn, Mapping)]
+    return "system" in roles or sum(role in ("user", "human") for role in roles) > 1
 
 
 def _choose_column(table: Table, origin: Origin) -> str:
@@ -92,9 +110,11 @@ def _choose_column(table: Table, origin: Origin) -> str:
     if not names:
         return ""
     by_name = {name.casefold(): name for name in reversed(names)}
-    for usual in COLUMN_NAMES:
-        if usual in by_name:
-            return by_name[usual]
+    by_last = {name.rpartition(".")[2].casefold(): name for name in reversed(names)}  # of objects in a row
+    for known in (by_name, by_last):
+        for usual in COLUMN_NAMES:
+            if usual in known:
+                return known[usual]
     raise PromptError(
         f"{origin.label} has no column with a usual name for prompts, such as 'text' or 'prompt'"
         f"{listed(names)}; name one with {origin.option}"

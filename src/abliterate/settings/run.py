@@ -37,8 +37,8 @@ class PromptSettings(Stage):
     panel = "Prompts"
     target: str | None = option(
         None,
-        "Prompts that show the behaviour: Hub set id[:split[:column]], 'harmful_behaviors', 'bundled', "
-        "'bundled-varied', or a .txt .json .jsonl .csv .parquet file or datasets folder.",
+        "Prompts that show the behaviour: Hub set id[/subset][:split[:column]], 'harmful_behaviors', 'bundled', "
+        "'bundled-varied', a .txt .json .jsonl .csv .tsv .parquet file, a folder of them, or - for standard input.",
     )
     baseline: str | None = option(None, "Prompts that don't show it; sources as for --target.")
     target_column: str | None = option(None, "Column with the target prompts.")
