@@ -131,6 +131,8 @@ def test_in_place_needs_no_out(desk):
         ([], "--out"),
         (["--out", "model"], "is the model itself.*--in-place"),
         (["--as", "adapter", "--in-place"], "--in-place is for the form checkpoint"),
+        (["--as", "gguf", "--out", "o"], "is a model folder, not a GGUF; .*--as checkpoint.*abliterate export"),
+        (["--as", "gguf-adapter", "--out", "o"], "is a model folder, not a GGUF"),
         (["--as", "gguf", "--plan"], "--plan is for the form checkpoint"),
         (["--out", "o", "--dtype", "float16"], "--dtype"),
         (["--out", ".", "--overwrite"], "recipe r.safetensors lies in"),

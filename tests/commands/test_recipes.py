@@ -57,6 +57,11 @@ def recipe(tmp_path):
     return written(tmp_path / "recipe.safetensors", edit())
 
 
+def test_the_folder_of_a_run_stands_for_its_recipe(recipe):
+    assert succeeds("show", recipe.parent).out == succeeds("show", recipe).out
+    assert succeeds("diff", recipe.parent, recipe, "--json").json == succeeds("diff", recipe, recipe, "--json").json
+
+
 def test_show_prints_what_the_recipe_does_and_where_it_comes_from(recipe):
     out = succeeds("show", recipe).out
     for text in ("source: x/Y", '"site": "pre"', "98 of 100 = 98.0% (93.0% to 99.4%)", "0.132"):

@@ -104,6 +104,11 @@ def test_wrong_input_stops(tmp_path: Path, tiny_folder: Path, monkeypatch: pytes
         find_converter()
 
 
+def test_types_that_only_llama_quantize_makes_point_to_it(tmp_path: Path, tiny_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"IQ4_XS is not a type.*export F16, then llama\.cpp's llama-quantize"):
+        export_gguf(tiny_folder, tmp_path / "out.gguf", "IQ4_XS", SILENT)
+
+
 def test_the_command_says_what_it_wrote_or_why_not(tmp_path: Path, tiny_folder: Path, converter: Path) -> None:
     model = write_model(tmp_path / "model.gguf", "BF16")
     converter.write_text(f"import shutil, sys; shutil.copy({str(model)!r}, sys.argv[3])")

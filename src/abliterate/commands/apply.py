@@ -57,10 +57,10 @@ def apply(
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its pieces are dealt to two threads already
     with io.reported() as terminal:
         from abliterate.apply.forms import ApplyOptions, apply_recipe
-        from abliterate.edit.recipe import load_recipe
+        from abliterate.edit.recipe import load_recipe, recipe_file
 
         target = _target(form, model, out, in_place, plan)
-        file = recipe / "recipe.safetensors" if recipe.is_dir() else recipe
+        file = recipe_file(recipe)
         loaded = load_recipe(file)
         if io.overwrite and file.resolve().is_relative_to(target.resolve()):
             raise AbliterateError(f"recipe {file} lies in {target}, which --overwrite would replace; move it first")

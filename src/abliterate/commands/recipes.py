@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from abliterate.edit.recipe import Recipe
 
-RecipeFile = Annotated[Path, "A recipe.safetensors file."]
+RecipeFile = Annotated[Path, "recipe.safetensors, or the folder that `run` wrote."]
 
 MOST_ROWS = 12
 LABEL_WIDTH = 24
@@ -24,13 +24,13 @@ LAYERS_PER_LINE = 40  # with its label and numbers, a line of strengths fits 80 
 def show(recipe: RecipeFile, io: Output) -> None:
     """Print a recipe: its model, where it comes from, what was measured, and its strengths over layers."""
     from abliterate.edit.compare import description
-    from abliterate.edit.recipe import load_recipe
+    from abliterate.edit.recipe import load_recipe, recipe_file
 
     loaded = load_recipe(recipe)
     document = description(loaded)
     io.result(document)
     if not io.json:
-        _print_recipe(recipe, loaded, document)
+        _print_recipe(recipe_file(recipe), loaded, document)
 
 
 @command("", "abliterate diff a/recipe.safetensors b/recipe.safetensors --json", shares="json")

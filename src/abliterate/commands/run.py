@@ -104,7 +104,9 @@ def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, i
 
 def _default_folder(model: str) -> Path:
     """NAME-abliterated here, for a model's folder, file or Hub id."""
-    path = Path(model).expanduser()
+    from abliterate.models.folders import meant
+
+    path = Path(meant(model)[0]).expanduser()
     name = path.resolve().name if path.exists() else path.name
     return Path(f"{name.removesuffix('.gguf')}-abliterated")
 

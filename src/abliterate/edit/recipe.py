@@ -80,13 +80,21 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
         save_file(contiguous, temporary, metadata={KEY: json.dumps(document, sort_keys=True)})
 
 
+def recipe_file(path: str | os.PathLike[str]) -> Path:
+    """The file meant by a recipe's path: of a folder that `run` wrote, the one in it."""
+    return Path(path) / "recipe.safetensors" if Path(path).is_dir() else Path(path)
+
+
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe, strictly.
+
+    Args:
+        path: the file, or the folder that `run` wrote.
 
     Raises:
         RecipeError: naming the rule of docs/recipe.md that the file breaks.
     """
-    path = Path(path)
+    path = recipe_file(path)
     arrays, metadata = _read(path)
     try:
         document = _document(metadata)

@@ -12,7 +12,7 @@ from abliterate.common.errors import AbliterateError, ModelError, PromptError
 from abliterate.common.files import check_apart, check_folder
 from abliterate.heal.surroundings import check_packages
 from abliterate.measure.document import RunDocument, SettingsUsed, load_document
-from abliterate.models.folders import model_folder
+from abliterate.models.folders import check_here, model_folder
 from abliterate.models.handle import config_hash
 from abliterate.prompts.sets import format_prompts
 from abliterate.settings.heal import HealRunSettings
@@ -89,6 +89,8 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
             models that aren't of one kind.
     """
     options = settings.heal
+    for source in filter(None, (sources.model, sources.original)):
+        check_here(source)
     check_folder(out, overwrite=overwrite)
     check_apart(out, sources.model, sources.original)
     if options.preset == "self" and sources.original is None:
@@ -107,10 +109,11 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
         )
     check_packages(options)
     if options.preset == "dpo":
-        from abliterate.heal.preferences import SUFFIXES, read_pairs
+        from abliterate.heal.preferences import read_pairs
+        from abliterate.prompts.tables import kind_of
 
         file = Path(options.data).expanduser()
-        if file.suffix in SUFFIXES and not file.is_file():
+        if kind_of(file) and not file.is_file():
             raise PromptError(f"preference file {options.data} not found; give another with --data")
         if file.is_file():
             read_pairs(options)

@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from abliterate.common.errors import ModelError, shorten
+from abliterate.common.names import hub_name, is_address, is_local
 
 _DESCRIBING = (
     "*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.bpe", "LICENSE*", "LICENCE*", "NOTICE*",
     "USE_POLICY*",
 )  # fmt: skip
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?/?(?:@\S+)?")
+
+
+def meant(source: str, revision: str | None = None) -> tuple[str, str | None]:
+    """A model's source and revision as they were meant: of a pasted address or `org/name@revision` the Hub id.
+
+    Args:
+        source: as for `model_folder`; what is here, or is no Hub id, stays as it is.
+        revision: given apart.
+
+    Raises:
+        ModelError: when the address is of one file of a model, or two revisions are named.
+    """
+    if is_local(source) or not (is_address(source) or _ID.fullmatch(source.strip())):
+        return source, revision
+    found = hub_name(source)
+    if found.rest:
+        raise ModelError(
+            f"model {source.strip()} is the address of a file or page; give the model's id, {found.id}, or, for a "
+            "GGUF, download the file (hf download) and give its path"
+        )
+    if revision and found.revision not in (None, revision):
+        raise ModelError(f"model {source.strip()} names the revision {found.revision}, and --revision {revision}")
+    return found.id, revision or found.revision
+
+
+def check_here(source: str) -> None:
+    """Raise ModelError when a source names a file or folder that isn't there, or holds no model; asks no network."""
+    path = Path(source).expanduser()
+    if not source.strip():
+        raise ModelError("the model's name is empty; give a model folder, a GGUF file or a Hub id")
+    if path.is_dir():
+        _weights_in(path, source)
+    elif path.is_file() and path.suffix.lower() != ".gguf":
+        raise ModelError(f"model {source} is a file, but not a .gguf; give a model folder, a GGUF file or a Hub id")
+    elif not path.exists() and not _ID.fullmatch(meant(source)[0]):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+:\S+", source):
+            problem = "a revision is written org/name@revision, and of a GGUF on the Hub the downloaded file is given"
+        elif "://" in source:
+            problem = "it is no address of a model on the Hugging Face Hub; give org/name, or a folder"
+        else:
+            problem = "no such file or folder; check the path"
+        raise ModelError(f"model {source} not found: {problem}")
+    elif not path.exists() and source.lower().endswith(".gguf"):
+        raise ModelError(f"model {source} not found: no such file or folder; check the path")
 
 
 def model_folder(source: str, revision: str | None = None, *, dtype: str = "auto") -> Path:
@@ -23,15 +70,9 @@ def model_folder(source: str, revision: str | None = None, *, dtype: str = "auto
     Raises:
         ModelError: when there is no such model, or no weights that are read.
     """
-    if not source.strip():
-        raise ModelError("the model's name is empty; give a model folder, a GGUF file or a Hub id")
+    check_here(source)
     path = Path(source).expanduser()
-    if path.is_dir():
-        gguf = _weights_in(path, source)
-    elif path.is_file() and path.suffix.lower() != ".gguf":
-        raise ModelError(f"model {source} is a file, but not a .gguf; give a model folder, a GGUF file or a Hub id")
-    else:
-        gguf = path if path.is_file() else None
+    gguf = _weights_in(path, source) if path.is_dir() else path if path.is_file() else None
     if gguf is not None:
         from abliterate.models.gguf.convert import converted
 
@@ -56,13 +97,8 @@ def local_folder(model: str, revision: str | None = None, *, weights: bool = Tru
     if path.is_file():
         hint = "use --as gguf, or give the model's folder" if path.suffix == ".gguf" else "give the model's folder"
         raise ModelError(f"model {model} is a file, and the form checkpoint takes a folder with safetensors; {hint}")
-    if (
-        model.lower().endswith(".gguf")
-        or model.startswith((".", "/", "~"))
-        or model.count("/") > 1
-        or not model.strip()
-    ):
-        raise ModelError(f"model {model} not found: no such file or folder; check the path")
+    check_here(model)
+    model, revision = meant(model, revision)
     from huggingface_hub import snapshot_download
 
     try:
@@ -95,7 +131,8 @@ def _weights_in(folder: Path, source: str) -> Path | None:
     if ggufs:
         problem = f"it holds several GGUF files; name one: {', '.join(ggufs)}"
     elif "config.json" not in files:
-        problem = "there is no config.json in it; name the folder that holds the model"
+        inner = next((f.parent for f in sorted(folder.glob("*/config.json"))), None)
+        problem = f"there is no config.json in it; name {inner or 'the folder that holds the model'}"
     elif pickles:
         problem = (
             f"its weights are pickles ({', '.join(pickles[:3])}), which can run code when they are read; "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, NonFiniteError, listed, shorten
-from abliterate.models.folders import commit_of, model_folder
+from abliterate.models.folders import commit_of, meant, model_folder
 from abliterate.models.handle import Handle
 from abliterate.models.pretrained import auto_class, from_pretrained, wants_own_code
 from abliterate.models.quantised import (
@@ -75,7 +75,7 @@ def load(
     if not torch.accelerator.is_available():
         # else an installed DeepSpeed, which transformers imports on saving, prints a warning among our results
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    source = str(source)
+    source, revision = meant(str(source), revision)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{dtype}'; choose auto, {', '.join(DTYPES)}")
     folder = model_folder(source, revision, dtype=dtype)

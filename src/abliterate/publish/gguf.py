@@ -71,7 +71,10 @@ def export_gguf(
     began = time.monotonic()
     wanted = ALIASES.get(kind.upper(), kind.upper())
     if wanted not in TYPES:
-        raise ModelError(f"--gguf {kind} is not a type this can write; choose {', '.join(TYPES)}")
+        raise ModelError(
+            f"--gguf {kind} is not a type this can write; choose {', '.join(TYPES)} (for others: export F16, then "
+            "llama.cpp's llama-quantize)"
+        )
     folder, final = Path(model).expanduser(), Path(out)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder}: there is no config.json in it; name the folder that holds the model")

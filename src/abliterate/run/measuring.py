@@ -7,6 +7,7 @@ from typing import Any
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.measure import Measurement
 from abliterate.measure.document import RunDocument
+from abliterate.models.folders import check_here
 from abliterate.models.handle import Handle, reasoning_open
 from abliterate.run.beside import Beside, say_beside
 from abliterate.run.facts import SCHEMA, environment, side_facts
@@ -30,6 +31,8 @@ def measure_models(
     """Measure a model, and its divergence from an original when one is named; one is loaded at a time."""
     reporter, clock = reporter or Silent(), Clock()
     settings, behaviour = resolve_behaviour(settings)
+    for source in filter(None, (model, original)):
+        check_here(source)
     sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
         reporter.say(note)
@@ -62,7 +65,7 @@ def measure_models(
         measurements[state] = found
         before = found if name == "original" else before
         document[name] = found.to_json()
-        document["model"] = {"source": source, "config_hash": handle.config_hash, "revision": handle.revision}
+        document["model"] = {"source": handle.source, "config_hash": handle.config_hash, "revision": handle.revision}
     if original is None:
         document["original"], document["edited"] = document["edited"], None
     document |= beside.to_json(**measurements)

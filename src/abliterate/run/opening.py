@@ -13,6 +13,7 @@ from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.measure.decode import decode
 from abliterate.measure.judges import AND, Judge, make_judge
 from abliterate.measure.verdicts import Panel
+from abliterate.models.folders import check_here
 from abliterate.models.handle import Handle, find_prefill
 from abliterate.models.loading import load
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
@@ -62,6 +63,7 @@ def opened(
         AbliterateError: any that loading gives.
     """
     clock = Clock()
+    check_here(model)
     judge = judge or judges(settings, behaviour)
     second = second_judge(settings, behaviour)
     say_judges(settings, judge, second, reporter)

@@ -203,6 +203,7 @@ def plan_run(
     if settings.search.method not in SEARCH_COSTS:
         raise AbliterateError(f"--plan knows no cost of --method {settings.search.method}")
     judge = make_judge(settings.measure.judge)
+    check_here(model)
     sides = open_prompts(settings.prompts, settings.seed)
     reporter.say(f"loading {model}")
     loading = time.monotonic()

@@ -179,6 +179,11 @@ def open_gguf(path: str | os.PathLike[str], *, part: bool = False) -> GgufFile:
             part of a split one; the text says what is wrong.
     """
     path = Path(path).expanduser()
+    if (path / "config.json").is_file():
+        raise ModelError(
+            f"{path} is a model folder, not a GGUF; change it with --as checkpoint, and `abliterate export` makes a "
+            "GGUF of what that writes"
+        )
     if not path.is_file():
         raise ModelError(f"GGUF {path} not found; name a .gguf file")
     try:
