@@ -29,6 +29,7 @@ from abliterate.common.reporting import Reporter, Silent
 from abliterate.measure.divergence import ANSWER_TOKENS, KEPT
 from abliterate.measure.judges import make_judge
 from abliterate.measure.slots import rows_at_once
+from abliterate.models.folders import check_here
 from abliterate.run.opening import open_model, open_prompts
 from abliterate.run.probe import PROBE_TOKENS, Costs, Line, probe
 from abliterate.run.showing import FILTER_TOKENS
