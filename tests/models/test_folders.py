@@ -11,7 +11,7 @@ import abliterate as ab
 from abliterate.common.errors import ModelError
 from abliterate.models.folders import check_here, local_folder, meant, model_folder
 from abliterate.settings.run import RunSettings
-from command import fails, succeeds
+from command import abliterate, succeeds
 from models import save_tiny
 
 
@@ -88,7 +88,7 @@ def test_a_missing_model_is_said_before_prompts_are_fetched(tmp_path, monkeypatc
         monkeypatch.setattr(importlib.import_module(f"abliterate.run.{module}"), "open_prompts", fetch)
     missing = str(tmp_path / "missing")
     for command in (["run", missing], ["run", missing, "--plan"], ["measure", missing], ["audit", missing]):
-        assert "no such file or folder" in fails(tmp_path, *command)
+        assert "no such file or folder" in abliterate(*command, "--out", tmp_path / "out").err
     assert RunSettings().prompts.target is None  # the Hub's, which would be fetched
 
 

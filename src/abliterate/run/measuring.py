@@ -31,8 +31,8 @@ def measure_models(
     """Measure a model, and its divergence from an original when one is named; one is loaded at a time."""
     reporter, clock = reporter or Silent(), Clock()
     settings, behaviour = resolve_behaviour(settings)
-    for source in filter(None, (model, original)):
-        check_here(source)
+    for named in filter(None, (model, original)):
+        check_here(named)
     sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
         reporter.say(note)
