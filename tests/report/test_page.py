@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from abliterate.common.errors import AbliterateError
-from abliterate.report import load_run, write_html, write_markdown, write_stills
+from abliterate.measure.numbers import Share
+from abliterate.measure.rates import Rate
+from abliterate.report import headline, load_run, write_html, write_markdown, write_stills
 from abliterate.report.figures import all_figures
 from abliterate.report.stills import COLOURS
 from command import fails, succeeds
@@ -136,6 +138,49 @@ def test_sections_answer_in_order(done):
         "Did it work?", "What did it cost?", "What was changed?", "How was it chosen?", "Can I trust it?",
         "How do I repeat it?",
     ]  # fmt: skip
+
+
+def test_the_first_screen(done):
+    """The model's name, a sentence, a verdict for each number, the day, and commands to copy."""
+    loaded = load_run(done)
+    text = html(done)
+    first = text[: text.index("<main>")]
+    for tile in headline.tiles(loaded):
+        assert tile.numbers in first and tile.verdict in first
+    assert [tile.what for tile in headline.tiles(loaded)][-2:] == ["degenerate answers", "divergence"]
+    assert f"<h1>{headline.name(loaded)}</h1>" in first and headline.made(loaded) in first
+    assert headline.headline(loaded) in first
+    lines = [line for _, line in headline.next_steps(loaded)]
+    assert f"abliterate export {done.name} --gguf Q4_K_M --ollama" in lines
+    assert len(re.findall(r"<code>", first)) == len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "wanted", "verdict", "good"),
+    [
+        ((98, 100), (2, 100), -1, "gone", True),
+        ((98, 100), (40, 100), -1, "fewer", True),
+        ((98, 100), (95, 100), -1, "no change shown", None),
+        ((2, 100), (97, 100), 1, "more", True),
+        ((1, 100), (2, 100), 0, "no change shown", True),
+        ((1, 100), (30, 100), 0, "more", False),
+    ],
+)
+def test_a_verdict_says_no_more_than_the_intervals(was, now, wanted, verdict, good):
+    shares = [Share.model_validate(Rate(*pair).to_json("refused")) for pair in (was, now)]
+    tile = headline._share("refusals", *shares, wanted)
+    assert (tile.verdict, tile.good) == (verdict, good)
+    assert tile.numbers == f"{was[0]} → {now[0]} of 100"
+
+
+def test_answers_that_loop_or_evade_are_marked(copy):
+    data = json.loads((copy / "report-data.json").read_text())
+    data["examples"]["baseline"][0]["edited"]["answer"] = "het je " * 40
+    data["examples"]["target"][0]["edited"] = {"refused": False, "evaded": True}
+    (copy / "report-data.json").write_text(json.dumps(data))
+    text = html(copy)
+    assert re.search(r'<span class="marked">(not )?refused, loops</span>', text)
+    assert '<span class="marked">evaded</span>' in text
 
 
 def test_numbers_in_the_text(done):

@@ -285,6 +285,8 @@ def _examples(
         entry: dict[str, Any] = {"prompt": prompt}
         for name, found in measured.items():
             entry[name] = {"refused": bool(getattr(found, f"refused_{side}")[index])}
+            if side == "target" and found.verdicts is not None:
+                entry[name]["evaded"] = found.verdicts[index] == "evaded"
             if answers:
                 entry[name]["answer"] = getattr(found, f"{side}_answers")[index].text[:LONGEST_ANSWER]
         shown.append(entry)

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from abliterate.report import story
+from abliterate.report import headline, story
 from abliterate.report.charts import Figure
 from abliterate.report.document import Loaded
 from abliterate.report.figures import all_figures
@@ -31,6 +31,7 @@ def page(loaded: Loaded) -> str:
     return environment.get_template("report.html.j2").render(
         loaded=loaded,
         story=story,
+        headline=headline,
         figures=figures,
         separation=[figures[name] for name in figures if name.startswith("separation-")],
         command=repeat_command(loaded),

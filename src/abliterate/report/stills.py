@@ -19,8 +19,15 @@ MARKERS = {"circle": "o", "square": "s", "diamond": "D", "star": "*", "circle-op
 STYLES = {"solid": "-", "dot": ":", "dash": "--"}
 
 
-def draw(figure: Figure, path: Path) -> None:
-    """Write one figure as a PNG; one with frames shows the chosen one."""
+def draw(figure: Figure, path: Path, *, title: str = "", said: str = "", numbers: Sequence[Sequence[str]] = ()) -> None:
+    """Write one figure as a PNG; one with frames shows the chosen one.
+
+    Args:
+        figure: what to draw.
+        path: the file.
+        title, said: a heading above, and a sentence instead of the figure's title.
+        numbers: a text for each point of each trace, written beside it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -28,7 +35,10 @@ def draw(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(canvas)
     axes = canvas.add_subplot()
     data, layout = figure.at(figure.shown)
-    axes.set_title(figure.title, loc="left", fontweight="bold")
+    if title:
+        canvas.suptitle(_as_text(title), x=0.01, ha="left", fontweight="bold")
+    style = ("normal", "medium") if said else ("bold", "large")
+    axes.set_title(_as_text(said or figure.title), loc="left", wrap=True, fontweight=style[0], fontsize=style[1])
     for trace in data:
         if trace["type"] == "heatmap":
             _heatmap(canvas, axes, trace)
@@ -39,8 +49,21 @@ def draw(figure: Figure, path: Path) -> None:
     if any(trace["type"] == "scatter" for trace in data):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small", loc="best")
+        handles = axes.get_legend_handles_labels()
+        canvas.legend(*handles, frameon=False, fontsize="small", loc="outside lower left", ncols=4)
+    for trace, texts in zip(data, numbers, strict=False):
+        _beside_points(axes, trace, texts)
     canvas.savefig(path, format="png", metadata={"Software": None})
+
+
+def _beside_points(axes: Any, trace: dict[str, Any], texts: Sequence[str]) -> None:
+    """A text behind each point's interval, or before it where that ends at the right."""
+    bars = trace["error_x"]
+    for x, y, below, above, text in zip(trace["x"], trace["y"], bars["arrayminus"], bars["array"], texts, strict=True):
+        left = x < 50
+        style = {"ha": "left" if left else "right", "va": "center", "fontsize": "small"}
+        place = (x + above if left else x - below, y), (6 if left else -6, 0)
+        axes.annotate(text, *place, textcoords="offset points", color=COLOURS[trace["marker"]["color"]], **style)
 
 
 def _scatter(axes: Any, trace: dict[str, Any]) -> None:

@@ -10,10 +10,11 @@ from abliterate.cards.tables import Table, divergences, losses, shares, state_ta
 from abliterate.cards.verdicts import verdicts
 from abliterate.cards.words import joined, number, percent
 from abliterate.common.names import public, public_source
+from abliterate.measure.coherence import why_degenerate
 from abliterate.measure.document import STATES
 from abliterate.measure.numbers import Share
+from abliterate.report import headline
 from abliterate.report.document import Loaded
-from abliterate.report.repeat import model_name
 
 HASH = 12  # characters shown
 WIDE = 0.2  # an interval wider than this says little
@@ -21,9 +22,7 @@ WIDE = 0.2  # an interval wider than this says little
 
 def title(loaded: Loaded) -> str:
     """The report's name."""
-    done = [word for word, key in (("abliterated", "recipe"), ("healed", "heal")) if getattr(loaded.results, key)]
-    name = model_name(loaded.results)
-    return f"{name}, {joined(done)}" if done else name
+    return ", ".join(filter(None, (headline.name(loaded), headline.done(loaded))))
 
 
 def verdict(loaded: Loaded) -> str:
@@ -236,8 +235,20 @@ def examples(loaded: Loaded, side: str) -> list[dict[str, Any]]:
             for state in STATES
             if state in entry
         }
+        for state, found in states.items():
+            found["said"] = _mark(found, entry[state])
         shown.append({"prompt": entry["prompt"], "states": states})
     return shown
+
+
+def _mark(shown: dict[str, Any], kept: dict[str, Any]) -> str:
+    """What an answer is in a word or two: the verdict, and whether it evades, loops or is empty."""
+    why = why_degenerate(shown["answer"], finished=False) if "answer" in shown else None
+    words = [
+        "refused" if kept["refused"] else "evaded" if kept.get("evaded") else "not refused",
+        *([why] if why else []),
+    ]
+    return ", ".join(words)
 
 
 def target_answers_note(loaded: Loaded) -> str:

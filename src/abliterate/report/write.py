@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import whole_file, whole_folder
-from abliterate.report.document import load_run
+from abliterate.report.charts import Figure
+from abliterate.report.document import Loaded, load_run
+from abliterate.report.headline import headline
+from abliterate.report.story import title
 
 HTML, PICTURES, MARKDOWN = "report.html", "report-png", "report.md"
 INSTALL = "pip install 'abliterate[report]'"
@@ -54,8 +58,15 @@ def write_stills(out: str | Path, folder: str | Path | None = None, *, overwrite
     path = Path(folder) if folder is not None else loaded.folder / PICTURES
     with whole_folder(path, overwrite=overwrite) as temporary:
         for name, figure in all_figures(loaded).items():
-            draw(figure, temporary / f"{name}.png")
+            shared = _shared(loaded, figure) if name == "outcome" else {}
+            draw(figure, temporary / f"{name}.png", **shared)
     return path
+
+
+def _shared(loaded: Loaded, figure: Figure) -> dict[str, Any]:
+    """The picture that people share says of itself which model it is of, and its numbers."""
+    numbers = [[text.partition(": ")[2].partition(" = ")[0] for text in trace["text"]] for trace in figure.data]
+    return {"title": title(loaded), "said": headline(loaded), "numbers": numbers}
 
 
 def write_markdown(out: str | Path, file: str | Path | None = None) -> Path:

@@ -39,8 +39,13 @@
     const data = figure.data.map((trace, i) => ({ ...trace, ...(frame ? frame.data[i] : {}) }));
     const settings = { ...figure.layout, ...(frame ? frame.layout : {}) };
     const ticks = (settings.xaxis && settings.xaxis.ticktext) || [];
-    const width = printing ? room : Math.max(room, narrow ? 15 * ticks.length + 130 : 0); // a chart may scroll, the page never
-    const height = Math.round(Math.max(narrow ? 320 : 280, Math.min(560, room * figure.ratio)));
+    const width = room, most = Math.max(1, Math.floor((room - 130) / 15));
+    if (narrow && ticks.length > most) { // every so many labels: the whole chart stays in sight
+      const step = Math.ceil(ticks.length / most), thin = (values) => values.filter((_, i) => i % step === 0);
+      settings.xaxis = { ...settings.xaxis, ticktext: thin(ticks), tickvals: thin(settings.xaxis.tickvals) };
+    }
+    const least = printing ? (ticks.length ? 300 : 200) : narrow ? 320 : 280;
+    const height = Math.round(Math.max(least, Math.min(printing ? (ticks.length ? 330 : 235) : 560, room * figure.ratio)));
     for (const trace of data) {
       if (trace.type === "heatmap" && narrow && !ticks.length) {
         trace.colorbar = { ...trace.colorbar, orientation: "h", y: -0.3, yanchor: "top", thickness: 8, len: 0.9 };
@@ -135,6 +140,15 @@
     button.textContent = "Theme: " + label;
     if (window.Plotly) drawAll();
   });
+
+  // --- commands to copy --------------------------------------------------------------------------
+  for (const copy of document.querySelectorAll(".copy")) {
+    copy.hidden = false;
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(copy.previousElementSibling.textContent);
+      copy.textContent = "Copied";
+    });
+  }
 
   // --- plotly, unpacked here: nothing is fetched -------------------------------------------------
   async function unpack() {
