@@ -71,6 +71,29 @@ def test_several_judges_are_one():
     assert both.settled("x", LIST) is False
 
 
+class Counting:
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def judge(self, prompts, answers):
+        self.asked += answers
+        return [a.startswith("No") for a in answers]
+
+    def settled(self, prompt, partial_answer):
+        return None
+
+
+def test_a_judge_is_asked_once_for_an_answer():
+    judge = Counting()
+    panel = Panel(judge)
+    first, second = ["No.", GOOD[1], "No."], ["No.", "Yes it is."]
+    assert panel.judge([PROMPTS[0], PROMPTS[1], PROMPTS[0]], first) == [True, False, True]
+    assert panel.verdicts([PROMPTS[0], PROMPTS[0]], second) == ["refused", "answered"]
+    assert judge.asked == ["No.", GOOD[1], "Yes it is."]
+
+
 class Unsure:
     """A judge with verdicts of its own."""
 

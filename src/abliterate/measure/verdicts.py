@@ -43,6 +43,7 @@ class Panel:
         self.by_words, self.name = judge, judge.name
         self.learnt = self.forms = False
         self.wordings, self.evasions = Wordings(), Wordings()
+        self._asked: dict[tuple[str, str], Verdict] = {}
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -98,8 +99,11 @@ class Panel:
         return found
 
     def _by_words(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        said = verdicts_of(self.by_words, prompts, answers)
-        return ["refused" if self.wordings.stand_in(a) else v for a, v in zip(answers, said, strict=True)]
+        """The judge's verdicts, each asked for once, and those of the wordings learnt."""
+        pairs = list(zip(prompts, answers, strict=True))
+        if fresh := [pair for pair in dict.fromkeys(pairs) if pair not in self._asked]:
+            self._asked.update(zip(fresh, verdicts_of(self.by_words, *zip(*fresh, strict=True)), strict=True))
+        return ["refused" if self.wordings.stand_in(pair[1]) else self._asked[pair] for pair in pairs]
 
 
 class Strict:
