@@ -27,7 +27,6 @@ from abliterate.search.examples import Examples
 from abliterate.search.fit import (
     _draw,
     _Job,
-    blocks_to_edit,
     fit,
     next_scaled,
     next_weight,
@@ -36,6 +35,7 @@ from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint
 from abliterate.search.stand_ins import Refusing, Staying, log_odds, told_apart
+from abliterate.search.starts import starts, wider, window
 from abliterate.search.variable_edit import editable, live_factors
 from heard import Heard
 from models import FAMILIES, handle_of
@@ -180,15 +180,15 @@ def test_with_little_memory_the_fit_is_the_same_bit_for_bit(family, rank, monkey
         job = _Job(handle, directions, side, side, RefusesWithR(), options, (), FitState())
         job.start(Silent())
         job.descend(1.0, 3, Silent())
-        return job.variables
+        return job
 
     plenty = descended(math.inf)
     checkpointed = []
     monkeypatch.setattr(packed._Checkpointed, "__init__", noting(checkpointed, packed._Checkpointed.__init__))
     little = descended(0.0)
-    assert len(checkpointed) == 3 * 3  # steps, blocks: choosing where to start takes no gradients
-    assert torch.equal(plenty.vectors, little.vectors)
-    assert torch.equal(plenty.strengths, little.strengths)
+    assert len(checkpointed) == 3 * len(little.blocks)  # steps, blocks: choosing where to start takes no gradients
+    assert torch.equal(plenty.variables.vectors, little.variables.vectors)
+    assert torch.equal(plenty.variables.strengths, little.variables.strengths)
 
 
 def noting(made, plain):
@@ -331,12 +331,15 @@ def test_gentler_edits_end_the_frontier(handle, data):
     assert scaled and result.frontier[-len(scaled) :] == scaled
     for p in scaled:
         of = next(q for q in result.frontier if q.weight == p.weight and q.scaled is None)
-        assert p.edit.writers == of.edit.writers and p.divergence < of.divergence
+        assert p.edit.writers == of.edit.writers and p.divergence <= of.divergence
         np.testing.assert_allclose(p.edit.strengths, p.scaled * of.edit.strengths, rtol=1.3e-6, atol=1e-5)
 
 
 def test_blocks_and_writers_left_to_the_fit(handle, data):
     directions, *_ = data
-    blocks = blocks_to_edit(directions, handle.layers)
-    assert blocks.stop == handle.layers and 1 in blocks
+    near = list(starts(directions, range(handle.layers)))
+    assert near and all(len(start.blocks) <= window(handle.layers) for start in near)
+    assert all(start.directions.shape == (handle.layers, handle.d_model) for start in near)
+    everywhere, own = wider(near[0], directions, range(handle.layers))
+    assert everywhere.blocks == range(near[0].blocks.start, handle.layers) and own.blocks == range(handle.layers)
     assert {w.side for w in editable(find_writers(handle))} == {"attention", "mlp"}

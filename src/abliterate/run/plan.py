@@ -80,8 +80,9 @@ def article_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
 
 def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
     """Seconds of `search.fit.fit`: references, gradient steps to every point, and each point judged."""
-    from abliterate.search.fit import REFUSAL_TOKENS, STARTS
+    from abliterate.search.fit import REFUSAL_TOKENS
     from abliterate.search.fit_settings import FitSettings
+    from abliterate.search.starts import STARTS
 
     sizes = FitSettings(steps=settings.search.steps)
     points, validation = len(sizes.weights), min(sizes.validation_prompts, counts.target["validation"])
@@ -95,7 +96,7 @@ def fit_cost(costs: Costs, counts: Counts, settings: RunSettings) -> float:
         costs.reference * (kept * SHORTER + counts.baseline["validation"])
         + costs.collect * (counts.target["train"] + kept)  # what enters the first edited block, kept for every row
         # choosing the start needs no way back
-        + costs.gradient * (sizes.target_batch + sizes.baseline_batch) * (steps + (STARTS + 1) / 3)
+        + costs.gradient * (sizes.target_batch + sizes.baseline_batch) * (steps + (STARTS + 2) / 3)
         + costs.decoding(costs.settling, looking, REFUSAL_TOKENS)
         + points * judging
         + len(sizes.lighter) * (judging + refused) / 2

@@ -275,11 +275,12 @@ def timed(handle: Handle, work: Callable[[], T]) -> tuple[float, T]:
 
 def _first_edited(handle: Handle, activations: Activations, settings: RunSettings) -> int:
     """The first block that a fit would edit, as far as the probe's few prompts tell."""
-    from abliterate.search.fit import blocks_to_edit
+    from abliterate.search.starts import starts
 
     if settings.search.layers:
         return layer_range(settings.search.layers)[0]
-    return blocks_to_edit(difference_of_means(activations), handle.layers)[0]
+    near = starts(difference_of_means(activations), range(handle.layers))
+    return min((start.blocks.start for start in near), default=0)
 
 
 def gradient(

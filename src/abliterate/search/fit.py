@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice, pairwise
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float
@@ -37,16 +39,17 @@ from abliterate.search.frontier import FrontierPoint, non_dominated
 from abliterate.search.packed import Packer
 from abliterate.search.points import PointJudge, panel_of, reference_of
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
+from abliterate.search.starts import Start, starts, wider
 from abliterate.search.variable_edit import VariableEdit
 
 UNIT = 0.05  # nats of divergence that count as much as one unit of the stand-in for refusing
-STARTING_STRENGTH = 0.6
-START_PROMPTS = 12
+STARTING_STRENGTH = 0.9  # of a start in few blocks
+STRENGTH_EVERYWHERE = 0.6
+START_PROMPTS = 8
 REFUSAL_TOKENS = 32
 TOO_MANY_REFUSALS = 0.5  # past it, points with still less weight on refusing are of no use
 NOTHING_LEFT = 0.95  # refused past which an edit lighter still says nothing new
 HEAVIER = 2  # how often more weight is tried where the first point still refuses
-STARTS = 8
 SAVE_EVERY = 5  # steps
 NEW_START = 0.3  # share of training prompts still refused beyond which the start was wrong
 
@@ -77,7 +80,8 @@ def fit(
 ) -> Fitted:
     """Fit strengths and directions by gradients, along the whole frontier.
 
-    1. Start: the direction of one layer (or each layer's own) that lowers the objective most, in every writer.
+    1. Start: the direction of one layer, in the few blocks below it (or elsewhere: `starts`), that lowers the objective
+       most.
     2. Fit at the first weight; then decode answers to the training targets and add the refusals and evasions that are
        left, in the edited model's words, to what is lowered.
     3. Fit on at each smaller weight; judge each point on the validation prompts. A sentence that has become common
@@ -185,8 +189,6 @@ class _Job:
         self.panel, self.train, self.also = panel, train, list(also)
         self.points = PointJudge(handle, train, validation, panel, settings, state.points)
         panel.evasions = Wordings(tuple(state.evasions))
-        self.blocks = settings.layers or blocks_to_edit(directions, handle.layers)
-        self.variables = VariableEdit(handle, self.blocks, settings.rank, kept, settings.seed)
         self.refusing = Refusing(
             handle.prompt_ids([*train.target, *train.over_refused]),
             [a.whole for a in (*train.refusals, *train.over_refusals)],
@@ -197,16 +199,27 @@ class _Job:
         self.staying = Staying(
             reference_of(handle, train.baseline[:count], train.answers[:count], settings.answer_tokens)
         )
-        stand_ins: list[StandIn] = [self.refusing, self.staying, *(s for _, s in self.also)]
-        self.packer = Packer(handle, [row for s in stand_ins for row in s.rows], self.blocks[0])
-        sizes = [len(s.rows) for s in stand_ins]
-        self.rows = [list(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
+        self.kept, self.allowed = kept, settings.layers or range(handle.layers)
         for prompts, openings in state.others:
-            self._take_in(prompts, openings)
+            self.refusing.add(prompts, openings)
+        if state.step:
+            self._open(range(state.first, self.allowed.stop))
+
+    def _open(self, blocks: range) -> None:
+        """Make these blocks' writers variables, at what the state says of them."""
+        self.blocks, settings, state = blocks, self.settings, self.state
+        self.variables = VariableEdit(self.handle, blocks, settings.rank, self.kept, settings.seed)
+        sides = [self.refusing.rows[: self.known], self.staying.rows, *(s.rows for _, s in self.also)]
+        self.packer = Packer(self.handle, [row for side in sides for row in side], blocks[0])
+        ends = list(accumulate(map(len, sides), initial=0))
+        self.rows = [list(range(*ends_of)) for ends_of in pairwise(ends)]
+        rest = iter(self.refusing.rows[self.known :])
+        for prompts, _ in state.others:
+            self.rows[0] += self.packer.add(list(islice(rest, len(prompts))))
         vectors, strengths = self.variables.vectors, self.variables.strengths
         self.optimiser = torch.optim.Adam(
             [
-                {"params": [vectors], "lr": settings.rate / handle.d_model**0.5},
+                {"params": [vectors], "lr": settings.rate / self.handle.d_model**0.5},
                 {"params": [strengths], "lr": settings.rate / 2},
             ],
             betas=(0.9, 0.95),
@@ -214,36 +227,43 @@ class _Job:
         state.bind(vectors, strengths, self.optimiser)
 
     def start(self, reporter: Reporter) -> str:
-        """Put the variables at the best of a few starts, by the objective on a few prompts; says which."""
-        starts = self._starts()
-        best, best_loss = "", math.inf
-        for name in each(reporter, "choosing where to start", list(starts)):
-            self.variables.put(starts[name], 1.0)
-            with torch.no_grad(), self.variables.live():
-                loss = float(self._loss(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0))
-            if loss < best_loss:
-                best, best_loss = name, loss
-        if not best:
+        """Put the variables at the best of some starts, by the objective on a few prompts; says which.
+
+        From then on the fit may edit the blocks from the start's first one on.
+        """
+        self.state.clear()
+        near = list(starts(self.directions, self.allowed))
+        blocks = range(min((s.blocks.start for s in near), default=self.allowed.start), self.allowed.stop)
+        self._open(blocks)
+        found = self._tried(near, reporter)
+        best = min(found, default=None, key=itemgetter(0))
+        found += self._tried(list(wider(best and best[1], self.directions, blocks)), reporter)
+        if not found:
             raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
-        self.variables.put(starts[best], STARTING_STRENGTH)
-        return best
+        _, chosen = min(found, key=itemgetter(0))
+        self._open(range(chosen.blocks.start, self.allowed.stop))
+        self.state.first = self.blocks.start
+        self._put(chosen, STARTING_STRENGTH if chosen.blocks.stop < self.blocks.stop else STRENGTH_EVERYWHERE)
+        return chosen.name
+
+    def _tried(self, tried: Sequence[Start], reporter: Reporter) -> list[tuple[float, Start]]:
+        """Each start with its loss, where that is finite."""
+        losses = [(self._loss_at(start), start) for start in each(reporter, "choosing where to start", tried)]
+        return [(loss, start) for loss, start in losses if math.isfinite(loss)]
+
+    @torch.no_grad()
+    def _loss_at(self, start: Start) -> float:
+        self._put(start, 1.0)
+        with self.variables.live():
+            return float(self._loss(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0))
+
+    def _put(self, start: Start, strength: float) -> None:
+        self.variables.put(start.directions[self.blocks.start : self.blocks.stop], strength, start.blocks)
 
     def best_place(self) -> Place:
         """Where the edited blocks' sides part best."""
         separation = self.directions.separation[:, 0, -1].nan_to_num(-1.0)
         return Place(max(self.blocks, key=lambda layer: float(separation[layer])), "pre", -1)
-
-    def _starts(self) -> dict[str, Float[Tensor, "block d_model"]]:
-        """One layer's direction in every block, for the layers that separate best; and each block's own."""
-        separation = self.directions.separation[:, 0, -1].nan_to_num(-1.0)
-        inside = [layer for layer in self.blocks if separation[layer] > 0]
-        layers = sorted(sorted(inside, key=lambda layer: -float(separation[layer]))[:STARTS])
-        starts = {
-            f"the direction at block {layer}, pre": self.directions.unit[layer, 0, -1].repeat(len(self.blocks), 1)
-            for layer in layers
-        }
-        own = self.directions.unit[self.blocks[0] : self.blocks[-1] + 1, 2, -1]
-        return {**starts, "each block's own direction": own}
 
     def descend(self, weight: float, until: int, reporter: Reporter) -> None:
         """Gradient steps at one weight until the step number `until`."""
@@ -321,7 +341,6 @@ class _Job:
         if len(left) <= NEW_START * len(prompts):
             return self.settings.steps_between
         reporter.say(f"that is many; starting anew from {self.start(reporter)}")
-        self.optimiser.state.clear()
         return self.settings.steps
 
     def take_in_evasions(self, reporter: Reporter) -> None:
@@ -343,17 +362,7 @@ class _Job:
     def _take_in_more(self, prompts: list[list[int]], answers: Sequence[Answer]) -> None:
         openings = [a.whole[:REFUSAL_TOKENS] for a in answers][: len(prompts)]
         self.state.others.append((prompts, openings))
-        self._take_in(prompts, openings)
-
-    def _take_in(self, prompts: Sequence[list[int]], openings: Sequence[list[int]]) -> None:
         self.rows[0] += self.packer.add(self.refusing.add(prompts, openings))
-
-
-def blocks_to_edit(directions: Directions, layers: int) -> range:
-    """From an eighth of the depth below the first block where the sides part half as well as anywhere, to the last."""
-    separation = directions.separation[:, 0, -1].nan_to_num(-1.0)
-    parted = (separation >= 0.5 * separation.max()).nonzero().flatten()
-    return range(max(0, int(parted[0]) - max(1, layers // 8)), layers)
 
 
 def _draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:

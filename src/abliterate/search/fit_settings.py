@@ -18,7 +18,7 @@ class FitSettings:
         weights: of refusing against drifting, one per point.
         lighter: factors for the strengths of the lightest of these points, for gentler ones still.
         rank: directions per layer.
-        layers: blocks whose writers may be edited; by default from a little below where target and baseline part.
+        layers: blocks whose writers may be edited; by default those from the start's first on.
         target_batch, baseline_batch: sequences per step.
         baseline_prompts: most baseline prompts whose distributions are kept.
         answer_tokens: tokens of the original's answers along which drifting counts.
@@ -30,8 +30,8 @@ class FitSettings:
         max_refusal_rate, max_divergence, free_divergence: how the point is chosen; see `frontier.choose`.
     """
 
-    steps: int = 40
-    steps_between: int = 12
+    steps: int = 16
+    steps_between: int = 6
     weights: tuple[float, ...] = WEIGHTS
     lighter: tuple[float, ...] = LIGHTER
     rank: int = 1
@@ -41,7 +41,7 @@ class FitSettings:
     baseline_prompts: int = 512
     answer_tokens: int = 8
     max_strength: float = 1.5
-    rate: float = 0.15
+    rate: float = 0.3
     sparsity: float = 0.5
     decode_tokens: int = 48
     validation_prompts: int = 64

@@ -26,6 +26,7 @@ class FitState:
         key: what the fit depends on, as a hash; another fit's file is refused.
         step: gradient steps done.
         next_stop: the step at which the next point is judged.
+        first: the first block that is edited.
         looked: whether refusals in other words were looked for.
         others: token ids of prompts and openings of those found, and of evasions, as they were found.
         evasions: sentences that became common in place of answers, in normal form.
@@ -36,6 +37,7 @@ class FitState:
     key: str = ""
     step: int = 0
     next_stop: int = 0
+    first: int = 0
     looked: bool = False
     others: list[tuple[list[list[int]], list[list[int]]]] = field(default_factory=list)
     evasions: list[str] = field(default_factory=list)
@@ -70,6 +72,10 @@ class FitState:
             if moments:
                 optimiser.state[variable] = {m: value.clone() for m, value in moments.items()}
 
+    def clear(self) -> None:
+        """Forget the values read: what is bound next starts from its own."""
+        self._tensors = {}
+
     def save(self) -> None:
         """Write it all down; whole or not at all."""
         if self.path is None or self._bound is None:
@@ -82,7 +88,7 @@ class FitState:
         for i, point in enumerate(self.points):
             tensors[f"point.{i}.directions"] = torch.from_numpy(point.edit.directions)
             tensors[f"point.{i}.strengths"] = torch.from_numpy(point.edit.strengths)
-        names = ("step", "next_stop", "looked", "others", "evasions")
+        names = ("step", "next_stop", "first", "looked", "others", "evasions")
         document = {name: getattr(self, name) for name in names} | {"points": [_note(p) for p in self.points]}
         write_state(self.path, self.key, document, tensors)
 

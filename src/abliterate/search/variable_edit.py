@@ -48,13 +48,15 @@ class VariableEdit:
         self.strengths = torch.zeros(len(self.writers), rank, requires_grad=True)
 
     @torch.no_grad()
-    def put(self, first: Float[Tensor, "block d_model"], strength: float) -> None:
-        """Variables at these first directions; further ones at random, hardly used."""
+    def put(self, first: Float[Tensor, "block d_model"], strength: float, blocks: range | None = None) -> None:
+        """Variables at these first directions, of no strength outside `blocks`; further ones at random, hardly used."""
         generator = torch.Generator().manual_seed(self.seed)
         self.vectors.copy_(torch.randn(self.vectors.shape, generator=generator) / self.vectors.shape[-1] ** 0.5)
         self.vectors[:, 0] = first.clone()
         self.strengths.fill_(strength / 6)
         self.strengths[:, 0] = strength
+        if blocks is not None:
+            self.strengths[[w.layer not in blocks for w in self.writers]] = 0.0
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:

@@ -76,7 +76,7 @@ class SearchSettings(Stage):
     free_divergence: float = option(
         0.02, "Divergence in nats that nobody notices: below it, fewer refusals win.", ge=0.0
     )
-    steps: int = option(40, "Gradient steps to the fit's first point.", ge=1)
+    steps: int = option(16, "Gradient steps to the fit's first point.", ge=1)
     rank: int = option(1, "Directions per layer in the fit.", ge=1, le=16)
     trials: int = option(200, "Trials of --method tpe.", ge=1)
     study: str | None = option(
