@@ -126,9 +126,12 @@ def test_a_model_made_in_memory_has_no_files_to_save_from(tmp_path):
 def test_packed_weights_are_refused_before_the_search(tmp_path):
     source = save_tiny(tmp_path / "model", tiny_llama(tied=False))
     config = json.loads((source / "config.json").read_text())
-    for method in ("a-way-of-tomorrow", "mlx"):
+    for method, said in (
+        ("a-way-of-tomorrow", "quantised in a way that transformers doesn't know .a-way-of-tomorrow"),
+        ("mlx", "quantised for Apple's MLX"),
+    ):
         (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
-        with pytest.raises(ModelError, match=f"quantised in a way that transformers doesn't know .{method}"):
+        with pytest.raises(ModelError, match=said):
             run(str(source), tmp_path / "out", SETTINGS)
 
 
