@@ -90,7 +90,7 @@ def _row(parameter: Any) -> str:
     if "[default" not in text and default not in (None, False) and not callable(default) and not parameter.required:
         text += f" [default: {getattr(default, 'value', default)}]"
     text = re.sub(r"\s*\[default: (.*)\]", r" Default: `\1`.", text)
-    return f"| {names} | {text.strip().replace('|', '&#124;')} |"
+    return f"| {names} | {text.strip().replace('|', '&#124;').replace('[', '&#91;')} |"  # no table's end, no link
 
 
 def _plain(text: str) -> str:
