@@ -13,6 +13,7 @@ from abliterate.apply.shifts import check_shifts
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 from abliterate.models.outputs import Change, adding, changed, taking_out
+from abliterate.models.placement import device_of, replaced, value
 
 
 class Attachment:
@@ -29,26 +30,28 @@ class Attachment:
         parameters = dict(handle.model.named_parameters())
         check_shifts(handle, edit.shifts)
         self._changes: list[tuple[nn.Module, Change]] = []
-        self._swaps: list[tuple[nn.Parameter, Tensor]] = []
+        self._model, self._swaps = handle.model, list[tuple[str, Tensor]]()
         self._undo = contextlib.ExitStack()
         for writer, change in weight_factors(handle, edit.parts):
             parameter = parameters[writer.name]
             if not writer.module:
-                self._swaps.append((parameter, removed(parameter, change, writer.axis)))
+                self._swaps.append((writer.name, removed(value(handle.model, writer.name), change, writer.axis)))
                 continue
             dtype = parameter.dtype if parameter.is_floating_point() else handle.dtype
-            left, right = (torch.from_numpy(factor).to(parameter.device, dtype) for factor in change)
-            same_for_all = parameter.ndim == 1  # a norm's bias adds the same to every token
-            taken = adding(-left.T @ (right @ parameter)) if same_for_all else taking_out(left, right)
-            self._changes.append((modules[writer.module], taken))
+            module = modules[writer.module]
+            left, right = (torch.from_numpy(factor).to(device_of(module), dtype) for factor in change)
+            if parameter.ndim == 1:  # a norm's bias adds the same to every token
+                taken = adding(-left.T @ (right @ value(handle.model, writer.name).to(right)))
+            else:
+                taken = taking_out(left, right)
+            self._changes.append((module, taken))
         for shift in edit.shifts:
             self._changes.append((handle.blocks[shift.layer], adding(torch.from_numpy(shift.vector))))
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as undo:
-            for parameter, edited in self._swaps:
-                undo.callback(setattr, parameter, "data", parameter.data)
-                parameter.data = edited
+            for name, edited in self._swaps:
+                undo.enter_context(replaced(self._model, name, edited))
             undo.enter_context(changed(self._changes))
             self._undo = undo.pop_all()
 

@@ -14,6 +14,7 @@ from abliterate.common.errors import WriterError
 from abliterate.edit.edit import Shift, normalised
 from abliterate.models.handle import Handle
 from abliterate.models.outputs import block_output
+from abliterate.models.placement import at_hand
 from abliterate.models.writers import Writer, layout
 
 
@@ -57,8 +58,9 @@ def bias_holder(handle: Handle, layer: int) -> Holder:
         name, axis = _bias_of(writer)
         if name is None:
             continue
-        parameter = handle.model.get_parameter(name)
-        with _added(parameter, vector, axis):
+        owner, _, own = name.rpartition(".")
+        module = handle.model.get_submodule(owner)
+        with at_hand(module), _added(module.get_parameter(own), vector, axis):
             moved = block_output(handle, layer) - before
         scale = multiple(moved, vector, before, handle.dtype)
         if scale is not None:

@@ -14,6 +14,7 @@ from abliterate.apply.shifts import bias_additions, check_shifts
 from abliterate.common.errors import ModelError, NonFiniteError
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
+from abliterate.models.placement import offloaded, sharded
 from abliterate.models.quantised import is_plain
 
 
@@ -30,7 +31,7 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving
     once to be written.
 
     Raises:
-        ModelError: when a weight can't be changed: it is quantised, or one of several processes' shards.
+        ModelError: when a weight can't be changed: it is quantised, offloaded, or one of several processes' shards.
         NonFiniteError: when a result is not finite (half precision overflowed).
         WriterError: when the edit is for another model, or shifts a block that has no bias to hold it.
     """
@@ -64,10 +65,10 @@ def _changes(
     changes: dict[str, Callable[[], Tensor]] = {}
     for writer, change in weight_factors(handle, edit.parts):
         weight = parameters[writer.name]
-        sharded = hasattr(weight.data, "placements")  # a DTensor
-        if sharded or not is_plain(weight):
+        away = "spread over processes" if sharded(weight) else "kept on disk or CPU" if offloaded(handle.model) else ""
+        if away or not is_plain(weight):
             kind = f"{type(weight.data).__name__} of {str(weight.dtype).removeprefix('torch.')}"
-            what = "spread over processes" if sharded else f"no plain float weight ({kind})"
+            what = away or f"no plain float weight ({kind})"
             raise ModelError(
                 f"{handle.source}: {writer.name} is {what} and can't be changed in memory; apply the recipe to the "
                 "model's files (--as checkpoint)"

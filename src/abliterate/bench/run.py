@@ -200,6 +200,7 @@ def _chats(work: _Work, reference: Contestant) -> dict[str, bool]:
 
 def _key(work: _Work, known: str, name: str) -> str:
     from abliterate.bench.harness import check_installed, config_of
+    from abliterate.models.devices import default_kind  # another device rounds otherwise
 
     task, load = work.tasks[name], work.settings
     return key_of(
@@ -213,16 +214,9 @@ def _key(work: _Work, known: str, name: str) -> str:
             "chat": work.chat[name],
             "load": {"dtype": load.dtype, "quantise": load.quantise, "chat_template": load.chat_template,
                      "system_prompt": load.system_prompt, "prefill": load.prefill,
-                     "device": load.device_map or _device()},
+                     "device": load.device or load.device_map or default_kind()},
         }
     )  # fmt: skip
-
-
-def _device() -> str:
-    """Where it runs if nothing else is said: another device rounds otherwise."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _dataset(work: _Work, name: str) -> str | None:

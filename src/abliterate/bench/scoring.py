@@ -158,7 +158,7 @@ class ScoredModel(HFLM):
         states = output.last_hidden_state[:, -1]
         scores, greedy = self._predicted(states, [place for place, _ in rows], [choice[0] for _, choice in rows])
         if onward:
-            cache.batch_select_indices(torch.tensor([rows[number][0] for number in onward], device=self.handle.device))
+            cache.batch_select_indices(torch.tensor([rows[number][0] for number in onward]))  # CPU: layers lie anywhere
             mask = arguments["attention_mask"][[rows[number][0] for number in onward]]
             states = self._continued(cache, mask, [rows[number][1][:-1] for number in onward])
             for number, answer in zip(onward, self._read(states, [rows[n][1][1:] for n in onward]), strict=True):

@@ -14,7 +14,7 @@ from abliterate.settings.run import RunSettings
 
 
 @command(
-    "load -load.chat_template load.chat_template=template config",
+    "load -load.tensor_parallel -load.chat_template load.chat_template=template config",
     "abliterate bench original=Qwen/Qwen3-0.6B edited=./Qwen3-0.6B-abliterated/model --out bench",
     "abliterate bench demo --recipe recipe.safetensors --suite quick --out bench",
     "abliterate bench ./model ./healed --suite openllm --limit 100 --out bench --card",

@@ -29,7 +29,7 @@ HELP = """\
 
 
 @command(
-    "load",
+    "load -load.tensor_parallel",
     "abliterate chat ./model --recipe recipe.safetensors --strength 0.8",
     "echo 'Why is the sky blue?' | abliterate chat ./model",
     shares="log_file quiet",

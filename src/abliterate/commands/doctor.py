@@ -36,14 +36,18 @@ def _versions() -> Finding:
 def _device() -> Finding:
     import torch
 
+    from abliterate.models.devices import default_kind, listing
+
     if torch.cuda.is_available():
         names = ", ".join(
             f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
             for i in range(torch.cuda.device_count())
         )
-        return Finding(True, f"CUDA: {names}")
+        return Finding(True, f"CUDA: {names}; models are spread over them (--device cuda:0: one)")
     if torch.backends.mps.is_available():
-        return Finding(True, "Apple GPU (MPS): pass --device-map mps")
+        return Finding(True, "Apple GPU (MPS): models go there (--device cpu: not)")
+    if default_kind() != "cpu":
+        return Finding(True, f"{default_kind().upper()}: models go to {listing()} (--device, --device-map)")
     return Finding(
         True,
         f"no GPU: runs on {torch.get_num_threads()} CPU threads; fine for models of up to a few billion parameters",

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 @command(
-    "heal measure prompts -prompts.train_prompts load -load.quantise resume seed config heal.quantise",
+    "heal measure prompts -prompts.train_prompts load -load.quantise -load.max_memory -load.offload_folder "
+    "-load.tensor_parallel resume seed config heal.quantise",
     "abliterate heal demo-out --preset self --out healed                the run knows its original",
     "abliterate heal ./edited --original ./model --preset self --out healed",
     "abliterate heal ./edited --original ./model --out healed          DPO on mlabonne/orpo-dpo-mix-40k",

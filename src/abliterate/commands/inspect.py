@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    "load.device_map load.revision load.trust_remote_code",
+    "load.device load.device_map load.max_memory load.offload_folder load.revision load.trust_remote_code",
     "abliterate inspect ./model --json",
     shares="log_file quiet json",
 )

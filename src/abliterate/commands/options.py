@@ -77,12 +77,13 @@ class Output:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("TQDM_DISABLE", "1")
         from abliterate.commands.terminal import Terminal
+        from abliterate.common.files import writes
         from abliterate.common.reporting import libraries_told
         from abliterate.common.watching import ProgressFile, progress_file
 
         with ExitStack() as stack:
-            log = stack.enter_context(_log(self.log_file)) if self.log_file else None
-            published = ProgressFile(progress_file(out)) if out else None
+            log = stack.enter_context(_log(self.log_file)) if self.log_file and writes() else None
+            published = ProgressFile(progress_file(out)) if out and writes() else None
             try:
                 with (
                     Terminal(quiet=self.quiet, log=log, published=published) as terminal,

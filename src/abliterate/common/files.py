@@ -19,6 +19,19 @@ from pathlib import Path
 
 from abliterate.common.errors import OutputError
 
+_reading = False  # set in processes that hold a model together with one that writes
+
+
+def only_read() -> None:
+    """Let another process write the outputs: files and folders that this one writes are thrown away."""
+    global _reading
+    _reading = True
+
+
+def writes() -> bool:
+    """Whether what this process writes stays."""
+    return not _reading
+
 
 def cache() -> Path:
     """The folder for things that can be made again: ABLITERATE_CACHE, or the user's cache."""
@@ -44,7 +57,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
             _as_umask(temporary)
-            os.replace(temporary, final)
+            if writes():
+                os.replace(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -68,7 +82,8 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
             yield temporary
             for file in temporary.rglob("*"):
                 _as_umask(file)
-            _put(temporary, final)
+            if writes():
+                _put(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             for folder in missing:

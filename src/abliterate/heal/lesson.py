@@ -131,7 +131,7 @@ class Lesson:
             value.copy_(progress.tensors[name])
             self.optimiser.state[value] = {
                 "step": torch.tensor(float(progress.step)),
-                **{m: progress.tensors[f"{m}.{name}"].clone() for m in MOMENTS},
+                **{m: progress.tensors[f"{m}.{name}"].to(value, copy=True) for m in MOMENTS},
             }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # there were optimiser steps before these, in another process

@@ -76,7 +76,7 @@ def open_for_training(job: Job, reporter: Reporter) -> Handle:
         AbliterateError: four bits were asked for and can't be had.
     """
     settings, heal = job.settings.load, resolve_auto(job.settings.heal)
-    device_map = settings.device_map
+    device_map = settings.device or settings.device_map
     if device_map is None and _shards_parameters():
         device_map = "cpu"
     elif device_map is None and torch.cuda.is_available() and processes() > 1:

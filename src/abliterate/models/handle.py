@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from abliterate.common.errors import ModelError, NonFiniteError
 from abliterate.edit.recipe import config_hash
 from abliterate.models.cache import run_cached
+from abliterate.models.placement import device_of
 from abliterate.prompts.chat import check_context, format_prompts
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Handle:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return next(self.embedding.parameters()).device
+        return device_of(self.embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +120,11 @@ class Handle:
     def tied(self) -> bool:
         """Whether the embedding and the head are one parameter."""
         head = self.model.get_output_embeddings()
-        return head is not None and getattr(head, "weight", None) is getattr(self.embedding, "weight", 0)
+        if head is None or not hasattr(head, "weight") or not hasattr(self.embedding, "weight"):
+            return False
+        if head.weight.is_meta or self.embedding.weight.is_meta:  # brought for each pass, each on its own
+            return self.module_names[head] + ".weight" in getattr(self.model, "all_tied_weights_keys", {})
+        return head.weight is self.embedding.weight
 
     @property
     def context_length(self) -> int | None:
@@ -187,7 +192,7 @@ class Handle:
             head = self.model.get_output_embeddings()
             # contiguous: from a slice, the matrix product would copy the whole head
             states = output.last_hidden_state[:, -keep:].contiguous()
-            return head(states.to(head.weight.device)), cache
+            return head(states.to(device_of(head))), cache
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             inputs["logits_to_keep"] = keep
         output, cache = run_cached(self.model, inputs)
@@ -197,7 +202,7 @@ class Handle:
         """What the model's head makes of the decoder's last states, its scale and soft cap included."""
         head = self.model.get_output_embeddings()
         if self._plain_head:
-            return head(states.to(head.weight.device))
+            return head(states.to(device_of(head)))
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         forward = self.decoder.forward
@@ -219,9 +224,10 @@ class Handle:
             return False
         with torch.inference_mode():
             ids = torch.arange(8, device=self.device)[None]
-            ours = head(self.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+            states = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            ours = head(states.to(device_of(head)))
             theirs = self.model(input_ids=ids, use_cache=False).logits
-        return torch.equal(ours.float(), theirs.float())
+        return torch.equal(ours.float().to(theirs.device), theirs.float())
 
     if TYPE_CHECKING:  # what needs rooms above this one: `abliterate.api` has them
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, NonFiniteError, listed, shorten
+from abliterate.models.devices import SPREADING, check_room, placing, room_on_disk
 from abliterate.models.folders import commit_of, meant, model_folder
 from abliterate.models.handle import Handle
+from abliterate.models.placement import device_of, value
 from abliterate.models.pretrained import auto_class, from_pretrained, wants_own_code
 from abliterate.models.quantised import (
     WAY_ROUND,
@@ -33,7 +35,11 @@ def load(
     source: str | os.PathLike[str],
     *,
     dtype: str = "auto",
+    device: str | None = None,
     device_map: str | None = None,
+    max_memory: str | None = None,
+    offload_folder: str | None = None,
+    tensor_parallel: bool = False,
     quantise: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -47,7 +53,11 @@ def load(
         source: Hub id, folder, or `.gguf` file (its weights are dequantised).
         dtype: "auto" tries bfloat16, float16, float32 in turn and keeps the first that runs with finite
             logits (on a CPU without instructions for bfloat16, float32 if there is room); or one of these names.
-        device_map: as in transformers ("auto", "cpu", "cuda:0"); None means "auto" where CUDA is, else CPU.
+        device: "cuda", "cuda:1", "mps", "xpu" or "cpu"; None takes the accelerators there are, else the CPU.
+        device_map: as in transformers: "auto", "balanced", "sequential", or a device.
+        max_memory: the most bytes of weights on each device, "0=20GiB,cpu=60GiB"; the rest is brought from disk.
+        offload_folder: where such weights are kept that the model's own files don't hold as they are used.
+        tensor_parallel: spread every matrix over the processes that torchrun started.
         quantise: "4bit" or "8bit" through bitsandbytes; without a GPU it computes on the CPU, to save memory, not time.
         revision: Hub commit, branch or tag.
         trust_remote_code: run model code that comes with the Hub repository.
@@ -78,12 +88,13 @@ def load(
     source, revision = meant(str(source), revision)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{dtype}'; choose auto, {', '.join(DTYPES)}")
+    where = placing(device, device_map, max_memory, tensor_parallel)
     folder = model_folder(source, revision, dtype=dtype)
+    if "max_memory" in where and not quantise:
+        check_room(source, folder, where["max_memory"], DTYPES[dtype].itemsize if dtype in DTYPES else 2)
     config = load_config(source, folder, trust_remote_code)
     tokenizer = load_tokenizer(source, folder, trust_remote_code)
-    if device_map is None and torch.cuda.is_available():
-        device_map = "auto"
-    model, notes = _load_weights(source, folder, config, dtype, device_map, quantise, trust_remote_code)
+    model, notes = _load_weights(source, folder, config, dtype, where, offload_folder, quantise, trust_remote_code)
     model.eval().requires_grad_(False)
     handle = Handle(
         model=model,
@@ -157,8 +168,8 @@ def _notes(model: Any, unread: list[str], unpacked: str | None) -> list[str]:
 
 
 def _load_weights(
-    source: str, folder: Path, config: Any, dtype: str, device_map: str | None, quantise: str | None,
-    trust_remote_code: bool,
+    source: str, folder: Path, config: Any, dtype: str, where: dict[str, Any], offload_folder: str | None,
+    quantise: str | None, trust_remote_code: bool,
 ) -> tuple[Any, list[str]]:  # fmt: skip
     """The model, and what people should know of how it was read."""
     unpacked = check_method(source, config, quantise)
@@ -168,7 +179,7 @@ def _load_weights(
             f'{folder / INDEX} has no "metadata", without which transformers can\'t read it; add it, as {{}}'
         )
     options: dict[str, Any] = {
-        "config": config, "device_map": device_map, "low_cpu_mem_usage": True, "use_safetensors": True,
+        "config": config, **where, "low_cpu_mem_usage": True, "use_safetensors": True,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     if quantise:
@@ -177,9 +188,12 @@ def _load_weights(
     if dtype != "auto":
         candidates: tuple[torch.dtype, ...] = (DTYPES[dtype],)
     else:
-        candidates = AUTO_DTYPES if quantise else _auto_dtypes(folder, device_map)
+        candidates = AUTO_DTYPES if quantise else _auto_dtypes(folder, where.get("device_map"))
     for candidate in candidates:
-        model, unread = _from_pretrained(source, folder, dict(options, dtype=candidate))
+        room = room_on_disk(offload_folder) if where.get("device_map") in SPREADING else None
+        extra = {"offload_folder": room.name} if room else {}
+        model, unread = _from_pretrained(source, folder, dict(options, dtype=candidate, **extra))
+        model.abliterate_offloaded_to = room  # there as long as the model is
         failure = _failure(source, model)
         if not failure:
             return model, _notes(model, unread, unpacked)
@@ -245,7 +259,7 @@ def _failure(source: str, model: Any) -> str:
 
         hooks.append(block.register_forward_hook(look))
     try:
-        device = next(model.get_input_embeddings().parameters()).device
+        device = device_of(model.get_input_embeddings())
         logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits
     except Exception as error:
         if isinstance(error, NotImplementedError) or "not implemented for" in str(error):
@@ -284,6 +298,8 @@ def _explain(source: str, error: Exception) -> str:
         return f"model {source} can't be loaded: {text}; or {WAY_ROUND}"
     if wants_own_code(error):
         return f"model {source} comes with code of its own; read it, then pass --trust-remote-code to run it"
+    if "No space left on device" in whole or "File too large" in whole:
+        return f"model {source} can't be loaded: the offload folder's disk is full; name another with --offload-folder"
     if "ignore_mismatched_sizes" in whole:
         return f"model {source} can't be loaded: its weights have other shapes than config.json says; get both again"
     if type(error).__name__ == "SafetensorError":
@@ -303,9 +319,9 @@ def check_weights(handle: Handle) -> None:
 def _non_finite_weight(model: nn.Module) -> str | None:
     """Name of the first parameter with a NaN or infinite value."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.is_meta:
+        if not parameter.is_floating_point() or parameter.numel() == 0:
             continue
-        low, high = torch.aminmax(parameter.detach())
+        low, high = torch.aminmax(value(model, name))
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             return name
     return None

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.common.errors import WriterError
+from abliterate.models.placement import at_hand
 
 MOST_FOR_TRIPLES = 40
 
@@ -146,15 +147,15 @@ def explain(before: Tensor, after: Tensor, calls: Sequence[Call]) -> list[Call]:
 
 def _adds_up(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
     """Whether `after` is, bit for bit, `before` plus the outputs."""
-    total = before
+    total = before.to(after.device)
     for output in outputs:
-        total = total + _like(output, before)
+        total = total + _like(output, total)
     return torch.equal(total, after)
 
 
 def _adds_up_scaled(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
     """The same to within rounding, each output times one scalar (the multipliers of some models)."""
-    added = (after.double() - before.double()).flatten()
+    added = (after.double() - before.to(after.device).double()).flatten()
     columns = torch.stack([o.double().flatten().to(added.device) for o in outputs], dim=1)
     if not bool(columns.isfinite().all()):
         return False
@@ -182,6 +183,12 @@ def as_norm(call: Call, width: int) -> Norm | None:
         return None
     if given is None or given.shape[-1] != width or len(call.args) + len(call.kwargs) != 1:
         return None
+    with at_hand(module):
+        return _measured_norm(call, given, width)
+
+
+def _measured_norm(call: Call, given: Tensor, width: int) -> Norm | None:
+    module, vectors = call.module, dict(call.module.named_parameters())
     generator = torch.Generator().manual_seed(0)
     # tokens of other means and sizes than those a norm gives, so that none, RMS and layer norms differ
     x = torch.randn(given.shape, generator=generator) + 1
@@ -233,6 +240,11 @@ def linear_parameters(call: Call, width: int, names: Sequence[str] | None = None
         width: d_model.
         names: the parameters to try, None for all.
     """
+    with at_hand(call.module):
+        return _linear_parameters(call, width, names)
+
+
+def _linear_parameters(call: Call, width: int, names: Sequence[str] | None) -> dict[str, int]:
     groups: dict[tuple[str, torch.Size], list[str]] = {}
     parameters = {n: p for n, p in call.module.named_parameters() if names is None or n in set(names)}
     for name, parameter in parameters.items():

@@ -16,6 +16,7 @@ from abliterate.measure.verdicts import Panel
 from abliterate.models.folders import check_here
 from abliterate.models.handle import Handle, find_prefill
 from abliterate.models.loading import load
+from abliterate.models.placement import devices_of, offloaded
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
 from abliterate.prompts.behaviour_prompts import behaviour_sides
 from abliterate.prompts.sets import Sides, load_sides
@@ -175,9 +176,11 @@ def check_lengths(handle: Handle, sides: Sides) -> None:
 
 
 def described(handle: Handle) -> str:
-    """A loaded model in one line: class, size, shape, dtype and device."""
+    """A loaded model in one line: class, size, shape, dtype and devices."""
     size = sum(p.numel() for p in handle.model.parameters())
+    devices = ", ".join(map(str, devices_of(handle.model)))
+    away = "; some weights are brought there for each pass" if offloaded(handle.model) else ""
     return (
         f"{type(handle.model).__name__}, {size / 1e6:,.0f} M parameters, {handle.layers} layers, "
-        f"d_model {handle.d_model}, {str(handle.dtype).removeprefix('torch.')} on {handle.device}"
+        f"d_model {handle.d_model}, {str(handle.dtype).removeprefix('torch.')} on {devices}{away}"
     )

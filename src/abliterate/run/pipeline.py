@@ -13,7 +13,7 @@ from typing import Any
 from abliterate.apply.proof import Proof, check_proof
 from abliterate.cards.card import model_card
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import check_apart, check_folder, whole_folder
+from abliterate.common.files import check_apart, check_folder, whole_folder, writes
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.directions.activations_file import save_activations
 from abliterate.directions.contrast import collect_contrast, contrast
@@ -106,6 +106,8 @@ def run(
     """
     settings, reporter = settings or RunSettings(), reporter or Silent()
     settings, behaviour = resolve_behaviour(settings, reporter)
+    if settings.load.tensor_parallel and settings.search.method == "tpe":
+        raise AbliterateError("--method tpe would ask its study in every process of --tensor-parallel; take another")
     strategy: Strategy = Refusing(activations, choose, show)
     if behaviour.runs_as_style:
         if activations is not None or show_completions or (choose is not None and settings.search.interactive):
@@ -157,7 +159,7 @@ def _carried_out(
     keep = read_keep(settings.keep, settings.seed) if settings.keep and strategy.takes_out else None
     job = opened(model, out, settings, behaviour, reporter)
     handle, clock, sides = job.handle, job.clock, job.sides
-    check_savable(handle, out)
+    check_savable(handle, out, keep_tied=settings.keep_tied)
     strategy.check(handle)
     if keep is not None:
         check_keep(handle, keep)
@@ -195,7 +197,7 @@ def _carried_out(
                 document["recipe"] |= {"proof": proofs(proof, removed), "removed": removed}
             document |= {"kept": kept_found} if kept_found else {}
             document["frontier"] = _save_recipes(recipes, choice, document, strategy.found, folder, clock)
-            if holding.weights:
+            if holding.weights and writes():
                 card = model_card(RunDocument.model_validate(document))
                 save_edited(handle, recipes[0], folder / "model", card, reporter, keep_tied=settings.keep_tied)
         document["timings_s"] = clock.seconds
@@ -205,8 +207,9 @@ def _carried_out(
         if gathered is not None:
             gathered.compare(sides, original, edited, show_completions=show_completions)
             gathered.save(folder)
-    forget(out)
-    if gathered is not None:  # the result is in place: nothing that goes wrong here can lose it
+    if writes():
+        forget(out)
+    if gathered is not None and writes():  # the result is in place: nothing that goes wrong here can lose it
         write_html(out, show_completions=show_completions)
     return Result(Path(out), edit, original, edited, typed.to_json())
 

@@ -26,6 +26,7 @@ from abliterate.measure.divergence import compare
 from abliterate.measure.judges import Judge
 from abliterate.measure.slots import rows_at_once, token_bytes
 from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.placement import devices_of, value
 from abliterate.models.writers import find_writers
 from abliterate.prompts.sets import Sides
 from abliterate.run.opening import set_prefill
@@ -264,13 +265,20 @@ def watched(handle: Handle) -> Iterator[list[Pass]]:
 
 
 def timed(handle: Handle, work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds that some work took, the GPU's share among them, and what it gave."""
-    wait = torch.cuda.synchronize if handle.device.type == "cuda" else lambda: None
-    wait()
+    """Seconds that some work took, the GPUs' share among them, and what it gave."""
+    cards = _cards(handle)
+    for card in cards:
+        torch.cuda.synchronize(card)
     start = time.perf_counter()
     result = work()
-    wait()
+    for card in cards:
+        torch.cuda.synchronize(card)
     return time.perf_counter() - start, result
+
+
+def _cards(handle: Handle) -> list[torch.device]:
+    """The GPUs that a model is on."""
+    return [device for device in devices_of(handle.model) if device.type == "cuda"]
 
 
 def _first_edited(handle: Handle, activations: Activations, settings: RunSettings) -> int:
@@ -290,10 +298,12 @@ def gradient(
     from abliterate.search.packed import Packer, Row
 
     rows = [Row([*row, *row[:answer_tokens]], min(answer_tokens, len(row))) for row in islice(cycle(ids), sequences)]
-    scale = torch.ones((), requires_grad=True, dtype=handle.dtype, device=handle.device)
+    scale = torch.ones((), requires_grad=True, dtype=handle.dtype)
 
     def scaled(_module: Any, _args: Any, out: Any) -> Any:
-        return (out[0] * scale, *out[1:]) if isinstance(out, tuple) else out * scale
+        first = out[0] if isinstance(out, tuple) else out
+        first = first * scale.to(first.device)
+        return (first, *out[1:]) if isinstance(out, tuple) else first
 
     @torch.enable_grad()
     def step() -> None:
@@ -320,10 +330,11 @@ def _baking(handle: Handle, edit: Edit) -> float:
 
     if handle.quantised:
         return 0.0
-    parameters, known, total = dict(handle.model.named_parameters()), dict[tuple[int, ...], float](), 0.0
+    known, total = dict[tuple[int, ...], float](), 0.0
     for w in find_writers(handle):
         if w.shape not in known:
-            known[w.shape], _ = timed(handle, partial(removed, parameters[w.name], edit.parts[w.name], w.axis))
+            weight = value(handle.model, w.name)
+            known[w.shape], _ = timed(handle, partial(removed, weight, edit.parts[w.name], w.axis))
         total += known[w.shape]
     return total
 
@@ -339,9 +350,9 @@ def _writing(size: int, sample: int = 32 * 2**20) -> float:
 
 
 def peak_bytes(handle: Handle) -> int:
-    """The most memory held so far: on the GPU where the model is on one, else of this process."""
-    if handle.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated())
+    """The most memory held so far: on the GPUs where the model is on some, else of this process."""
+    if cards := _cards(handle):
+        return sum(torch.cuda.max_memory_allocated(card) for card in cards)
     try:
         import resource
     except ImportError:  # Windows: what the weights take, for want of better

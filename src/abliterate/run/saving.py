@@ -21,6 +21,7 @@ from abliterate.common.reporting import Reporter
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe
 from abliterate.models.handle import Handle
+from abliterate.models.placement import offloaded, sharded
 from abliterate.models.shards import open_checkpoint
 from abliterate.models.writers import find_writers
 from abliterate.run.facts import recipe_of
@@ -70,13 +71,19 @@ def held(handle: Handle, edit: Edit) -> Held:
     return Held(False, None, said)
 
 
-def check_savable(handle: Handle, out: str | Path) -> None:
+def check_savable(handle: Handle, out: str | Path, *, keep_tied: bool = False) -> None:
     """See, before the work, that the model's files can hold an edit of any writer, and that there is room for a copy.
 
     Raises:
-        ModelError: when they can't: they are packed, or transformers mixes their tensors.
+        ModelError: when they can't: they are packed, or transformers mixes their tensors; or when a tied head is to be
+            edited too, for which the weights are changed in memory, and they are not there.
         OutputError: when the disk is too small.
     """
+    if keep_tied and handle.tied and (offloaded(handle.model) or sharded(handle.embedding.weight)):
+        raise ModelError(
+            f"--keep-tied measures weights changed in memory, and those of {handle.source} are spread or kept on disk; "
+            "leave it out, and apply the recipe with abliterate apply --keep-tied"
+        )
     every = Edit.uniform(find_writers(handle), np.ones(handle.d_model))
     work = prepare(recipe_of(handle, every), folder_of(handle), ApplyOptions(), source=handle.source, card="-")
     check_space(out, work.total_bytes() + 32 * 2**20)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.placement import devices_of, offloaded
 
 CHUNK = 32  # rows read together up to the first edited block
 ROW_TOKENS = 256  # longer rows waste more in attention than they save in prefixes
@@ -45,8 +46,8 @@ class Packer:
         rows: every row that may be asked for; they share a prefix.
         first_block: the first block whose output may change; what enters it is kept per row.
         checkpointing: recompute blocks in the backward pass instead of keeping their insides; by default
-            when keeping them would take more than half of the memory that is free. Hooks in blocks must then stay
-            until the backward pass is done.
+            when keeping them would take more than half of the memory that is free, or weights are offloaded. Hooks
+            in blocks must then stay until the backward pass is done.
     """
 
     handle: Handle
@@ -141,7 +142,10 @@ class Packer:
     def _checkpointed(self, tokens: int) -> Iterator[None]:
         handle, wanted = self.handle, self.checkpointing
         if wanted is None:
-            wanted = torch.is_grad_enabled() and _backward_bytes(handle, tokens) > 0.5 * _free_bytes(handle)
+            wanted = torch.is_grad_enabled() and (
+                offloaded(handle.model)  # else what backward keeps holds every weight brought
+                or _backward_bytes(handle, tokens) > 0.5 * _free_bytes(handle)
+            )
         blocks = list(handle.blocks)
         try:
             for i, block in enumerate(blocks):
@@ -298,8 +302,9 @@ def _backward_bytes(handle: Handle, tokens: int) -> float:
 
 
 def _free_bytes(handle: Handle) -> float:
-    if handle.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(handle.device)[0])
+    cards = [device for device in devices_of(handle.model) if device.type == "cuda"]
+    if cards:
+        return len(cards) * min(float(torch.cuda.mem_get_info(card)[0]) for card in cards)
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

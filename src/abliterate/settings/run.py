@@ -22,7 +22,17 @@ class LoadSettings(Stage):
 
     panel = "Loading"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "auto, bfloat16, float16 or float32.")
-    device_map: str | None = option(None, "As in transformers: auto, cpu, cuda:0.")
+    device: str | None = option(
+        None, "cuda, cuda:1, mps, xpu or cpu: all of the model there.", said="the accelerators there are, else the CPU"
+    )
+    device_map: str | None = option(None, "Spread over devices as transformers does: auto, balanced or sequential.")
+    max_memory: str | None = option(
+        None, "Most weights on each device, 0=20GiB,cpu=60GiB; the rest are brought from disk for each pass."
+    )
+    offload_folder: str | None = option(
+        None, "Where such weights are kept that the model's files don't hold as they are used.", said="in the cache"
+    )
+    tensor_parallel: bool = option(False, "Every matrix spread over the processes of torchrun (docs/scale.md).")
     quantise: Literal["4bit", "8bit"] | None = option(None, "4bit or 8bit, to save memory.")
     revision: str | None = option(None, "Hub commit, branch or tag.")
     trust_remote_code: bool = option(False, "Run model code that comes from the Hub.")
