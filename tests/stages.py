@@ -35,6 +35,7 @@ def seen(handle):
     answers = [Answer([5, 6], "", False, False) for _ in TARGET]
     side = Examples(TARGET, answers, BASELINE, answers)
     job = _Job(handle, directions, side, side, RefusesWithR(), FitSettings(layers=range(1, 4)), (), FitState())
+    job._open(range(1, 4))
     job.variables.put(directions.unit[1:4, 0, -1], 0.6)
     job.descend(1.0, 2, Silent())
     assert gradient(handle, ids, 2, sequences=2) > 0
