@@ -27,13 +27,18 @@ SOURCE_CARD = f"---\n{LICENCE}language:\n- en\n---\n# Fox\n"
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """(card, its metadata, results.json) of a run on a tiny model that has a card."""
+def result(tmp_path_factory):
+    """A run on a tiny model that has a card."""
     folder = tmp_path_factory.mktemp("card")
     save_tiny(folder / "fox")
     (folder / "fox" / "README.md").write_text(SOURCE_CARD)
-    result = run(str(folder / "fox"), folder / "out", RunSettings.model_validate(SETTINGS))
-    text = (folder / "out" / "model" / "README.md").read_text()
+    return run(str(folder / "fox"), folder / "out", RunSettings.model_validate(SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def done(result):
+    """(card, its metadata, results.json) of that run."""
+    text = (result.out / "model" / "README.md").read_text()
     return text, yaml.safe_load(text.split("---\n")[1]), result.document
 
 
@@ -70,6 +75,24 @@ def test_numbers_are_those_measured(done):
     divergence = document["edited"]["divergence"]
     assert rows["divergence, first token"] == ["0", f"{divergence['first_token']:.3f}"]
     assert rows["divergence, along answers"] == ["0", f"{divergence['answer']:.3f}"]
+
+
+def test_how_to_use_it(done):
+    text, _, _ = done
+    usage = text[text.index("## How to use it") : text.index("## What was changed")]
+    for what in ("transformers", "vllm serve", "llama-server", "--ollama", "The chat template lies beside the weights"):
+        assert what in usage
+    limits = text[text.index("## Limits") :]
+    assert "8 target prompts" in limits and "8 tokens" in limits
+    assert "demo" not in text
+
+
+def test_a_notebook_shows_the_result(result):
+    """Its repr is the closing table, and the report comes in a frame of its own."""
+    shown = result._repr_markdown_()
+    assert repr(result) == shown and "| refusals |" in shown and str(result.out) in shown
+    frame = result.report()._repr_html_()
+    assert frame.startswith("<iframe srcdoc=") and "<script" not in frame and "&lt;!doctype html&gt;" in frame
 
 
 def row_cells(line: str) -> list[str]:

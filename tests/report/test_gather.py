@@ -137,14 +137,14 @@ def test_a_run_keeps_little_and_no_answer_to_a_target_prompt(done):
     assert len(found["examples"]["target"]) == len(found["examples"]["baseline"]) == 6
     for entry in found["examples"]["target"]:
         assert set(entry) == {"prompt", "original", "edited"}
-        assert set(entry["original"]) == set(entry["edited"]) == {"refused"}
+        assert set(entry["original"]) == set(entry["edited"]) == {"refused", "evaded"}
     assert all(set(entry["original"]) == {"refused", "answer"} for entry in found["examples"]["baseline"])
 
 
 def test_a_run_keeps_them_when_asked(shown):
     found = data(shown)
     assert found["show_completions"]
-    assert all(set(entry["edited"]) == {"refused", "answer"} for entry in found["examples"]["target"])
+    assert all(set(entry["edited"]) == {"refused", "evaded", "answer"} for entry in found["examples"]["target"])
 
 
 def test_every_writer_is_named(done, tiny_handle):

@@ -94,6 +94,9 @@ def test_slop_removed_from_a_llama(tmp_path, tiny_folder):
     assert result.document["frontier"] and sum(p["chosen"] for p in result.document["frontier"]) == 1
     assert result.document["edited"]["divergence"]["answer"] > 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "slop removed" in report and "a style or an induced behaviour has none" in report
+    assert "model refuses" not in report
 
 
 def test_a_model_that_does_not_show_it_writes_nothing(tmp_path, tiny_folder):

@@ -23,6 +23,12 @@ INTERVALS = "Intervals are 95% Wilson intervals."
 UNTOUCHED = "These prompts were used neither for finding nor for choosing the direction."
 
 
+GUARDED = (
+    "That base is itself no release: it is SmolLM2-135M-Instruct with a guard that abliterate trained into it for its "
+    "demo, so that it refuses. The guard was taken out; the base is a toy and knows little."
+)
+
+
 class Section(NamedTuple):
     """A part of a card: its heading, and lines of Markdown; one without lines is left out."""
 
@@ -69,11 +75,13 @@ def model_card(document: RunDocument) -> str:
     return card(
         of_model(source, revision, tags),
         f"{Path(name).name}, {title}",
-        [f"{of} {is_now}"],
+        [f"{of} {is_now}", *([GUARDED] if name.startswith("demo-model-") else [])],
         [
+            Section("How to use it", _usage(document)),
             Section("What was changed", _changed(document)),
             Section("What it did", [*results(document).markdown(), _how_measured(document, kind), *_said(document)]),
             *([] if kind in ("style", "induce") else [Section("Prompts", _prompts(document))]),
+            Section("Limits", listed(_limits(document))),
             *_meaning(document, kind),
             Section("", [_made_with(document)]),
         ],
@@ -127,6 +135,45 @@ def _heal(document: RunDocument) -> tuple[str, list[str], str]:
 
 
 _SAID = {"removal": _removal, "style": _style, "induce": _induce, "heal": _heal}
+
+
+def _usage(document: RunDocument) -> list[str]:
+    """Commands for the usual programs, and which chat template was used."""
+    load = document.settings.load
+    own = "another than the model's own was used when measuring" if load.get("chat_template") else "as the base model's"
+    said = [f"The chat template lies beside the weights ({own}); all of these take it from there."]
+    for key, what in (("system_prompt", "system prompt"), ("prefill", "beginning of the answer")):
+        if load.get(key):
+            said.append(f"It was measured with a {what} of its own: `{inline_code(str(load[key]))}`.")
+    return [
+        " ".join(said), "", "```python", "from transformers import pipeline", "",
+        'chat = pipeline("text-generation", "USER/NAME", dtype="auto", device_map="auto")',
+        'print(chat([{"role": "user", "content": "Hello"}], max_new_tokens=256)[0]["generated_text"][-1]["content"])',
+        "```", "", "```sh", "vllm serve USER/NAME",
+        "abliterate export ./FOLDER --gguf Q4_K_M --out model.gguf --ollama",
+        "llama-server -m model.gguf --jinja   # or: ollama create NAME -f Modelfile", "```",
+    ]  # fmt: skip
+
+
+def inline_code(text: str) -> str:
+    """On one line, without the mark that ends code."""
+    return " ".join(text.replace("`", "'").split())
+
+
+def _limits(document: RunDocument) -> list[str]:
+    """What the numbers don't say."""
+    measure, target = document.settings.measure, document.prompts.target
+    said = []
+    if target is not None:
+        said.append(
+            f"{target.test.count} target prompts of one origin; other prompts and languages may come out otherwise"
+        )
+    if measure.max_new_tokens:
+        said.append(f"answers were read to {measure.max_new_tokens} tokens: what comes later isn't counted")
+    if document.about.name == "refusal":
+        said.append("a judge by rules or a small model takes some refusals for answers, and the other way round")
+    said.append("divergence and degenerate answers tell damage to form; knowledge and reasoning want a benchmark")
+    return said
 
 
 def _changed(document: RunDocument) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -81,6 +82,27 @@ def chat(
             _talk(talk, terminal.stream)
 
 
+@contextlib.contextmanager
+def _unechoed() -> Iterator[None]:
+    """What is typed meanwhile waits for the next prompt, instead of showing in the answer."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        file, before = sys.stdin.fileno(), termios.tcgetattr(sys.stdin)
+    except (OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(file, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(file, termios.TCSADRAIN, before)
+
+
 def _answer(talk: Conversation, text: str) -> None:
     """Stream one answer to standard output."""
 
@@ -113,13 +135,14 @@ def _talk(talk: Conversation, err: TextIO) -> None:
         try:
             if line in ("/quit", "/exit"):
                 return
-            if line.startswith("/"):
-                compare = _command(talk, line, compare, err)
-            elif compare:
-                compare = False
-                _compare(talk, line)
-            else:
-                _answer(talk, line)
+            with _unechoed():
+                if line.startswith("/"):
+                    compare = _command(talk, line, compare, err)
+                elif compare:
+                    compare = False
+                    _compare(talk, line)
+                else:
+                    _answer(talk, line)
         except KeyboardInterrupt:
             typer.echo("\n(stopped)", err)
         except AbliterateError as error:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -214,8 +215,8 @@ def _own(parameter: inspect.Parameter, annotation: Any) -> inspect.Parameter:
 
 
 def _escaped(text: str) -> str:
-    """For rich, which takes [default ...] for a style and leaves it out."""
-    return text.replace("[default", "\\[default")
+    """For rich, which takes [default ...] for a style, and [/subset] for the end of one."""
+    return re.sub(r"\[(?=[a-z/])", r"\\[", text)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -82,6 +82,7 @@ def demo(
         from abliterate.models.demo import demo_model
 
         terminal.say("making the demo model (once; it is kept in the cache)")
+        terminal.say("it is a toy of 135M parameters and knows little: its poor French isn't the edit's fault")
         _run(str(demo_model()), out, settings, terminal, io)
 
 
@@ -98,7 +99,7 @@ def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, i
     from abliterate.run.pipeline import run_induce
 
     document = run_induce(source, out, settings, overwrite=io.overwrite, reporter=terminal).document
-    written = places(out, model="model", recipe="recipe.safetensors", results="results.json")
+    written = places(out, model="model", recipe="recipe.safetensors", results="results.json", report="report.html")
     io.result(document, *run_result(document), written)
 
 

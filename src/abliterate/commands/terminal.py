@@ -181,7 +181,7 @@ def measurement_table(document: dict[str, Any]) -> Table:
 
 
 def places(out: Path, *, original: str | None = None, **names: str) -> str:
-    """Where a command's outputs are, a line each; what wasn't written isn't told (a style has no report)."""
+    """Where a command's outputs are, a line each; what wasn't written isn't told."""
     there = {what: str(out / name) for what, name in names.items() if (out / name).exists()}
     if original is not None:
         there["original"] = original

@@ -29,7 +29,7 @@ _COUNT: tuple[type, str] = (int, "a positive integer")
 _MODEL_FIELDS = {
     "source": (*_TEXT, True), "revision": (*_TEXT, True), "class": (*_TEXT, True), "config_hash": (*_TEXT, True),
     "layers": (*_COUNT, False), "d_model": (*_COUNT, False), "tied": (bool, "true or false", False),
-    "embedding": (*_TEXT, True), "head": (*_TEXT, True),
+    "embedding": (*_TEXT, True), "head": (*_TEXT, True), "weights_hash": (*_TEXT, True),
 }  # fmt: skip
 # Fields that differ between copies of one model (its path, its version of transformers, what baking itself changes).
 _UNSHAPED = (
@@ -44,8 +44,8 @@ class Recipe:
 
     Attributes:
         edit: what to take out of which writers, and what to add at which blocks.
-        model: source, revision, class, config_hash, layers, d_model, tied, embedding, head of the model it was
-            made for.
+        model: source, revision, class, config_hash, weights_hash, layers, d_model, tied, embedding, head of the
+            model it was made for.
         provenance: prompts' hashes, settings, versions, numbers measured; free-form JSON.
         tensors: writer -> the tensors of a saved checkpoint that it is; empty where that isn't known
             (`recipes.tensors_for` makes them from a checkpoint).

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,27 @@ def config_file(source: str | os.PathLike[str]) -> dict[str, str]:
     transformers."""
     file = Path(source).expanduser() / "config.json"
     return {"config_file_hash": config_hash(json.loads(file.read_text(encoding="utf-8")))} if file.is_file() else {}
+
+
+def weights_hash(folder: str | os.PathLike[str]) -> str:
+    """Sha256 (hex) over the names and hashes of a folder's safetensors files.
+
+    A file of the Hub's cache is named by its hash and isn't read; others are read once a process.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    lines = (f"{file.name} {_file_hash(file.resolve(), file.stat().st_mtime_ns)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@cache
+def _file_hash(file: Path, _changed: int) -> str:
+    if file.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", file.name):
+        return file.name
+    digest = hashlib.sha256()
+    with file.open("rb") as data:
+        while block := data.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _renamed(edit: Edit, known: dict[str, tuple[StoredTensor, ...]], source: str) -> Edit:

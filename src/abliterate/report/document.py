@@ -124,10 +124,11 @@ def load_run(out: str | Path, *, show_completions: bool = False) -> Loaded:
 def _read_data(loaded: Loaded) -> None:
     file = loaded.folder / DATA
     if not file.is_file():
-        loaded.missing.append(
-            f"There is no {DATA} here: `abliterate measure` writes none, and neither did `abliterate run` before it "
-            "made reports. Separation, projection, cosines, the view by token and example answers are left out."
-        )
+        recipe = loaded.results.recipe
+        bare = loaded.results.about.runs_as_style or (recipe is not None and recipe.method == "induce")
+        why = "a style or an induced behaviour has none" if bare else "`abliterate measure` writes none"
+        left_out = "Separation, projection, cosines, the view by token and example answers are left out."
+        loaded.missing.append(f"There is no {DATA} here: {why}. {left_out}")
         return
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

@@ -44,6 +44,8 @@ def all_figures(loaded: Loaded) -> dict[str, Figure]:
 def outcome(loaded: Loaded) -> Figure:
     """Refusals, over-refusals and degenerate answers of every model measured, with intervals."""
     states = loaded.results.states
+    about = loaded.results.about.words
+    names = {**RATES, "refusal": about.rate, "over_refusal": about.over}
     kinds = [key for key in RATES if any(getattr(measured, key) for measured in states.values())]
     data = []
     for index, (state, measured) in enumerate(states.items()):
@@ -60,13 +62,13 @@ def outcome(loaded: Loaded) -> Figure:
             )
         )  # fmt: skip
     rows = [
-        [RATES[key], *(count_of(share) if (share := getattr(m, key)) else "not measured" for m in states.values())]
+        [names[key], *(count_of(share) if (share := getattr(m, key)) else "not measured" for m in states.values())]
         for key in kinds
     ]
     layout = {
         "xaxis": axis("share of answers, %", range=[-3, 103], zeroline=False),
         "yaxis": {
-            "tickvals": list(range(len(kinds))), "ticktext": [RATES[key] for key in reversed(kinds)],
+            "tickvals": list(range(len(kinds))), "ticktext": [names[key] for key in reversed(kinds)],
             "range": [-0.6, len(kinds) - 0.4], "zeroline": False,
         },
     }  # fmt: skip

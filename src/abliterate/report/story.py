@@ -27,6 +27,8 @@ def title(loaded: Loaded) -> str:
 
 def verdict(loaded: Loaded) -> str:
     """Did it work, in a sentence."""
+    if loaded.results.about.name != "refusal" and len(loaded.results.states) > 1:
+        return headline.headline(loaded)
     (state, before), *later = ((state, measured.refusal) for state, measured in loaded.results.states.items())
     if not later:
         what = f"{before.counted} of {before.total}"

@@ -13,7 +13,7 @@ from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe
 from abliterate.measure.document import SCHEMA as SCHEMA
 from abliterate.models.handle import Handle
-from abliterate.models.recipes import config_file
+from abliterate.models.recipes import config_file, weights_hash
 from abliterate.models.shards import checkpoint_shapes
 from abliterate.models.stored import names_in, stored_names, stored_tensors
 from abliterate.models.writers import find_writers
@@ -81,7 +81,7 @@ def recipe_of(handle: Handle, edit: Edit) -> Recipe:
     model = {name: facts[name] for name in ("source", "revision", "class", "config_hash", "layers", "d_model")}
     names = names_in(handle.model, checkpoint_shapes(handle.folder)) if handle.folder else None
     model |= {"source": public_name(handle.source), **stored_names(handle, names)}
-    model |= config_file(handle.folder) if handle.folder else {}
+    model |= {**config_file(handle.folder), "weights_hash": weights_hash(handle.folder)} if handle.folder else {}
     # a quantised model's weights have other shapes in memory: whoever applies the recipe looks at the checkpoint
     tensors = {} if handle.quantised else stored_tensors(handle, names)
     return Recipe(edit, model, {}, {writer: tensors[writer] for writer in edit.writers if tensors})

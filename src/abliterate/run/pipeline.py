@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from abliterate.apply.proof import Proof, check_proof
 from abliterate.cards.card import model_card
+from abliterate.cards.tables import results
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import check_apart, check_folder, whole_folder, writes
 from abliterate.common.reporting import Clock, Reporter, Silent
@@ -60,15 +62,35 @@ from abliterate.search.sweep import Choice, Choose, Show
 from abliterate.settings.run import RunSettings
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
-    """What a run did; `document` is results.json."""
+    """What a run did; `document` is results.json. A notebook shows it as its closing table."""
 
     out: Path
     edit: Edit
     original: Measurement
     edited: Measurement
     document: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{self.out}:", "", *results(RunDocument.model_validate(self.document)).markdown()])
+
+    def _repr_markdown_(self) -> str:
+        return repr(self)
+
+    def report(self) -> Page:
+        """The report, for a notebook to show in place."""
+        return Page((self.out / "report.html").read_text(encoding="utf-8"))
+
+
+class Page:
+    """A page that a notebook shows in a frame."""
+
+    def __init__(self, page: str) -> None:
+        self.page = page
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{escape(self.page)}" width="100%" height="800" style="border: 0"></iframe>'
 
 
 def run(
@@ -86,7 +108,7 @@ def run(
     """Find, choose, change and prove; write recipe.safetensors, results.json, model/ and the report into `out`.
 
     There is no model/ where the edit of a style shifts a block whose class has no bias for it (it is then measured
-    live, and the log says so); and a style has no report.
+    live, and the log says so).
 
     Args:
         model: Hub id, folder or GGUF file.
@@ -209,8 +231,7 @@ def _carried_out(
             gathered.save(folder)
     if writes():
         forget(out)
-    if gathered is not None and writes():  # the result is in place: nothing that goes wrong here can lose it
-        write_html(out, show_completions=show_completions)
+        write_html(out, show_completions=show_completions)  # all is in place: what goes wrong here can't lose it
     return Result(Path(out), edit, original, edited, typed.to_json())
 
 
