@@ -72,7 +72,7 @@ def test_every_command_has_a_page_with_all_its_options() -> None:
         for parameter in command.params:
             shown = [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else []
             assert parameter.hidden or all(f"`{flag}`" in pages[name] for flag in shown), (name, shown)
-    assert "| `--steps` | Gradient steps to the fit's first point. Default: `40`. |" in pages["run"]
+    assert "| `--seed` | Seed of every shuffle and sample. Default: `0`. |" in pages["run"]
 
 
 def test_every_type_of_results_json_is_described() -> None:
