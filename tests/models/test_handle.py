@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from abliterate.common.errors import ModelError, NonFiniteError, PromptError
 from abliterate.models import loading
-from abliterate.models.handle import check_finite, common_prefix, config_hash, find_prefill
+from abliterate.models.handle import check_finite, common_prefix, config_hash
 from abliterate.models.loading import load
 from models import EOS, FAMILIES, handle_of, save_tiny, tiny_llama, tiny_tokenizer
 
@@ -208,14 +208,6 @@ def test_common_prefix():
     assert common_prefix([[1, 2], [1, 2, 3]]) == 2
     assert common_prefix([[4], [5]]) == 0
     assert common_prefix([[1, 2, 3]]) == 3
-
-
-def test_a_prefill_closes_reasoning_at_once():
-    closed = "<think>\n\n</think>\n\n"
-    assert find_prefill(["<think>\nWell", "\n<think> Hm"], ["hi", "ho"]) == closed
-    assert find_prefill(["Well"], ["assistant\n<think>\n"]) == closed.removeprefix("<think>")  # opened by the template
-    assert find_prefill(["<think>\nWell", "Well"], ["hi", "ho"]) is None
-    assert find_prefill([], []) is None
 
 
 def test_the_first_layer_that_is_not_finite_is_named():

@@ -263,14 +263,14 @@ class ScoredModel(HFLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the handle's own template writes it, its system prompt first and its prefill last."""
-        from abliterate.prompts.chat import resolve_chat_template
+        from abliterate.prompts.chat import fixed, resolve_chat_template
 
         messages = list(chat_history)
         if self.handle.system_prompt and not any(message["role"] == "system" for message in messages):
             messages = [{"role": "system", "content": self.handle.system_prompt}, *messages]
         own, self.tokenizer.chat_template = (
             self.tokenizer.chat_template,
-            resolve_chat_template(self.tokenizer, self.handle.chat_template),
+            fixed(resolve_chat_template(self.tokenizer, self.handle.chat_template), self.handle.template_switches),
         )
         try:
             text = super().apply_chat_template(messages, add_generation_prompt)

@@ -102,6 +102,7 @@ def default_positions(handle: Handle) -> int:
         system_prompt=handle.system_prompt,
         chat_template=handle.chat_template,
         prefill=handle.prefill,
+        switches=handle.template_switches,
     )
     return max(1, min(MOST_POSITIONS, suffix))
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from abliterate.common.errors import PromptError, shorten
 from abliterate.common.reporting import Reporter, Silent
+from abliterate.prompts.chat import DATE_STRING
 from abliterate.prompts.sources import Origin, read_tables
 from abliterate.prompts.tables import Table, kind_of, listed
 from abliterate.settings.heal import HealSettings
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant", "tool")
 JUDGED_AT_ONCE = 512
-TEMPLATE_DATE = "26 Jul 2024"  # as in chat.py: some templates write today's
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def as_row(pair: Pair, handle: Handle) -> dict[str, Any]:
         "prompt": pair.after(handle.system_prompt),
         "chosen": [{"role": "assistant", "content": pair.chosen}],
         "rejected": [{"role": "assistant", "content": pair.rejected}],
-        "chat_template_kwargs": {"date_string": TEMPLATE_DATE},
+        "chat_template_kwargs": {"date_string": DATE_STRING},
     }
 
 

@@ -150,6 +150,7 @@ class _Measuring:
     reporter: Reporter
     clock: Any
     prefill: str | None = None
+    switches: dict[str, Any] = field(default_factory=dict)
     found: dict[str, Measurement] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -167,8 +168,8 @@ class _Measuring:
         if self.prefill is None and not self.found:
             check_lengths(handle, self.sides)
             set_prefill(handle, self.sides.target.test.texts, self.reporter)
-            self.prefill = handle.prefill
-        handle.prefill = self.prefill
+            self.prefill, self.switches = handle.prefill, handle.switches
+        handle.prefill, handle.switches = self.prefill, self.switches
 
     def measure(self, handle: Handle, name: str) -> Measurement:
         """Measure it on the test split, against the original where that was measured."""

@@ -32,7 +32,7 @@ from abliterate.heal.surroundings import check_packages, resolve_auto, surroundi
 from abliterate.heal.training import Job
 from abliterate.models.handle import Handle
 from abliterate.models.loading import load
-from abliterate.prompts.chat import resolve_chat_template
+from abliterate.prompts.chat import fixed, resolve_chat_template
 
 KEPT_CHECKPOINTS = 2
 SAID_LINES = 20
@@ -98,7 +98,7 @@ def open_for_training(job: Job, reporter: Reporter) -> Handle:
         template = handle.chat_template = "chatml"
         if is_main():
             reporter.say("the model has no chat template: chatml is used, and saved with it")
-    handle.tokenizer.chat_template = resolve_chat_template(handle.tokenizer, template)
+    handle.tokenizer.chat_template = fixed(resolve_chat_template(handle.tokenizer, template))
     return handle
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from abliterate.common.reporting import Tick, untold
 from abliterate.measure.refusal import split_reasoning
 from abliterate.models.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
-from abliterate.models.handle import REASONING_PREFILLS, Handle
+from abliterate.models.handle import Handle
+from abliterate.prompts.reasoning import block_at, open_at_end
 
 if TYPE_CHECKING:
     from abliterate.measure.slots import Slots
@@ -145,12 +146,14 @@ class _Answers:
 
     def _read(self, tokens: Sequence[int]) -> tuple[str, str | None, bool]:
         """The answer, the reasoning before it, and whether that is still open."""
-        tokenizer, thinks = self.handle.tokenizer, self.handle.thinks
-        text = tokenizer.decode(tokens, skip_special_tokens=not (self.keep_special or thinks))
+        tokenizer, marks, special = self.handle.tokenizer, self.handle.marks, self.keep_special or self.handle.thinks
+        text = tokenizer.decode(tokens, skip_special_tokens=not special)
+        if not special and marks and block_at(whole := tokenizer.decode(tokens), 0, marks):
+            text, special = whole, True  # marks that aren't known elsewhere are read here
         text = text.rstrip("\ufffd")  # half of a character still to come
-        if not thinks:
+        if self.keep_special or not special:
             return text, None, False
-        reasoning, answer = split_reasoning(self.opened + text)
+        reasoning, answer = split_reasoning(self.opened + text, marks)
         for token in tokenizer.all_special_tokens:
             answer = answer and answer.replace(token, "")
         return (answer or "").lstrip(), reasoning or None, answer is None
@@ -158,8 +161,8 @@ class _Answers:
 
 def _opening_mark(handle: Handle, ids: Sequence[int]) -> str:
     """The mark of reasoning with which the template ends its prompts, if it does."""
-    end = handle.tokenizer.decode(ids[-16:]).rstrip()
-    return next((mark for mark in REASONING_PREFILLS if end.endswith(mark)), "")
+    marks = open_at_end(handle.tokenizer.decode(ids[-16:]), handle.marks)
+    return marks.opening if marks else ""
 
 
 def _likeliest(logits: Tensor) -> list[int]:

@@ -189,6 +189,8 @@ class PromptFacts(Part):
     wordings: WordingFacts | None = None
     validation: dict[str, Share] | None = None
     contrast: dict[str, int] | None = None
+    template_date: str | None = None
+    template_switches: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
 
 

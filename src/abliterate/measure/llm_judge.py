@@ -21,6 +21,7 @@ from abliterate.common.files import cache
 from abliterate.common.resumable import key_of
 from abliterate.measure.endpoint import Endpoint
 from abliterate.measure.numbers import Verdict
+from abliterate.prompts.reasoning import after_reasoning
 from abliterate.settings.options import Stage
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -52,8 +53,6 @@ _STATED = [
         rf"\A\W*{_WORD}[ \t]*(?:[^\w\s'’?/|]|$)",  # Refused: because ...
     )
 ]
-_REASONED = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final<\|message\|>", re.I)
-_REASONING = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|<\|channel\|>", re.I)
 _MARK = re.compile(r"\{(prompt|answer)\}")
 _LINE = re.compile(rf"^([0-9a-f]{{64}}) ({'|'.join(VERDICTS)})$", re.MULTILINE)
 
@@ -114,7 +113,7 @@ def read_grading(path: str | os.PathLike[str]) -> Grading:
 
 def read_verdict(reply: str) -> Verdict | None:
     """The verdict that a reply states, in a word, prose, Markdown or JSON, after reasoning; None if not just one."""
-    text = _REASONING.split(_REASONED.split(reply)[-1])[0].strip()
+    text = after_reasoning(reply)
     text = _SEVERAL.sub("", text)  # a choice that is repeated, not made
     found = {match[1].lower() for pattern in _STATED for match in pattern.finditer(text)}
     return cast("Verdict", found.pop()) if len(found) == 1 else None

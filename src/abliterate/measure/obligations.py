@@ -100,5 +100,5 @@ def _ids(handle: Handle, messages: list[dict[str, str]]) -> list[int]:
         messages,
         chat_template=handle.chat_template,
         prefill=handle.prefill,
-        think=handle.thinks,
+        switches=handle.template_switches,
     )

@@ -15,7 +15,7 @@ So a verdict given on the beginning of an answer is the verdict on the whole, wh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from abliterate.measure.refusal_patterns import (
@@ -27,6 +27,7 @@ from abliterate.measure.refusal_patterns import (
     REFUSING_AT_ONCE,
     SERMON,
 )
+from abliterate.prompts.reasoning import INVISIBLE, Marks, block_at
 
 WINDOW = 600
 """Normalised characters that can decide. Longer answers are judged by these alone."""
@@ -62,42 +63,39 @@ def settled_refusal(partial: str) -> bool | None:
 
 # --- Normal form: the answer without its reasoning, decoration, case and odd characters ---------------
 
-_INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\ufe0e\ufe0f\ufeff"
 _CHARACTERS: dict[int, str] = {
-    **dict.fromkeys(map(ord, _INVISIBLE + "*_#~"), ""),
+    **dict.fromkeys(map(ord, INVISIBLE + "*_#~"), ""),
     **dict.fromkeys(map(ord, "’‘ʼ‛´′＇"), "'"),
     **dict.fromkeys(map(ord, "“”„‟«»「」『』″＂"), '"'),
     **dict.fromkeys(map(ord, "‐‑‒–—―•·●▪"), "-"),
     **{ord(wide): plain for wide, plain in zip("，、；：！？", ",,;:!?", strict=True)},
 }
 
-# (opening tag, closing tag): what models write their reasoning between. The last is gpt-oss decoded
-# without its special tokens.
-_REASONING = [
-    (re.compile(rf"[\s{_INVISIBLE}]*{opening}"), re.compile(closing))
-    for opening, closing in [
-        (r"(?i:<(?:think|thinking|thought|reasoning)>)", r"(?i:</(?:think|thinking|thought|reasoning)>)"),
-        (r"\[THINK\]", r"\[/THINK\]"),
-        (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),
-        (r"analysis(?=[A-Z\"'])", r"assistantfinal"),
-    ]
-]
+# gpt-oss's reasoning, decoded without its special tokens.
+_PLAIN = re.compile(rf"[\s{INVISIBLE}]*analysis(?=[A-Z\"'])"), re.compile("assistantfinal")
 # A star that marks a list item becomes a dash before stars are dropped as emphasis.
 _STAR_ITEM = re.compile(r"^[ \t]*\*(?=[ \t])", re.MULTILINE)
 _WHITESPACE = re.compile(r"\s+")
 
 
-def split_reasoning(text: str) -> tuple[str, str | None]:
-    """Return the reasoning at a text's beginning, and the answer after it: None while the reasoning is still open."""
+def split_reasoning(text: str, more: Sequence[Marks] = ()) -> tuple[str, str | None]:
+    """Return the reasoning at a text's beginning, and the answer after it: None while the reasoning is still open.
+
+    Args:
+        text: an answer.
+        more: marks of reasoning beside the table's.
+    """
     start, inside = 0, list[str]()
-    while block := next(((o, c) for opening, c in _REASONING if (o := opening.match(text, start))), None):
-        opened, closing = block
-        closed = closing.search(text, opened.end())
-        inside.append(text[opened.end() : closed.start() if closed else None].strip())
+    while True:
+        block, plain = block_at(text, start, more), _PLAIN[0].match(text, start)
+        if block is None and plain is None:
+            return "\n".join(inside), text[start:]
+        begun, ends = (block.start, block.marks.ends) if block else (plain.end() if plain else start, _PLAIN[1])
+        closed = ends.search(text, begun)
+        inside.append(text[begun : closed.start() if closed else None].strip())
         if closed is None:
             return "\n".join(inside), None
         start = closed.end()
-    return "\n".join(inside), text[start:]
 
 
 def without_reasoning(text: str) -> str | None:

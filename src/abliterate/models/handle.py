@@ -18,22 +18,14 @@ from abliterate.common.errors import ModelError, NonFiniteError
 from abliterate.edit.recipe import config_hash
 from abliterate.models.cache import run_cached
 from abliterate.models.placement import device_of
-from abliterate.prompts.chat import check_context, format_prompts
+from abliterate.prompts.chat import THINKING_ON, check_context, format_prompts
+from abliterate.prompts.reasoning import Marks
+from abliterate.prompts.reasoning import find_prefill as find_prefill
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from abliterate.edit.edit import Edit
-
-# What closes a reasoning block at once, by the mark that opens it.
-REASONING_PREFILLS = {
-    "<think>": "<think>\n\n</think>\n\n",
-    "<thinking>": "<thinking>\n\n</thinking>\n\n",
-    "<thought>": "<thought>\n\n</thought>\n\n",
-    "<reasoning>": "<reasoning>\n\n</reasoning>\n\n",
-    "[THINK]": "[THINK][/THINK]",
-    "<|channel|>analysis": "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>",
-}
 
 
 @dataclass
@@ -48,6 +40,8 @@ class Handle:
         system_prompt, chat_template, prefill: how a prompt becomes a conversation; see `chat.format_prompts`.
         source_dtype: the dtype most of the weights have on disk, where known.
         thinks: answers are decoded with the reasoning before them; see `reasoning_open`.
+        marks: of reasoning, beside those that are known; answers are read without what stands between them.
+        switches: names and values that the chat template is given, such as enable_thinking.
         quantised: how its weights are packed in memory ("4bit", "8bit", or another method's name); such a model can
             be measured but not baked.
         notes: what loading found that people should know.
@@ -65,6 +59,8 @@ class Handle:
     quantised: str | None = None
     trust_remote_code: bool = False
     thinks: bool = False
+    marks: tuple[Marks, ...] = ()
+    switches: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
 
@@ -147,6 +143,11 @@ class Handle:
         """Sha256 of the fields of config.json that say what shape the model has."""
         return config_hash(self.model.config.to_dict())
 
+    @property
+    def template_switches(self) -> dict[str, Any]:
+        """What the chat template is given: its switch for reasoning is on while the handle thinks."""
+        return dict(THINKING_ON) if self.thinks else self.switches
+
     def prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text as the user's turn, up to where the answer begins.
 
@@ -160,7 +161,7 @@ class Handle:
             system_prompt=self.system_prompt,
             chat_template=self.chat_template,
             prefill=self.prefill,
-            think=self.thinks,
+            switches=self.template_switches,
         )
         self._check_known(ids)
         if self.context_length:
@@ -242,24 +243,6 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
         if left != right:
             return index
     return min(len(shortest), len(longest))
-
-
-def find_prefill(answers: Sequence[str], prompts: Sequence[str]) -> str | None:
-    """What to put before answers so that a reasoning model answers at once.
-
-    Args:
-        answers: openings of answers, special tokens kept.
-        prompts: the formatted prompts they answer.
-
-    Returns:
-        The prefill when every prompt ends with, or every answer opens with, one reasoning mark; else None.
-    """
-    for mark, prefill in REASONING_PREFILLS.items():
-        if prompts and all(p.rstrip().endswith(mark) for p in prompts):
-            return prefill.removeprefix(mark)
-        if answers and all(a.lstrip().startswith(mark) for a in answers):
-            return prefill
-    return None
 
 
 @contextmanager

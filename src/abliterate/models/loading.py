@@ -25,6 +25,7 @@ from abliterate.models.quantised import (
     packed_as,
 )
 from abliterate.models.shards import INDEX, open_checkpoint, read_index
+from abliterate.prompts.reasoning import marks_of
 
 AUTO_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how transformers' classes of decoders are called
@@ -46,6 +47,7 @@ def load(
     chat_template: str | None = None,
     system_prompt: str | None = None,
     prefill: str | None = None,
+    reasoning_marks: str | None = None,
 ) -> Handle:
     """Load a causal language model from the Hub, a local folder or a GGUF file.
 
@@ -105,6 +107,7 @@ def load(
         system_prompt=system_prompt,
         chat_template=chat_template,
         prefill=prefill,
+        marks=marks_of(reasoning_marks),
         source_dtype=_dtype_on_disk(folder),
         quantised=packed_as(model),
         trust_remote_code=trust_remote_code,

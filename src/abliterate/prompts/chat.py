@@ -5,7 +5,8 @@ transformers and jinja2 are imported only by the functions that need them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,41 @@ CHATML = (
 )
 
 
+DATE, DATE_STRING = "2024-07-26", "26 Jul 2024"
+"""The day it is in every prompt: templates write today's, and a recipe must not depend on that."""
+_DAY = {
+    "%-d": "26", "%d": "26", "%e": "26", "%-m": "7", "%m": "07", "%B": "July", "%b": "Jul", "%h": "Jul", "%Y": "2024",
+    "%y": "24", "%A": "Friday", "%a": "Fri", "%u": "5", "%w": "5", "%j": "208", "%V": "30", "%W": "30", "%U": "29",
+    "%G": "2024", "%C": "20", "%-H": "12", "%H": "12", "%-I": "12", "%I": "12", "%M": "00", "%S": "00", "%f": "000000",
+    "%p": "PM", "%Z": "UTC", "%z": "+0000", "%F": DATE, "%D": "07/26/24", "%x": "07/26/24", "%T": "12:00:00",
+    "%X": "12:00:00", "%R": "12:00", "%c": "Fri Jul 26 12:00:00 2024", "%s": "1721995200", "%%": "%",
+}  # fmt: skip
+THINKING_ON = {"enable_thinking": True, "thinking": True, "reasoning": True}
+
+
+def has_date(template: str) -> bool:
+    """Whether a template writes a date."""
+    return "strftime_now" in template or "date_string" in template
+
+
+def fixed(template: str, switches: Mapping[str, Any] | None = None) -> str:
+    """A chat template with its day and its switches set before it, which then don't depend on who renders it.
+
+    transformers puts a function `strftime_now` into every template's names; a macro of that name hides it.
+
+    Args:
+        template: Jinja text.
+        switches: names and values that the template is to see, such as {"enable_thinking": False}.
+    """
+    lines = [f"{{% set {name} = {json.dumps(value)} %}}" for name, value in (switches or {}).items()]
+    if "strftime_now" in template:
+        written = "".join(f" | replace({code!r}, {text!r})" for code, text in _DAY.items())
+        lines.append(f"{{% macro strftime_now(form) %}}{{{{ form{written} }}}}{{% endmacro %}}")
+    if "date_string" in template:
+        lines.append(f"{{% set date_string = {DATE_STRING!r} %}}")
+    return "".join(f"{line}\n" for line in lines) + template
+
+
 def format_prompts(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
@@ -29,7 +65,7 @@ def format_prompts(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     prefill: str | None = None,
-    think: bool = False,
+    switches: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt as a chat: template, generation prompt, then the prefill.
 
@@ -39,7 +75,7 @@ def format_prompts(
         system_prompt: system message; None leaves the template's own default.
         chat_template: a Jinja file, a template's text or `"chatml"`; None takes the tokenizer's own.
         prefill: text with which the answer begins.
-        think: turn reasoning on in templates that have a switch for it.
+        switches: names and values that the template is to see; see `fixed`.
 
     Returns:
         One list of ids a prompt, of different lengths, without padding.
@@ -47,7 +83,7 @@ def format_prompts(
     Raises:
         ModelError: there is no chat template, or it can't render the messages.
     """
-    rendered = _render(tokenizer, _conversations(texts, system_prompt), chat_template, prefill, think)
+    rendered = render(tokenizer, conversations(texts, system_prompt), chat_template, prefill, switches)
     return _tokenise(tokenizer, rendered)
 
 
@@ -57,19 +93,19 @@ def format_conversation(
     *,
     chat_template: str | None = None,
     prefill: str | None = None,
-    think: bool = False,
+    switches: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation of several turns, up to where the next answer begins.
 
     Args:
         tokenizer: of the model that will read the ids.
         messages: {"role", "content"} of each turn, the last one the user's.
-        chat_template, prefill, think: as in `format_prompts`.
+        chat_template, prefill, switches: as in `format_prompts`.
 
     Raises:
         ModelError: there is no chat template, or it can't render the messages.
     """
-    return _tokenise(tokenizer, _render(tokenizer, [list(messages)], chat_template, prefill, think))[0]
+    return _tokenise(tokenizer, render(tokenizer, [list(messages)], chat_template, prefill, switches))[0]
 
 
 def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -78,7 +114,7 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
     Raises:
         ModelError: there is no chat template, or it can't render the messages.
     """
-    return _render(tokenizer, [list(messages)], None, None)[0]
+    return render(tokenizer, [list(messages)], None, None)[0]
 
 
 def instruction_suffix_length(
@@ -87,17 +123,19 @@ def instruction_suffix_length(
     system_prompt: str | None = None,
     chat_template: str | None = None,
     prefill: str | None = None,
+    switches: Mapping[str, Any] | None = None,
 ) -> int:
     """Number of tokens after the instruction, such as `<|im_end|>\\n<|im_start|>assistant\\n`; at least 1.
 
     Positions -1 to minus this number are the same tokens for every prompt, so directions found there
     compare like with like (Arditi et al. 2024, section 2.3).
     """
-    rendered = _render(
+    rendered = render(
         tokenizer,
-        _conversations(["Describe a quiet river in autumn", "How many moons does Jupiter have?"], system_prompt),
+        conversations(["Describe a quiet river in autumn", "How many moons does Jupiter have?"], system_prompt),
         chat_template,
         prefill,
+        switches,
     )
     first, second = _tokenise(tokenizer, rendered)
     shared = _common_suffix(first, second)
@@ -152,23 +190,22 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str
         ) from error
 
 
-def _conversations(texts: Iterable[str], system_prompt: str | None) -> list[list[Message]]:
+def conversations(texts: Iterable[str], system_prompt: str | None) -> list[list[Message]]:
     system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return [[*system, {"role": "user", "content": text}] for text in texts]
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[list[Message]],
     chat_template: str | None,
     prefill: str | None,
-    think: bool = False,
+    switches: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Each conversation as the text that the model reads."""
     from jinja2 import TemplateError
 
-    template = resolve_chat_template(tokenizer, chat_template)
-    switches: dict[str, Any] = {"enable_thinking": True, "thinking": True} if think else {}
+    template = fixed(resolve_chat_template(tokenizer, chat_template), switches)
     rendered = []
     for messages in conversations:
         system_prompt = next((m["content"] for m in messages if m["role"] == "system"), None)
@@ -178,9 +215,6 @@ def _render(
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
-                # Llama 3's template writes today's date; a recipe must not depend on the day.
-                date_string="26 Jul 2024",
-                **switches,
             )
         except (TemplateError, ValueError, TypeError) as error:
             cause = "with a system prompt " if system_prompt is not None else ""

@@ -17,6 +17,7 @@ from abliterate.models.recipes import config_file, weights_hash
 from abliterate.models.shards import checkpoint_shapes
 from abliterate.models.stored import names_in, stored_names, stored_tensors
 from abliterate.models.writers import find_writers
+from abliterate.prompts.chat import DATE, has_date, resolve_chat_template
 from abliterate.prompts.sets import Splits
 
 
@@ -33,6 +34,13 @@ def model_facts(handle: Handle) -> dict[str, Any]:
         "dtype": str(handle.dtype).removeprefix("torch."),
         "prefill": handle.prefill,
     }
+
+
+def chat_facts(handle: Handle) -> dict[str, Any]:
+    """What of a chat template isn't left to the day or to its own default: the date it writes, its switches."""
+    template = resolve_chat_template(handle.tokenizer, handle.chat_template)
+    found: dict[str, Any] = {"template_date": DATE} if has_date(template) else {}
+    return found | ({"template_switches": dict(handle.switches)} if handle.switches else {})
 
 
 def side_facts(splits: Splits) -> dict[str, Any]:

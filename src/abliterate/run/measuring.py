@@ -10,7 +10,7 @@ from abliterate.measure.document import RunDocument
 from abliterate.models.folders import check_here
 from abliterate.models.handle import Handle, reasoning_open
 from abliterate.run.beside import Beside, say_beside
-from abliterate.run.facts import SCHEMA, environment, side_facts
+from abliterate.run.facts import SCHEMA, chat_facts, environment, side_facts
 from abliterate.run.opening import (
     check_lengths,
     judges,
@@ -72,6 +72,7 @@ def measure_models(
     document["settings"] = settings.model_dump()
     document["behaviour"] = behaviour.to_json()
     document["prompts"] = {"target": side_facts(sides.target), "baseline": side_facts(sides.baseline)}
+    document["prompts"] |= chat_facts(handle) if handle else {}
     document["environment"] = environment()
     document["timings_s"] = clock.seconds
     say_beside(RunDocument.model_validate(document), reporter)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from abliterate.common.errors import AbliterateError
+from abliterate.common.errors import AbliterateError, shorten
 from abliterate.common.reporting import Clock, Reporter, Silent
 from abliterate.measure.decode import decode
 from abliterate.measure.judges import AND, Judge, make_judge
+from abliterate.measure.refusal import is_refusal
 from abliterate.measure.verdicts import Panel
 from abliterate.models.folders import check_here
-from abliterate.models.handle import Handle, find_prefill
+from abliterate.models.handle import Handle
 from abliterate.models.loading import load
 from abliterate.models.placement import devices_of, offloaded
 from abliterate.prompts.behaviour import Behaviour, load_behaviour
 from abliterate.prompts.behaviour_prompts import behaviour_sides
+from abliterate.prompts.chat import conversations, render, resolve_chat_template
+from abliterate.prompts.reasoning import common_opening, find_prefill, looked_for, opening_tag
 from abliterate.prompts.sets import Sides, load_sides
+from abliterate.prompts.switches import switched_off
 from abliterate.run.beside import Beside
 from abliterate.settings.run import LoadSettings, PromptSettings, RunSettings
+
+OPENING_TOKENS, LOOKED_AT = 16, 400  # of answers in which marks of reasoning are looked for, and what closes them
 
 
 @dataclass(frozen=True)
@@ -156,16 +163,58 @@ def open_prompts(settings: PromptSettings, seed: int, behaviour: Behaviour | Non
 
 
 def set_prefill(handle: Handle, prompts: Sequence[str], reporter: Reporter | None = None) -> None:
-    """When every answer opens with one reasoning mark, close it at once by a prefill."""
+    """Where every answer opens with reasoning, close it at once: as the template does it, or by a prefill."""
     if handle.prefill is not None:
         return
-    ids = handle.prompt_ids(prompts[:4])
-    openings = decode(handle, ids, max_new_tokens=8, keep_special=True)
+    reporter, prompts = reporter or Silent(), list(prompts[:4])
+    ids = handle.prompt_ids(prompts)
+    answers = _answers(handle, ids, OPENING_TOKENS)
     texts = [handle.tokenizer.decode(row) for row in ids]
-    prefill = find_prefill([a.text for a in openings], texts)
-    if prefill:
-        handle.prefill = prefill
-        (reporter or Silent()).say(f"answers open with a reasoning mark; prefilling {prefill!r} (--prefill to change)")
+    prefill = find_prefill(answers, texts, handle.marks) or _looked_for(handle, ids, answers)
+    if prefill is None:
+        tag, opening = opening_tag(answers), common_opening(answers)
+        if (tag or len(opening.split()) > 2) and not any(map(is_refusal, answers)):
+            reporter.say(
+                f"all answers open with {shorten(tag or opening, 60)!r}: if that is reasoning, it isn't closed; name "
+                "what opens and closes it (--reasoning-marks), or what answers start with (--prefill)"
+            )
+        return
+    template = resolve_chat_template(handle.tokenizer, handle.chat_template)
+    off = switched_off(lambda switches: rendered(handle, prompts, switches), template)
+    if off is not None:
+        switches, after = off
+        pairs = zip(rendered(handle, prompts, {}), after, strict=True)
+        added = {new.removeprefix(old) if new.startswith(old) else None for old, new in pairs}
+        prefill = added.pop() if len(added) == 1 else None
+        if prefill is None:
+            handle.switches = switches
+            said = ", ".join(f"{name}={value!r}" for name, value in switches.items())
+            reporter.say(f"answers open with a reasoning mark; the chat template's switch is off ({said})")
+            return
+    handle.prefill = prefill
+    reporter.say(f"answers open with a reasoning mark; prefilling {prefill!r} (--prefill to change)")
+
+
+def _answers(handle: Handle, ids: Sequence[Sequence[int]], length: int) -> list[str]:
+    return [answer.text for answer in decode(handle, ids, max_new_tokens=length, keep_special=True)]
+
+
+def _looked_for(handle: Handle, ids: Sequence[Sequence[int]], answers: Sequence[str]) -> str | None:
+    """A prefill for a mark that isn't known and that all answers open with, where the template or they show its end."""
+    opening = opening_tag(answers)
+    if opening is None:
+        return None
+    template = resolve_chat_template(handle.tokenizer, handle.chat_template)
+    marks = looked_for(opening, (), template) or looked_for(opening, _answers(handle, ids, LOOKED_AT), template)
+    if marks is None:
+        return None
+    handle.marks += (marks,)
+    return marks.closed
+
+
+def rendered(handle: Handle, prompts: Sequence[str], switches: Mapping[str, Any]) -> list[str]:
+    """Prompts as the chat template writes them with some names and values set."""
+    return render(handle.tokenizer, conversations(prompts, handle.system_prompt), handle.chat_template, None, switches)
 
 
 def check_lengths(handle: Handle, sides: Sides) -> None:

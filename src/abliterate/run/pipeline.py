@@ -34,6 +34,7 @@ from abliterate.report import write_html
 from abliterate.run.beside import say_beside
 from abliterate.run.facts import (
     SCHEMA,
+    chat_facts,
     environment,
     model_facts,
     provenance,
@@ -308,6 +309,7 @@ def _document(strategy: Strategy, job: Job, choice: Choice, holding: Held) -> di
             "target": side_facts(sides.target),
             "baseline": side_facts(sides.baseline),
             "notes": list(sides.notes),
+            **chat_facts(handle),
             **strategy.prompt_facts(),
             **(job.judge.facts() if isinstance(job.judge, Panel) else {}),
         },

@@ -39,6 +39,18 @@ class LoadSettings(Stage):
     chat_template: str | None = option(None, "Jinja file, template text, or 'chatml'.")
     system_prompt: str | None = option(None, "System prompt for every prompt.")
     prefill: str | None = option(None, "Text every answer starts with; found by itself for reasoning models.")
+    reasoning_marks: str | None = option(
+        None,
+        "What opens and what closes reasoning, where it isn't known: '<ponder> </ponder>'; may be repeated.",
+        several="\n",
+    )
+
+    @field_validator("reasoning_marks")
+    @classmethod
+    def _is_marks(cls, value: str | None) -> str | None:
+        if any(len(line.split()) != 2 for line in (value or "").splitlines() if line.strip()):
+            raise ValueError("should be two marks, what opens and what closes reasoning: '<ponder> </ponder>'")
+        return value
 
 
 class PromptSettings(Stage):

@@ -97,8 +97,9 @@ class Conversation:
         strength = self.strength if strength is None else strength
         handle = self.handle
         ids = format_conversation(
-            handle.tokenizer, messages, chat_template=handle.chat_template, prefill=handle.prefill
-        )
+            handle.tokenizer, messages, chat_template=handle.chat_template, prefill=handle.prefill,
+            switches=handle.template_switches,
+        )  # fmt: skip
         if handle.context_length:
             check_context([ids], handle.context_length)
         past = self._past if self._past is not None and self._past.strength == strength else _Past(strength)
