@@ -98,6 +98,7 @@ def test_a_fit_stays_orthogonal_and_still_finds_what_was_planted(handle, rank):
         steps=12,
         steps_between=4,
         weights=(1.0, 0.1),
+        lighter=(),  # two validation prompts can't tell one that is too light
         layers=range(4),
         target_batch=3,
         baseline_batch=3,
