@@ -17,6 +17,7 @@ from abliterate.edit.recipe import load_recipe
 from abliterate.measure import Measurement
 from abliterate.models.demo import GUARD
 from abliterate.run.pipeline import Result, run
+from abliterate.search.sweep import SweepSettings
 from abliterate.settings.run import RunSettings, resolve
 
 pytestmark = pytest.mark.slow
@@ -138,9 +139,11 @@ def test_writers_are_proved_on_the_real_model_and_live_equals_baked(demo_model: 
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the notebook's few prompts; everything else as it stands there."""
+    """With few prompts and the layers about the one found; everything else as it stands there."""
     few = {"limit_train": 24, "limit_validation": 12, "limit_test": 12}
-    load_sides, measure = ab.load_sides, ab.measure
+    load_sides, measure, sweep = ab.load_sides, ab.measure, ab.sweep
+    near = SweepSettings(layers=range(14, 18))
+    monkeypatch.setattr(ab, "sweep", lambda *given, **named: sweep(*given, **named, settings=near))
     monkeypatch.setattr(ab, "load_sides", lambda *sources, **limits: load_sides(*sources, **{**limits, **few}))
     monkeypatch.setattr(ab, "measure", lambda *given, **named: measure(*given, **{**named, "max_new_tokens": 24}))
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "pipeline.py"))
