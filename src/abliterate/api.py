@@ -7,10 +7,12 @@ used, and the methods are there; code inside the package calls the functions.
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
 from abliterate.apply import hooks, weights
+from abliterate.common.reporting import Reporter, tell_by_default
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import load_recipe, save_recipe
 from abliterate.models.handle import Handle
@@ -58,6 +60,18 @@ def bake(edit: Edit, handle: Handle, *, keep_tied: bool = False) -> None:
     """
     weights.bake(handle, edit, keep_tied=keep_tied)
 
+
+def _notebook() -> Reporter:
+    """Lines in the cell that runs."""
+    from rich.console import Console
+
+    from abliterate.commands.terminal import Terminal
+
+    return Terminal(console=Console(highlight=False, soft_wrap=True))
+
+
+if "ipykernel" in sys.modules:
+    tell_by_default(_notebook)
 
 for _name, _method in {"save": save, "load": staticmethod(load), "attached": attached, "bake": bake}.items():
     setattr(Edit, _name, _method)

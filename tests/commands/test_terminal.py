@@ -158,3 +158,17 @@ def test_a_run_is_watched_in_a_terminal(tmp_path):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, seen
     assert b"loading model" in seen and b"done" in seen
+
+
+@pytest.mark.slow
+def test_a_notebook_is_told_how_a_run_goes():
+    code = (
+        "import sys, types\n{}import abliterate.api\nfrom abliterate.common.reporting import default_reporter\n"
+        "told = default_reporter(); told.say('[loading] it'); print(type(told).__name__)"
+    )
+    shown = []
+    for before in ("", "sys.modules['ipykernel'] = types.ModuleType('ipykernel')\n"):
+        done = subprocess.run([sys.executable, "-c", code.format(before)], capture_output=True, text=True, check=True)
+        shown.append(done.stdout)
+    assert shown[0] == "Silent\n"
+    assert "[loading] it" in shown[1] and shown[1].endswith("Terminal\n")

@@ -37,6 +37,18 @@ class Silent:
 
 
 SILENT = Silent()
+_makers: list[Callable[[], Reporter]] = [Silent]
+
+
+def default_reporter() -> Reporter:
+    """Who is told where nobody is named: nobody, but a notebook's page."""
+    return _makers[-1]()
+
+
+def tell_by_default(maker: Callable[[], Reporter]) -> None:
+    """Have what this makes told from now on."""
+    _makers[:] = [maker]
+
 
 Item = TypeVar("Item")
 

@@ -16,7 +16,7 @@ from abliterate.cards.card import model_card
 from abliterate.cards.tables import results
 from abliterate.common.errors import AbliterateError
 from abliterate.common.files import check_apart, check_folder, whole_folder, writes
-from abliterate.common.reporting import Clock, Reporter, Silent
+from abliterate.common.reporting import Clock, Reporter, default_reporter
 from abliterate.directions.activations_file import save_activations
 from abliterate.directions.contrast import collect_contrast, contrast
 from abliterate.directions.keep import Keep, Kept, check_keep, keeping, read_keep
@@ -127,7 +127,7 @@ def run(
         NothingToDoError: the model hardly shows what is to be removed (refuses), or shows already what is to be
             added, and `settings.force` is off.
     """
-    settings, reporter = settings or RunSettings(), reporter or Silent()
+    settings, reporter = settings or RunSettings(), reporter or default_reporter()
     settings, behaviour = resolve_behaviour(settings, reporter)
     if settings.load.tensor_parallel and settings.search.method == "tpe":
         raise AbliterateError("--method tpe would ask its study in every process of --tensor-parallel; take another")
@@ -168,7 +168,7 @@ def run_induce(
         AbliterateError: any of the errors in `abliterate.common.errors`; nothing is written then.
         NothingToDoError: the model hardly refuses its target prompts, so it has no refusal to copy.
     """
-    refusal, settings, reporter = load_behaviour("refusal"), settings or RunSettings(), reporter or Silent()
+    refusal, settings, reporter = load_behaviour("refusal"), settings or RunSettings(), reporter or default_reporter()
     return _carried_out(Inducing(), model, out, settings, refusal, reporter, overwrite=overwrite)
 
 
@@ -351,7 +351,7 @@ def collect_to_file(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Collect on the training split and save to a file; returns counts and shape."""
-    reporter = reporter or Silent()
+    reporter = reporter or default_reporter()
     settings, behaviour = resolve_behaviour(settings, reporter)
     job = opened(model, out, settings, behaviour, reporter)
     handle, sides = job.handle, job.sides
