@@ -148,7 +148,7 @@ def _usage(document: RunDocument) -> list[str]:
     return [
         " ".join(said), "", "```python", "from transformers import pipeline", "",
         'chat = pipeline("text-generation", "USER/NAME", dtype="auto", device_map="auto")',
-        'print(chat([{"role": "user", "content": "Hello"}], max_new_tokens=256)[0]["generated_text"][-1]["content"])',
+        'print(chat([dict(role="user", content="Hello")], max_new_tokens=256)[0]["generated_text"][-1]["content"])',
         "```", "", "```sh", "vllm serve USER/NAME",
         "abliterate export ./FOLDER --gguf Q4_K_M --out model.gguf --ollama",
         "llama-server -m model.gguf --jinja   # or: ollama create NAME -f Modelfile", "```",
