@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,10 @@ def built(
                 parameter.copy_(0.1 * draw(parameter))
             else:
                 parameter.add_(0.3 * draw(parameter))  # a gain, whether it is around 1 or around 0
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():  # what files hold of them is seldom the 1 or 0 of a fresh model
+            if name in saved and buffer.is_floating_point():
+                buffer.mul_(1 + 0.3 * draw(buffer)).add_(0.05 * draw(buffer))
     generation = model.generation_config
     generation.do_sample, generation.eos_token_id, generation.pad_token_id = False, EOS, PAD
     return cast(model, dtype)
@@ -149,6 +153,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 """A builder for every family whose writers are found."""
 
 
+def _gemma4() -> dict[str, Any]:
+    return {
+        **_sizes(), "vocab_size_per_layer_input": VOCABULARY, "sliding_window": 16, "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }  # fmt: skip
+
+
+def shrunk(model_type: str) -> Any:
+    """A model of a type that is made small by `every_type`."""
+    from every_type import small_config
+
+    return built(small_config(model_type))
+
+
 def _mixture(**fields: Any) -> dict[str, Any]:
     return {**_sizes(tied=False), "moe_intermediate_size": 16, "num_experts_per_tok": 2, **fields}
 
@@ -201,6 +219,15 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         "mamba2", num_hidden_layers=4, hidden_size=32, num_heads=4, head_dim=16, n_groups=1, state_size=8,
         chunk_size=16,
     ),
+    "gemma4_text": lambda: tiny("gemma4_text", **_gemma4(), hidden_size_per_layer_input=8, num_kv_shared_layers=2),
+    "gemma4_text: dense": lambda: tiny(
+        "gemma4_text", **_gemma4(), hidden_size_per_layer_input=0, num_kv_shared_layers=0
+    ),
+    "gemma4_text: mixture": lambda: tiny(
+        "gemma4_text", **_gemma4(), hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=True,
+        num_experts=4, top_k_experts=2, moe_intermediate_size=16,
+    ),
+    **{name: partial(shrunk, name) for name in ("deepseek_v4", "hy_v4", "qwen4_exp_text", "modernbert-decoder")},
     "gemma3": lambda: tiny_multimodal(
         "gemma3", text_config={**_text("gemma3_text"), "sliding_window": 16}, vision_config=_siglip(),
         mm_tokens_per_image=4,
@@ -219,7 +246,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     ),
     "mistral3": lambda: tiny_multimodal("mistral3", text_config=_text("mistral"), vision_config=_siglip("pixtral")),
 }  # fmt: skip
-"""A builder for every architecture of the table in docs/architectures.md."""
+"""A builder for every architecture whose whole way, from finding to loading again, is tested each time."""
 
 MULTIMODAL = ("gemma3", "qwen2_5_vl", "llava", "mistral3")
 

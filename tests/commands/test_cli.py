@@ -179,7 +179,7 @@ def test_every_option_reaches_a_setting():
     names = {option.name for option in options_of(RunSettings).values()}
     not_settings = {
         "model", "out", "config", "overwrite", "quiet", "json", "show_completions", "activations", "original",
-        "keep_vectors", "plan", "log_file", "induce",
+        "keep_vectors", "plan", "log_file", "induce", "recipe",
     }  # fmt: skip
     commands = typer.main.get_command(app).commands
     for name in ("run", "demo", "collect", "measure", "inspect"):  # those that take settings

@@ -30,12 +30,20 @@ class Attachment:
         parameters = dict(handle.model.named_parameters())
         check_shifts(handle, edit.shifts)
         self._changes: list[tuple[nn.Module, Change]] = []
-        self._model, self._swaps = handle.model, list[tuple[str, Tensor]]()
+        self._entering: list[tuple[nn.Module, Change]] = []
+        self._model, self._swaps = handle.model, list[tuple[str, Tensor, bool]]()
         self._undo = contextlib.ExitStack()
         for writer, change in weight_factors(handle, edit.parts):
+            if writer.at:
+                taken = taking_out(*(torch.from_numpy(factor).to(handle.dtype) for factor in change))
+                place = self._entering if writer.at == "input" else self._changes
+                place.append((modules[writer.module], taken))
+                continue
             parameter = parameters[writer.name]
             if not writer.module:
-                self._swaps.append((writer.name, removed(value(handle.model, writer.name), change, writer.axis)))
+                tied = handle.tied and parameter is handle.embedding.weight
+                edited = removed(value(handle.model, writer.name), change, writer.axis)
+                self._swaps.append((writer.name, edited, tied))
                 continue
             dtype = parameter.dtype if parameter.is_floating_point() else handle.dtype
             module = modules[writer.module]
@@ -50,13 +58,27 @@ class Attachment:
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as undo:
-            for name, edited in self._swaps:
-                undo.enter_context(replaced(self._model, name, edited))
-            undo.enter_context(changed(self._changes))
+            for name, edited, tied in self._swaps:
+                swap = _for_itself if tied else replaced
+                undo.enter_context(swap(self._model, name, edited))
+            undo.enter_context(changed(self._changes, self._entering))
             self._undo = undo.pop_all()
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
+
+
+@contextlib.contextmanager
+def _for_itself(model: nn.Module, name: str, new: Tensor) -> Iterator[None]:
+    """Other values in a module's parameter, while a head that is tied to it keeps its own."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    before = getattr(module, last)
+    setattr(module, last, nn.Parameter(new, requires_grad=False))
+    try:
+        yield
+    finally:
+        setattr(module, last, before)
 
 
 @contextlib.contextmanager

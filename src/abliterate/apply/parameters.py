@@ -57,7 +57,9 @@ class Parameters:
     def gain(self, writer: Writer) -> Float[Tensor, " d_model"] | None:
         """What the norm behind it multiplies by, float32; None without one."""
         stored = self._stored[writer.name][0].gain
-        return None if stored is None else self._read(stored.name).float() + stored.plus
+        if stored is None:
+            return None
+        return torch.stack([self._read(name).float() + plus for name, plus in stored.norms]).prod(0)
 
     def sibling(self, writer: Writer, name: str) -> Tensor:
         """Another parameter of the writer's module, by its name in it."""

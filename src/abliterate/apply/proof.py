@@ -71,13 +71,13 @@ def in_stream(handle: Handle, directions: Sequence[Values], *, seed: int = 0) ->
     shares: list[Tensor] = []
 
     def look(layer: int, site: str, stream: Tensor) -> None:
-        h = stream[0].to("cpu", torch.float64)
+        h = stream.reshape(-1, handle.d_model).to("cpu", torch.float64)
         if not h.isfinite().all():
             raise NonFiniteError(f"model {handle.source}: the stream at block {layer}, {site} is NaN or infinite")
         places.append((layer, site))
         shares.append((h @ unit.T) / h.norm(dim=-1, keepdim=True).clamp_min(1e-30))
 
-    with watch_sites(handle, look):
+    with watch_sites(handle, look, every_row=True):
         handle.hidden_states(input_ids=probe_ids(handle, seed, PROOF_TOKENS), use_cache=False)
     return InStream(places, torch.stack(shares))
 

@@ -12,7 +12,7 @@ from abliterate.common.errors import WriterError
 from abliterate.edit.algebra import LEAST_LEFT, Factors, factors
 from abliterate.edit.edit import Part
 from abliterate.models.handle import Handle
-from abliterate.models.writers import Writer, find_writers, layout
+from abliterate.models.writers import STREAM, Writer, find_writers, layout, stream_sites
 
 BLOCK = 2**22  # values at a time
 
@@ -24,8 +24,9 @@ def weight_factors(handle: Handle, parts: dict[str, Part]) -> list[tuple[Writer,
         WriterError: when the edit names a parameter that is not one of the model's writers, or has
             another width than the model.
     """
-    known = {w.name: w for w in layout(handle).writers}
-    if any(name not in known for name in parts):
+    sites = any(name.startswith(STREAM) for name in parts)
+    known = stream_sites(handle) if sites else {w.name: w for w in layout(handle).writers}
+    if not sites and any(name not in known for name in parts):
         known |= {w.name: w for w in find_writers(handle, projector=True)}
     missing = [name for name in parts if name not in known]
     if missing:

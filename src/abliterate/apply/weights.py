@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from abliterate.apply.biases import give_biases, take_biases
 from abliterate.apply.removal import removed, weight_factors
 from abliterate.apply.shifts import bias_additions, check_shifts
-from abliterate.common.errors import ModelError, NonFiniteError
+from abliterate.common.errors import ModelError, NonFiniteError, WriterError
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 from abliterate.models.placement import offloaded, sharded
 from abliterate.models.quantised import is_plain
+from abliterate.models.writers import NO_WEIGHT
 
 
 @torch.no_grad()
@@ -64,6 +65,8 @@ def _changes(
     parameters = dict(handle.model.named_parameters())
     changes: dict[str, Callable[[], Tensor]] = {}
     for writer, change in weight_factors(handle, edit.parts):
+        if writer.at:
+            raise WriterError(f"{writer.name} {NO_WEIGHT}")
         weight = parameters[writer.name]
         away = "spread over processes" if sharded(weight) else "kept on disk or CPU" if offloaded(handle.model) else ""
         if away or not is_plain(weight):

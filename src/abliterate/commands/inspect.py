@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 @command(
-    "load.device load.device_map load.max_memory load.offload_folder load.revision load.trust_remote_code",
+    "load.device load.device_map load.max_memory load.offload_folder load.revision load.trust_remote_code "
+    "load.at_stream",
     "abliterate inspect ./model --json",
     shares="log_file quiet json",
 )

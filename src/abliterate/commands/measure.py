@@ -8,6 +8,7 @@ from typing import Annotated
 
 from abliterate.commands.common import Model, source_of
 from abliterate.commands.options import Given, Output, command
+from abliterate.common.errors import AbliterateError
 from abliterate.common.files import check_file, whole_file
 from abliterate.settings.run import RunSettings
 
@@ -43,6 +44,7 @@ def measure(
     model: Model,
     *,
     original: Annotated[str | None, "The model to compare with; gives the divergence."] = None,
+    recipe: Annotated[Path | None, "Recipe to attach live to the model, compared with the model without it."] = None,
     out: Annotated[Path | None, "Write the result to this file as JSON."] = None,
     given: Given[RunSettings],
     io: Output,
@@ -53,10 +55,14 @@ def measure(
         if out is not None:
             check_file(out, overwrite=io.overwrite)
         from abliterate.commands.terminal import measurement_table
+        from abliterate.edit.recipe import load_recipe
         from abliterate.run.measuring import measure_models
 
-        first = source_of(original) if original else None
-        document = measure_models(source_of(model), first, settings, reporter=terminal)
+        if recipe and original:
+            raise AbliterateError("--recipe compares the model with itself; leave --original out")
+        first = source_of(original) if original else source_of(model) if recipe else None
+        stored = load_recipe(recipe) if recipe else None
+        document = measure_models(source_of(model), first, settings, recipe=stored, reporter=terminal)
         if out is not None:
             with whole_file(out) as temporary:
                 temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

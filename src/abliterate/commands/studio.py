@@ -14,7 +14,7 @@ from abliterate.settings.run import RunSettings
 
 
 @command(
-    "load.dtype load.device load.device_map load.max_memory load.offload_folder load.quantise",
+    "load.dtype load.device load.device_map load.max_memory load.offload_folder load.quantise load.at_stream",
     "abliterate studio ./model --recipe recipe.safetensors",
     "abliterate studio demo",
     "ABLITERATE_STUDIO_PASSWORD=... abliterate studio --host 0.0.0.0 --folder ./shared --no-browser",

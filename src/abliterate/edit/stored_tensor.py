@@ -20,11 +20,41 @@ class StoredGain:
         plus: 1.0 where the gain is 1 + weight (Gemma), else 0.0.
         centred: whether the norm takes the mean off first (LayerNorm), so that what reaches the stream is
             gain * (x - mean(x)).
+        times: (name, plus) of further norms behind it, whose gains multiply (Gemma 4's mixtures).
     """
 
     name: str
     plus: float = 0.0
     centred: bool = False
+    times: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def norms(self) -> tuple[tuple[str, float], ...]:
+        """(name, plus) of every norm; the gain is the product of theirs."""
+        return ((self.name, self.plus), *self.times)
+
+    def to_json(self) -> dict[str, Any]:
+        more = {"times": [{"name": name, "plus": plus} for name, plus in self.times]} if self.times else {}
+        return {"name": self.name, "plus": self.plus, "centred": self.centred, **more}
+
+    @classmethod
+    def from_json(cls, entry: Any) -> StoredGain:
+        """Read one back.
+
+        Raises:
+            ValueError: naming the field that is missing or of another type.
+        """
+        entry = dict(entry)
+        times = entry.pop("times", [])
+        if not isinstance(times, list):
+            raise ValueError("'times' of a gain is a list")
+        found = _fields(entry, {"name": str, "plus": (int, float), "centred": bool})
+        norms = [found, *(_fields(one, {"name": str, "plus": (int, float)}) for one in times)]
+        for norm in norms:
+            if norm["plus"] not in (0.0, 1.0):
+                raise ValueError(f"a gain has plus {norm['plus']}, which is 0 or 1")
+        (name, plus), *further = [(norm["name"], float(norm["plus"])) for norm in norms]
+        return cls(name, plus, found["centred"], tuple(further))
 
 
 @dataclass(frozen=True)
@@ -46,7 +76,7 @@ class StoredTensor:
     gain: StoredGain | None = None
 
     def to_json(self) -> dict[str, Any]:
-        gain = self.gain and {"name": self.gain.name, "plus": self.gain.plus, "centred": self.gain.centred}
+        gain = self.gain and self.gain.to_json()
         return {"name": self.name, "shape": list(self.shape), "axis": self.axis, "bias": self.bias, "gain": gain}
 
     @classmethod
@@ -62,12 +92,8 @@ class StoredTensor:
             raise ValueError(f"the shape of {fields['name']} is not a list of positive integers")
         if not 0 <= axis < len(shape):
             raise ValueError(f"the axis of {fields['name']} is {axis}, its shape {shape}")
-        if gain is not None:
-            gain = StoredGain(**_fields(gain, {"name": str, "plus": (int, float), "centred": bool}))
-            if gain.plus not in (0.0, 1.0):
-                raise ValueError(f"the gain of {fields['name']} has plus {gain.plus}, which is 0 or 1")
-            gain = StoredGain(gain.name, float(gain.plus), gain.centred)
-        return cls(fields["name"], tuple(shape), axis, fields["bias"], gain)
+        stored = None if gain is None else StoredGain.from_json(gain)
+        return cls(fields["name"], tuple(shape), axis, fields["bias"], stored)
 
 
 def _fields(entry: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +121,7 @@ def misfit(tensors: Mapping[str, Sequence[StoredTensor]], there: Mapping[str, Sh
             return f"it has no tensor {tensor.name}"
         if there[tensor.name] not in (None, tensor.shape):
             return f"its {tensor.name} is {list(there[tensor.name] or ())}, not {list(tensor.shape)}"
-        if tensor.gain and tensor.gain.name not in there:
-            return f"it has no tensor {tensor.gain.name}"
+        lacking = [name for name, _ in (tensor.gain.norms if tensor.gain else ()) if name not in there]
+        if lacking:
+            return f"it has no tensor {lacking[0]}"
     return ""

@@ -44,6 +44,7 @@ class Handle:
         switches: names and values that the chat template is given, such as enable_thinking.
         quantised: how its weights are packed in memory ("4bit", "8bit", or another method's name); such a model can
             be measured but not baked.
+        at_stream: an edit is one of the stream itself, at every site, in the place of what writes to it.
         notes: what loading found that people should know.
         folder: the folder, snapshot or converted GGUF that its weights were read from; None of one made in memory.
     """
@@ -61,6 +62,7 @@ class Handle:
     thinks: bool = False
     marks: tuple[Marks, ...] = ()
     switches: dict[str, Any] = field(default_factory=dict)
+    at_stream: bool = False
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
 
@@ -69,7 +71,10 @@ class Handle:
         """The module that holds the blocks: run it when no logits are wanted."""
         get_decoder = getattr(self.model, "get_decoder", None)
         found = get_decoder() if get_decoder else None
-        return found if isinstance(found, nn.Module) and found is not self.model else self.model.base_model
+        modules = found.modules() if isinstance(found, nn.Module) and found is not self.model else ()
+        if found is not None and any(isinstance(module, nn.ModuleList) for module in modules):
+            return found  # ModernBERT's `decoder`, which transformers gives as well, is its head
+        return self.model.base_model
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
@@ -101,7 +106,10 @@ class Handle:
     @property
     def d_model(self) -> int:
         text_config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
-        return int(text_config.hidden_size)
+        width = getattr(text_config, "hidden_size", None)
+        if not isinstance(width, int):
+            raise ModelError(f"{self.source}: the config of {type(self.model).__name__} names no hidden_size")
+        return width
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +133,8 @@ class Handle:
     @property
     def context_length(self) -> int | None:
         text_config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
-        return getattr(text_config, "max_position_embeddings", None)
+        most = getattr(text_config, "max_position_embeddings", None)
+        return most if isinstance(most, int) and most > 0 else None  # XLNet says -1
 
     @cached_property
     def module_names(self) -> dict[nn.Module, str]:

@@ -48,6 +48,7 @@ def load(
     system_prompt: str | None = None,
     prefill: str | None = None,
     reasoning_marks: str | None = None,
+    at_stream: bool = False,
 ) -> Handle:
     """Load a causal language model from the Hub, a local folder or a GGUF file.
 
@@ -66,6 +67,7 @@ def load(
         chat_template: Jinja template, file or "chatml", in place of the tokenizer's.
         system_prompt: put before every prompt.
         prefill: text that every answer starts with; None finds it for models that reason.
+        at_stream: edit the stream itself; see `Handle`.
 
     Returns:
         The handle, model in evaluation mode with frozen parameters.
@@ -111,6 +113,7 @@ def load(
         source_dtype=_dtype_on_disk(folder),
         quantised=packed_as(model),
         trust_remote_code=trust_remote_code,
+        at_stream=at_stream,
         notes=notes,
     )
     check_weights(handle)

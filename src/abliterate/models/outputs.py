@@ -18,12 +18,20 @@ Change: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @contextlib.contextmanager
-def changed(changes: Iterable[tuple[nn.Module, Change]]) -> Iterator[None]:
+def changed(
+    changes: Iterable[tuple[nn.Module, Change]], entering: Iterable[tuple[nn.Module, Change]] = ()
+) -> Iterator[None]:
     """Each module's output put through a function for as long as the context lasts; gradients pass.
 
     Of several outputs it is the first (an experts module may give its scores too).
+
+    Args:
+        changes: of outputs.
+        entering: of inputs; of several, the first that is a floating tensor.
     """
     with contextlib.ExitStack() as stack:
+        for module, change in entering:
+            stack.callback(module.register_forward_pre_hook(_on_input(change), with_kwargs=True).remove)
         for module, change in changes:
             stack.callback(module.register_forward_hook(_on_first(change)).remove)
         yield
@@ -36,12 +44,24 @@ def _on_first(change: Change) -> Any:
     return hook
 
 
+def _on_input(change: Change) -> Any:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        for pack in (named := dict(enumerate(args)), kwargs):
+            for key, value in pack.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    pack[key] = change(value)
+                    return tuple(named.values()), kwargs
+        return args, kwargs
+
+    return hook
+
+
 def taking_out(left: Float[Tensor, "k d_model"], right: Float[Tensor, "k d_model"]) -> Change:
     """out <- out - left^T (right out), the factors in the output's dtype and on its device."""
     up, down = left.contiguous(), right.T.contiguous()
 
     def take_out(out: Tensor) -> Tensor:
-        flat = out.reshape(-1, out.shape[-1])
+        flat = out.reshape(-1, len(down))  # several streams may stand side by side
         return torch.addmm(flat, flat @ down.to(flat), up.to(flat), alpha=-1).view_as(out)
 
     return take_out
@@ -49,7 +69,7 @@ def taking_out(left: Float[Tensor, "k d_model"], right: Float[Tensor, "k d_model
 
 def adding(vector: Float[Tensor, " d_model"]) -> Change:
     """out <- out + vector."""
-    return lambda out: out + vector.to(out)
+    return lambda out: (out.reshape(-1, len(vector)) + vector.to(out)).view_as(out)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def projector_parameters(handle: Handle) -> dict[nn.Module, dict[str, int]]:
         return {}
     part, images = _ImageFeatures(base), _noise(handle)
     try:
-        calls = record(part.modules(), lambda: part(**images), handle.d_model, {})[None]
+        calls = record(part.modules(), lambda: part(**images), handle.d_model)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise WriterError(
             f"model {handle.source}: its vision part doesn't run on noise ({shorten(str(error), 120)}), so its "

@@ -21,6 +21,7 @@ from abliterate.edit.stored_tensor import StoredTensor, misfit
 from abliterate.models.handle import Handle
 from abliterate.models.shards import checkpoint_shapes
 from abliterate.models.stored import names_in, skeleton, stored_names, stored_tensors
+from abliterate.models.writers import NO_WEIGHT, STREAM
 
 
 def recipe_for(edit: Edit, model: str | os.PathLike[str] | Handle | None = None) -> Recipe:
@@ -159,6 +160,8 @@ def resolved(names: Iterable[str], known: Mapping[str, Sequence[StoredTensor]], 
         if name in known:
             found[name] = name
             continue
+        if name.startswith(STREAM):
+            raise RecipeError(f"{name} {NO_WEIGHT}")
         if name not in owners:
             near = difflib.get_close_matches(name, [*known, *owners], 3, 0.6)
             hint = f"near it: {', '.join(near)}" if near else "`abliterate inspect` lists those that do"

@@ -50,9 +50,10 @@ def stored_tensors(
 def _stored(handle: Handle, writer: Writer, sources: Mapping[str, Sequence[str]]) -> tuple[StoredTensor, ...]:
     gain = None
     if writer.gain_from is not None:
-        norm, plus = writer.gain_from
-        [stored] = _saved(handle, norm, (handle.d_model,), 0, sources)
-        gain = StoredGain(stored.name, plus, writer.centred)
+        norms = (writer.gain_from, *writer.gain_times)
+        places = [_saved(handle, norm, (handle.d_model,), 0, sources)[0].name for norm, _ in norms]
+        (name, plus), *times = [(place, plus) for place, (_, plus) in zip(places, norms, strict=True)]
+        gain = StoredGain(name, plus, writer.centred, tuple(times))
     elif writer.gain is not None:
         raise WriterError(f"{handle.source}: the norm behind {writer.name} has a gain that is no parameter of it")
     tensors = _saved(handle, writer.name, writer.shape, writer.axis, sources)

@@ -1,16 +1,15 @@
 """What the modules of a model gave in one run, and which parameters that is linear in.
 
-Nothing here knows a model's name or how its modules are called: everything is read off tensors. A sum of
-modules' outputs that is the addition to the stream explains it; a parameter that, changed along a random
-direction, changes an output along that direction and no other is one that the output is linear in.
+Nothing here knows a model's name or how its modules are called: everything is read off tensors. A parameter that,
+changed along a random direction, changes an output along that direction and no other is one that the output is linear
+in. Which outputs make up what is added to the stream, `sums` finds.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +19,21 @@ from torch import Tensor, nn
 from abliterate.common.errors import WriterError
 from abliterate.models.placement import at_hand
 
-MOST_FOR_TRIPLES = 40
-
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a module: what it was given, its first floating input, and the first tensor it gave."""
+    """One call of a module: what it was given, its first floating input, and the first tensor it gave.
+
+    Attributes:
+        start: how many calls had ended when it began: those from there to it were made inside it.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     input: Tensor | None
     output: Tensor
+    start: int = 0
 
 
 class Norm(NamedTuple):
@@ -67,102 +69,42 @@ def first_tensor(*packs: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def record(
-    modules: Iterable[nn.Module], run: Callable[[], Any], width: int, owner: Mapping[nn.Module, int]
-) -> dict[int | None, list[Call]]:
+def record(modules: Iterable[nn.Module], run: Callable[[], Any], width: int) -> list[Call]:
     """The calls of modules, in the order they end, while `run` runs.
 
     Args:
         modules: those to listen to.
         run: what runs the model.
-        width: d_model. Tensors of this last dimension are copied, since some models add to them in place later.
-        owner: the key under which a module's calls are kept; None for the others.
+        width: d_model. Tensors whose last dimension is a multiple are copied: some models add to them in place later.
     """
-    calls: dict[int | None, list[Call]] = {None: [], **{key: [] for key in owner.values()}}
+    calls: list[Call] = []
+    starts: dict[nn.Module, list[int]] = {}
 
     def kept(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) and value.shape[-1:] == (width,) else value
+        return value.clone() if isinstance(value, Tensor) and value.ndim and value.shape[-1] % width == 0 else value
+
+    def begin(module: nn.Module, _args: Any) -> None:
+        starts.setdefault(module, []).append(len(calls))
 
     def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        start = starts[module].pop()
         try:
             output = first_tensor((out,))
         except WriterError:  # a mask, a router's choice ... no stream in it
             return
         args, kwargs = tuple(map(kept, args)), {key: kept(value) for key, value in kwargs.items()}
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
-        calls[owner.get(module)].append(Call(module, args, kwargs, given[0] if given else None, kept(output)))
+        calls.append(Call(module, args, kwargs, given[0] if given else None, kept(output), start))
 
-    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in modules]
+    hooks = []
+    for module in modules:
+        hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(note, with_kwargs=True)]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
     return calls
-
-
-def same(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors hold the same values, bit for bit; some blocks pass [1, token, d_model] on flattened."""
-    return left.numel() == right.numel() and left.dtype == right.dtype and torch.equal(_like(left, right), right)
-
-
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    return tensor.reshape(other.shape).to(other.device)
-
-
-def _fits(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.numel() == other.numel() and tensor.shape[-1] == other.shape[-1]
-
-
-def find_mid_reader(pre: Tensor, inside: Sequence[Call]) -> Call | None:
-    """The call that reads the stream between attention and MLP: its input is `pre` plus an earlier output."""
-    for index, call in enumerate(inside):
-        x = call.input
-        if x is None or not _fits(x, pre) or same(x, pre):
-            continue
-        earlier = [c for c in inside[:index] if _fits(c.output, pre)]
-        if any(same(c.output, x) for c in earlier):
-            continue
-        x = _like(x, pre)
-        if any(fits(pre, x, [c.output]) for fits in (_adds_up, _adds_up_scaled) for c in earlier):
-            return call
-    return None
-
-
-def explain(before: Tensor, after: Tensor, calls: Sequence[Call]) -> list[Call]:
-    """The fewest calls whose outputs make up after - before, at most three; exactly if possible; else none."""
-    distinct: list[Call] = []
-    for call in calls:  # the first to give a tensor is the innermost to give it
-        if call.input is not None and same(call.input, call.output):
-            continue  # dropout hands on what others wrote
-        if _fits(call.output, after) and not any(same(call.output, other.output) for other in distinct):
-            distinct.append(call)
-    for fits in (_adds_up, _adds_up_scaled):
-        for count in (1, 2, 3) if len(distinct) <= MOST_FOR_TRIPLES else (1, 2):
-            for group in combinations(distinct, count):
-                if fits(before, after, [c.output for c in group]):
-                    return list(group)
-    return []
-
-
-def _adds_up(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether `after` is, bit for bit, `before` plus the outputs."""
-    total = before.to(after.device)
-    for output in outputs:
-        total = total + _like(output, total)
-    return torch.equal(total, after)
-
-
-def _adds_up_scaled(before: Tensor, after: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """The same to within rounding, each output times one scalar (the multipliers of some models)."""
-    added = (after.double() - before.to(after.device).double()).flatten()
-    columns = torch.stack([o.double().flatten().to(added.device) for o in outputs], dim=1)
-    if not bool(columns.isfinite().all()):
-        return False
-    scales = torch.linalg.lstsq(columns, added[:, None]).solution
-    left = (added - (columns @ scales).flatten()).norm()
-    rounding = 4 * torch.finfo(after.dtype).eps * after.double().norm()
-    return bool(left <= torch.minimum(rounding, 0.02 * added.norm()) and added.norm() > 0)
 
 
 def is_linear(module: nn.Module) -> bool:

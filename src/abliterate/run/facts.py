@@ -91,7 +91,7 @@ def recipe_of(handle: Handle, edit: Edit) -> Recipe:
     model |= {"source": public_name(handle.source), **stored_names(handle, names)}
     model |= {**config_file(handle.folder), "weights_hash": weights_hash(handle.folder)} if handle.folder else {}
     # a quantised model's weights have other shapes in memory: whoever applies the recipe looks at the checkpoint
-    tensors = {} if handle.quantised else stored_tensors(handle, names)
+    tensors = {} if handle.quantised or handle.at_stream else stored_tensors(handle, names)
     return Recipe(edit, model, {}, {writer: tensors[writer] for writer in edit.writers if tensors})
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+from abliterate.apply.hooks import attached
 from abliterate.common.reporting import Clock, Reporter, Silent
+from abliterate.edit.recipe import Recipe, check_model
 from abliterate.measure import Measurement
 from abliterate.measure.document import RunDocument
 from abliterate.models.folders import check_here
@@ -26,9 +29,16 @@ from abliterate.settings.run import RunSettings
 
 
 def measure_models(
-    model: str, original: str | None, settings: RunSettings, *, reporter: Reporter | None = None
-) -> dict[str, Any]:
-    """Measure a model, and its divergence from an original when one is named; one is loaded at a time."""
+    model: str, original: str | None, settings: RunSettings, *, recipe: Recipe | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a model, and its divergence from an original when one is named; one is loaded at a time.
+
+    A recipe is attached live to the model, not to the original.
+
+    Raises:
+        AbliterateError: any of those of loading and decoding, or when the recipe is for another model.
+    """
     reporter, clock = reporter or Silent(), Clock()
     settings, behaviour = resolve_behaviour(settings)
     for named in filter(None, (model, original)):
@@ -55,7 +65,11 @@ def measure_models(
         beside.check_lengths(handle)
         if not settings.beside.think:
             set_prefill(handle, sides.target.test.texts, reporter)
-        with clock.stage(f"measure {label}"), reasoning_open(handle, settings.beside.think):
+        live: Any = contextlib.nullcontext()
+        if recipe is not None and name == "edited":
+            check_model(recipe, handle.config_hash)
+            live = attached(handle, recipe.edit)
+        with live, clock.stage(f"measure {label}"), reasoning_open(handle, settings.beside.think):
             if before is not None:
                 check_same_tokens(handle, sides, before, source, original)
             found = measured(handle, sides, judge, settings, reporter, label, before, second=second)

@@ -263,7 +263,8 @@ def _proved(job: Job) -> Proof:
     with job.clock.stage("prove"):
         proof = check_proof(job.handle)
     found = len(find_writers(job.handle))
-    job.reporter.say(f"{found} writers found; proof: largest component left {proof.component:.1e}")
+    what = "sites of the stream" if job.handle.at_stream else "writers"
+    job.reporter.say(f"{found} {what} found; proof: largest component left {proof.component:.1e}")
     return proof
 
 
@@ -288,8 +289,9 @@ def _document(strategy: Strategy, job: Job, choice: Choice, holding: Held) -> di
     """results.json without the numbers measured; says whether the weights hold an edit that may shift."""
     handle, edit, settings, sides = job.handle, choice.edit, job.settings, job.sides
     shifts: dict[str, Any] = {}
-    if strategy.may_shift:
+    if strategy.may_shift or not holding.weights:
         job.reporter.say(holding.said)
+    if strategy.may_shift:
         shifts["shifts"] = [{"layer": shift.layer, "size": shift.size} for shift in edit.shifts]
         shifts |= {"weights_hold_it": holding.weights, "switch": holding.switch}
     return {

@@ -328,7 +328,7 @@ def _baking(handle: Handle, edit: Edit) -> float:
     """Seconds to edit all writers, from editing a copy of one of each shape."""
     from abliterate.apply.removal import removed
 
-    if handle.quantised:
+    if handle.quantised or handle.at_stream:
         return 0.0
     known, total = dict[tuple[int, ...], float](), 0.0
     for w in find_writers(handle):

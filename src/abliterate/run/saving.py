@@ -51,6 +51,9 @@ class Held(NamedTuple):
 
 def held(handle: Handle, edit: Edit) -> Held:
     """Whether the weights can hold the edit: a shift wants a bias at its block's output."""
+    if handle.at_stream:
+        said = "the stream itself is edited, which no weight holds: there is no model/; measured live"
+        return Held(False, None, said)
     layers = sorted({shift.layer for shift in edit.shifts})
     if not layers:
         return Held(True, None, "the weights hold the edit")
@@ -79,6 +82,8 @@ def check_savable(handle: Handle, out: str | Path, *, keep_tied: bool = False) -
             edited too, for which the weights are changed in memory, and they are not there.
         OutputError: when the disk is too small.
     """
+    if handle.at_stream:
+        return  # a recipe is all that is saved
     if keep_tied and handle.tied and (offloaded(handle.model) or sharded(handle.embedding.weight)):
         raise ModelError(
             f"--keep-tied measures weights changed in memory, and those of {handle.source} are spread or kept on disk; "

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.models.handle import Handle, common_prefix
 from abliterate.models.placement import devices_of, offloaded
+from abliterate.models.writers import layout
 
 CHUNK = 32  # rows read together up to the first edited block
 ROW_TOKENS = 256  # longer rows waste more in attention than they save in prefixes
@@ -105,7 +106,7 @@ class Packer:
 
     def _entering_of(self, picked: Sequence[int], lay: _Lay) -> Tensor | None:
         """What enters the first edited block [row, position, d_model], unless that isn't kept."""
-        if not self.first_block or self._too_much_to_keep():
+        if not self.first_block or self._too_much_to_keep() or layout(self.handle).rows_first:
             return None
         if -1 not in self._entering:
             self._read(self._chunks[0])  # the prefix is that of the first rows, whoever is asked for first
@@ -113,7 +114,7 @@ class Packer:
             if i not in self._entering:
                 self._read(next(chunk for chunk in self._chunks if i in chunk))
         prefix = self._entering[-1]
-        out = prefix.new_zeros(*lay.arguments["input_ids"].shape, prefix.shape[-1])
+        out = prefix.new_zeros(*lay.arguments["input_ids"].shape, *prefix.shape[1:])
         out[:, : len(prefix)] = prefix
         for i, (row, start, end) in zip(picked, lay.spans, strict=True):
             out[row, start:end] = self._entering[i]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
@@ -266,24 +266,11 @@ class _Scorer:
 def _added(handle: Handle, place: Place, vector: Float[Tensor, " d_model"]) -> Iterator[None]:
     """Add a vector to the stream at a site, at every token, for as long as the context lasts."""
     plus = adding(vector)
-
-    def add_to_input(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (plus(args[0]), *args[1:]), kwargs
-        first, *_ = kwargs
-        return args, {**kwargs, first: plus(kwargs[first])}
-
-    with contextlib.ExitStack() as stack:
-        if place.site == "mid":
-            # what reads the stream there sees the vector, and the block hands it on
-            reader = layout(handle).mid_readers[place.layer]
-            assert reader is not None
-            stack.callback(reader.register_forward_pre_hook(add_to_input, with_kwargs=True).remove)
-            after: nn.Module = handle.blocks[place.layer]
-        else:
-            before = place.layer - (place.site == "pre")
-            after = handle.blocks[before] if before >= 0 else handle.embedding
-        stack.enter_context(changed([(after, plus)]))
+    reader = layout(handle).mid_readers[place.layer] if place.site == "mid" else None
+    before = place.layer - (place.site == "pre")
+    after = handle.blocks[before] if before >= 0 else handle.embedding
+    # at `mid`, what reads the stream there sees the vector, and the block hands it on
+    with changed([(after, plus)], [(reader, plus)] if reader is not None else []):
         yield
 
 

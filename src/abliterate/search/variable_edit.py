@@ -101,8 +101,9 @@ class VariableEdit:
 
 
 def editable(writers: Sequence[Writer]) -> list[Writer]:
-    """Writers that a hook on their module's output can edit: weights, not a norm's bias."""
-    return [w for w in writers if w.module and len(w.shape) > 1 and w.side in ("attention", "mlp")]
+    """Writers that a hook on their module's output can edit: weights, not a norm's bias; and what blocks give."""
+    hooked = [w for w in writers if w.module and (len(w.shape) > 1 or w.at == "output")]
+    return [w for w in hooked if w.side in ("attention", "mlp")]
 
 
 def live_factors(

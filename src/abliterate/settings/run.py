@@ -45,6 +45,10 @@ class LoadSettings(Stage):
         several="\n",
     )
 
+    at_stream: bool = option(
+        False, "Edit the stream itself, live and in no weights: for a model whose writers can't be told."
+    )
+
     @field_validator("reasoning_marks")
     @classmethod
     def _is_marks(cls, value: str | None) -> str | None:

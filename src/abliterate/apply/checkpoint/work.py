@@ -212,12 +212,14 @@ def _gain(checkpoint: Checkpoint, tensor: StoredTensor) -> np.ndarray[Any, Any] 
     """What the norm behind a tensor multiplies by, float64, read from wherever it lies."""
     if tensor.gain is None:
         return None
-    place = checkpoint.tensor(tensor.gain.name)
-    if place.dtype not in FLOATS:
-        raise ModelError(f"{place.name} of {checkpoint.folder} is stored as {place.dtype}, which can't be read")
-    gain = np.frombuffer(checkpoint.raw(place.name), FLOATS[place.dtype]).astype(np.float64) + tensor.gain.plus
-    if not np.isfinite(gain).all():
-        raise NonFiniteError(f"{place.name} of {checkpoint.folder}, the gain behind {tensor.name}, is NaN or infinite")
+    gain = np.ones(())
+    for name, plus in tensor.gain.norms:
+        place = checkpoint.tensor(name)
+        if place.dtype not in FLOATS:
+            raise ModelError(f"{name} of {checkpoint.folder} is stored as {place.dtype}, which can't be read")
+        gain = gain * (np.frombuffer(checkpoint.raw(name), FLOATS[place.dtype]).astype(np.float64) + plus)
+        if not np.isfinite(gain).all():
+            raise NonFiniteError(f"{name} of {checkpoint.folder}, the gain behind {tensor.name}, is NaN or infinite")
     return gain
 
 

@@ -224,10 +224,15 @@ def _target(writer: str, part: Any, stored: list[StoredTensor], names: Names, fi
 def _change(part: Any, stored: StoredTensor, names: Names, file: GgufFile, writer: str) -> Factors:
     gain = None
     if stored.gain is not None:
-        norm = _tensor(stored.gain.name, names, file, f"the norm behind writer {writer}")
-        gain = unpack(np.array(file.raw(norm)), norm.kind)
-        if gain.shape != part.directions.shape[-1:]:
-            raise WriterError(f"GGUF {file.path}: norm {norm.name} has shape {list(norm.shape)}; nothing was changed")
+        gain = np.ones(part.directions.shape[-1:])
+        for name, _ in stored.gain.norms:  # a GGUF's norms hold 1 + weight where that is the gain
+            norm = _tensor(name, names, file, f"the norm behind writer {writer}")
+            one = unpack(np.array(file.raw(norm)), norm.kind)
+            if one.shape != gain.shape:
+                raise WriterError(
+                    f"GGUF {file.path}: norm {norm.name} has shape {list(norm.shape)}; nothing was changed"
+                )
+            gain = gain * one
     return factors(part, gain, stored.gain.centred if stored.gain else False)
 
 
