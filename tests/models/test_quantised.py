@@ -24,6 +24,7 @@ from abliterate.run.pipeline import run
 from abliterate.search.fit import FitSettings
 from abliterate.settings.run import RunSettings
 from models import handle_of, save_tiny, tiny_llama
+from packing import compressed_nvfp4, fp8_blocks, fp8_tensor, nvfp4, packed_folder
 from planted import TOPICS
 
 FEW = {"train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
@@ -111,6 +112,31 @@ def test_a_packed_folder_isnt_packed_once_more(folder, tmp_path):
     (tmp_path / "m/config.json").write_text(json.dumps(config | packed))
     with pytest.raises(ModelError, match=r"quantised already \(fp8\); leave out --quantise 4bit"):
         load(tmp_path / "m", quantise="4bit")
+
+
+@pytest.mark.parametrize(
+    ("pack", "said"),
+    [
+        (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [32, 32], "modules_to_not_convert": ["lm_head"]}),
+        (fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+        (nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+        (compressed_nvfp4, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+    ],
+)
+def test_packed_folders_are_unpacked_for_the_search(tmp_path, monkeypatch, pack, said):
+    """And the folder that the handle names, from which models are saved, is the packed one."""
+    monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path / "cache"))
+    folder = save_tiny(tmp_path / "m", tiny_llama(tied=False, d_model=64, heads=2, kv_heads=2))
+    names = [n for n in load(folder).model.state_dict() if n.endswith("proj.weight")]
+    values = packed_folder(folder, pack, names)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    handle = load(folder)
+    assert handle.quantised is None and handle.folder == folder
+    for name in names:
+        torch.testing.assert_close(handle.model.get_parameter(name).float(), values[name], rtol=0.01, atol=1e-3)
+    assert any("dequantised to" in note and said["quant_method"] in note for note in handle.notes)
+    check_proof(handle)
 
 
 def test_gradients_pass(folder):

@@ -15,8 +15,8 @@ from abliterate.edit.edit import Edit, normalised
 from abliterate.edit.recipe import Recipe, load_recipe
 from abliterate.edit.stored_tensor import StoredGain, StoredTensor
 from abliterate.models.handle import Handle
+from abliterate.models.packed import checkpoint_shapes
 from abliterate.models.recipes import recipe_for, tensors_for
-from abliterate.models.shards import checkpoint_shapes
 from abliterate.models.stored import (
     _saved,
     names_in,

@@ -10,9 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.apply.checkpoint.blocks import FLOATS
+from abliterate.apply.checkpoint.folder import read_config
 from abliterate.common.errors import ModelError, WriterError
 from abliterate.edit.stored_tensor import StoredTensor
 from abliterate.models.handle import Handle
+from abliterate.models.packed import checkpoint_shapes, packed_in
 from abliterate.models.recipes import resolved
 from abliterate.models.shards import open_checkpoint
 from abliterate.models.stored import names_in, skeleton, stored_tensors
@@ -31,7 +33,8 @@ class Parameters:
         self.handle: Handle = skeleton(folder)
         self.writers: dict[str, Writer] = {writer.name: writer for writer in layout(self.handle).writers}
         self._checkpoint = open_checkpoint(folder)
-        self._sources = names_in(self.handle.model, self._checkpoint.files)
+        self._packed = packed_in(self._checkpoint, read_config(folder))
+        self._sources = names_in(self.handle.model, checkpoint_shapes(folder))
         self._stored = stored_tensors(self.handle, self._sources)
 
     def named(self, names: Sequence[str]) -> dict[str, Writer]:
@@ -85,6 +88,9 @@ class Parameters:
         return tensor
 
     def _read(self, name: str) -> Tensor:
+        if name in self._packed:
+            packed = self._packed[name]
+            return torch.from_numpy(packed.values({r: self._checkpoint.raw(p.name) for r, p in packed.parts.items()}))
         place = self._checkpoint.tensor(name)
         if place.dtype not in FLOATS:
             raise ModelError(

@@ -122,7 +122,7 @@ def commit_of(folder: Path) -> str | None:
 def _weights_in(folder: Path, source: str) -> Path | None:
     """A folder's GGUF file, or None when it holds a config and safetensors."""
     files = sorted(p.name for p in folder.iterdir())
-    ggufs = [name for name in files if name.lower().endswith(".gguf")]
+    ggufs = [name for name in files if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]  # no projector
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if "config.json" in files and any(name.endswith(".safetensors") for name in files):
         return None

@@ -178,7 +178,7 @@ def _load_weights(
     quantise: str | None, trust_remote_code: bool,
 ) -> tuple[Any, list[str]]:  # fmt: skip
     """The model, and what people should know of how it was read."""
-    unpacked = check_method(source, config, quantise)
+    unpacked, folder = check_method(source, folder, config, quantise)
     index = read_index(folder)
     if index is not None and not isinstance(index.get("metadata"), dict):
         raise ModelError(

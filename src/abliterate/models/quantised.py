@@ -6,12 +6,15 @@ import inspect
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, listed, shorten
+from abliterate.models.packed import packed_in
+from abliterate.models.shards import open_checkpoint
 
 # How a model whose weights can't be edited can be edited all the same.
 WAY_ROUND = (
@@ -43,11 +46,12 @@ def quantisation_of(config: Any) -> tuple[str, dict[str, Any]] | None:
     return str(getattr(method, "value", method)), found
 
 
-def check_method(source: str, config: Any, quantise: str | None) -> str | None:
-    """See that a model packed in its files can be loaded, and have transformers unpack it where it can.
+def check_method(source: str, folder: Path, config: Any, quantise: str | None) -> tuple[str | None, Path]:
+    """See that a model packed in its files can be loaded; have transformers unpack it where it can, else do it.
 
     Returns:
-        The method by which it is packed and comes unpacked; None of a plain one, or one that stays packed.
+        The method by which it is packed and comes unpacked, None of a plain one, or one that stays packed; and the
+        folder to read.
 
     Raises:
         ModelError: when it is packed by a method that gives no weights to look at, or that transformers doesn't know.
@@ -56,7 +60,7 @@ def check_method(source: str, config: Any, quantise: str | None) -> str | None:
 
     found = quantisation_of(config)
     if found is None:
-        return None
+        return None, folder
     method, settings = found
     if quantise and method != "bitsandbytes":
         raise ModelError(f"model {source} is quantised already ({method}); leave out --quantise {quantise}")
@@ -65,17 +69,31 @@ def check_method(source: str, config: Any, quantise: str | None) -> str | None:
     if method in _OPAQUE:
         raise ModelError(f"model {source} is quantised ({method}), and such weights can't be edited; {WAY_ROUND}")
     if method == "bitsandbytes":
-        return None
+        return None, folder
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    ready = method != "compressed-tensors" or find_spec("compressed_tensors") is not None
+    if kind is not None and ready and "dequantize" in inspect.signature(kind).parameters:
+        config.quantization_config = {**settings, "quant_method": method, "dequantize": True}
+        return method, folder
+    if _is_known(folder):
+        from abliterate.models.unpacked import unpacked
+
+        del config.quantization_config
+        return method, unpacked(folder)
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise ModelError(
             f"model {source} can't be loaded: it is quantised in a way that transformers doesn't know ({method}); "
             f"{WAY_ROUND}"
         )
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
-    if "dequantize" not in inspect.signature(kind).parameters:
-        return None
-    config.quantization_config = {**settings, "quant_method": method, "dequantize": True}
-    return method
+    return None, folder
+
+
+def _is_known(folder: Path) -> bool:
+    """Whether a folder's weights are packed in formats that `packed` knows, and none in another."""
+    checkpoint = open_checkpoint(folder)
+    packed = packed_in(checkpoint)
+    parts = {part.name for one in packed.values() for part in one.parts.values()}
+    return bool(packed) and not any(_PACKING.search(name) for name in checkpoint.files if name not in parts)
 
 
 def bitsandbytes(quantise: str) -> Any:

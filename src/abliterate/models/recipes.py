@@ -19,7 +19,7 @@ from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, config_hash
 from abliterate.edit.stored_tensor import StoredTensor, misfit
 from abliterate.models.handle import Handle
-from abliterate.models.shards import checkpoint_shapes
+from abliterate.models.packed import checkpoint_shapes
 from abliterate.models.stored import names_in, skeleton, stored_names, stored_tensors
 from abliterate.models.writers import NO_WEIGHT, STREAM
 

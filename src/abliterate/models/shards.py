@@ -18,7 +18,6 @@ from typing import Any
 
 from abliterate.common.errors import ModelError, shorten
 from abliterate.common.ranges import read_into, spans
-from abliterate.edit.stored_tensor import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,6 +87,14 @@ class Shard:
     header: dict[str, Any]
     tensors: dict[str, StoredRange]
 
+    def raw(self, name: str) -> bytearray:
+        """A tensor's bytes."""
+        place = self.tensors[name]
+        data = bytearray(place.nbytes)
+        with self.path.open("rb") as file:
+            read_into(file.fileno(), place.start, memoryview(data))
+        return data
+
     def with_tensors(self, added: Sequence[NewTensor]) -> tuple[bytes, list[StoredRange]]:
         """The first bytes (length and header) of a file that holds these tensors too, after its own; and where each
         goes in that file."""
@@ -130,6 +137,11 @@ class Checkpoint:
         return self.shards[self.files[name]].tensors[name]
 
     @property
+    def ranges(self) -> dict[str, StoredRange]:
+        """Where every tensor lies in its file."""
+        return {name: self.tensor(name) for name in self.files}
+
+    @property
     def absent(self) -> list[str]:
         """Tensors that the index names and no file holds."""
         return [name for name in (self.index or {}).get("weight_map", {}) if name not in self.files]
@@ -157,10 +169,7 @@ class Checkpoint:
     def raw(self, name: str) -> bytearray:
         """A tensor's bytes."""
         place = self.tensor(name)
-        data = bytearray(place.nbytes)
-        with self.shards[self.files[name]].path.open("rb") as file:
-            read_into(file.fileno(), place.start, memoryview(data))
-        return data
+        return self.shards[self.files[name]].raw(place.name)
 
 
 def read_shard(path: Path) -> Shard:
@@ -293,26 +302,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     files = dict(index["weight_map"]) if index else dict.fromkeys(shards[names[0]].tensors, names[0])
     files = {tensor: file for tensor, file in files.items() if tensor in shards[file].tensors}
     return Checkpoint(folder, shards, index, files)
-
-
-def checkpoint_shapes(folder: str | os.PathLike[str]) -> dict[str, Shape | None]:
-    """The names of a folder's tensors and their shapes, from the safetensors headers; None where the index names
-    a tensor whose file is not there.
-
-    Raises:
-        ModelError: when there are no safetensors files and no index, or a header is damaged.
-    """
-    folder = Path(folder)
-    index = read_index(folder)
-    single = [folder / SINGLE] if (folder / SINGLE).is_file() else folder.glob("*.safetensors")
-    files = {folder / file for file in index["weight_map"].values()} if index else set(single)
-    if not files:
-        raise ModelError(f"model folder {folder} holds no *.safetensors; only those are read")
-    shapes: dict[str, Shape | None] = dict.fromkeys(index["weight_map"]) if index else {}
-    for file in sorted(files):
-        if file.is_file():
-            shapes |= {name: tensor.shape for name, tensor in read_shard(file).tensors.items()}
-    return shapes
 
 
 def _no_weights(folder: Path, there: list[str]) -> str:

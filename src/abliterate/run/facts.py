@@ -13,8 +13,8 @@ from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe
 from abliterate.measure.document import SCHEMA as SCHEMA
 from abliterate.models.handle import Handle
+from abliterate.models.packed import checkpoint_shapes
 from abliterate.models.recipes import config_file, weights_hash
-from abliterate.models.shards import checkpoint_shapes
 from abliterate.models.stored import names_in, stored_names, stored_tensors
 from abliterate.models.writers import find_writers
 from abliterate.prompts.chat import DATE, has_date, resolve_chat_template

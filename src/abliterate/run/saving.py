@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from abliterate.apply.biases import find_switch, lacking
+from abliterate.apply.checkpoint.folder import read_config
 from abliterate.apply.checkpoint.form import write_folder
 from abliterate.apply.checkpoint.merge import merged
+from abliterate.apply.checkpoint.repacked import split
 from abliterate.apply.checkpoint.work import Work, changed_copy, outputs_of, prepare
 from abliterate.apply.forms import ApplyOptions
 from abliterate.apply.hooks import attached
@@ -21,6 +23,7 @@ from abliterate.common.reporting import Reporter
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe
 from abliterate.models.handle import Handle
+from abliterate.models.packed import packed_in
 from abliterate.models.placement import offloaded, sharded
 from abliterate.models.shards import open_checkpoint
 from abliterate.models.writers import find_writers
@@ -121,9 +124,9 @@ def save_edited(
     """
     options = ApplyOptions(keep_tied=keep_tied)
     work = prepare(recipe, folder_of(handle), options, source=handle.source, card=card)
+    write_folder(work, out, reporter)
     for note in work.summary["notes"]:
         reporter.say(note)
-    write_folder(work, out, reporter)
 
 
 def save_merged(handle: Handle, adapter: Path, out: Path, card: str, reporter: Reporter) -> None:
@@ -137,6 +140,9 @@ def save_merged(handle: Handle, adapter: Path, out: Path, card: str, reporter: R
         WriterError: when the adapter changes what the folder doesn't hold as a tensor of its own.
     """
     checkpoint = open_checkpoint(folder_of(handle))
-    work: Work = changed_copy(checkpoint, outputs_of(checkpoint, merged(adapter, handle, checkpoint), {}), {})
+    packed = packed_in(checkpoint, read_config(checkpoint.folder))
+    plain, repacked = split(checkpoint, packed, merged(adapter, handle, checkpoint))
+    work: Work = changed_copy(checkpoint, outputs_of(checkpoint, plain, {}, repacked), {})
+    work.repacked = repacked
     work.texts["README.md"] = card.encode()
     write_folder(work, out, reporter)

@@ -182,7 +182,7 @@ def test_without_what_the_recipe_knew_a_post_norm_is_not_guessed(tmp_path: Path)
     from gguf import GGUFWriter
 
     writer = GGUFWriter(tmp_path / "normed.gguf", "gemma2")
-    writer.add_block_count(2)
+    writer.add_block_count(1)
     writer.add_embedding_length(WIDTH)
     for name in ("blk.0.attn_output.weight", "blk.0.post_attention_norm.weight"):
         writer.add_tensor(name, np.ones((WIDTH, WIDTH) if "output" in name else WIDTH, np.float32))

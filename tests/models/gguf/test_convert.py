@@ -7,8 +7,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from gguf.gguf_reader import GGUFReader
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +19,7 @@ from abliterate.common.errors import ModelError
 from abliterate.common.reporting import Silent
 from abliterate.edit.edit import Edit
 from abliterate.models.demo import plain_source
+from abliterate.models.folders import _weights_in
 from abliterate.models.gguf import convert
 from abliterate.models.gguf.convert import converted
 from abliterate.models.loading import load
@@ -78,6 +81,44 @@ def test_llama_cpps_converter_and_this_one_are_inverse(there_and_back, own_cache
         assert (tmp_path / "out" / name).read_bytes() == (handle.folder / name).read_bytes()
 
 
+def with_a_block_ahead(file: Path, out: Path) -> int:
+    """A copy of a GGUF with one more block, for multi-token prediction; returns how many it had."""
+    reader = GGUFReader(file)
+    writer = GGUFWriter(out, "llama")
+    blocks = int(reader.fields["llama.block_count"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            value = field.contents() + (key == "llama.block_count") if key == "llama.block_count" else field.contents()
+            writer.add_key_value(key, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    writer.add_uint32("llama.nextn_predict_layers", 1)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    for name in ("ffn_down.weight", "nextn.eh_proj.weight"):
+        writer.add_tensor(f"blk.{blocks}.{name}", reader.tensors[-1].data.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return blocks
+
+
+@pytest.mark.slow
+def test_blocks_that_predict_further_tokens_are_left_out(there_and_back, tmp_path):
+    folder, file = there_and_back["llama"]
+    blocks = with_a_block_ahead(file, tmp_path / "mtp.gguf")
+    handle = load(tmp_path / "mtp.gguf", dtype="float32")
+    assert handle.layers == blocks
+    ids = torch.tensor([[5, 17, 300, 42]])
+    torch.testing.assert_close(handle.model(ids).logits, load(folder, dtype="float32").model(ids).logits)
+
+
+def test_a_projector_beside_a_gguf_is_set_aside(tmp_path):
+    (tmp_path / "m").mkdir()
+    path = write_model(tmp_path / "m/x.gguf")
+    (tmp_path / "m/mmproj-x-f16.gguf").write_bytes(b"GGUF")
+    assert _weights_in(tmp_path / "m", "m") == path
+
+
 @LONG
 def test_weights_tokenizer_and_template_are_those_of_transformers():
     """Of a packed file; transformers alone takes a minute for it."""
@@ -105,7 +146,7 @@ def test_the_metadata_is_read_as_the_package_reads_it(tmp_path):
 
 def test_a_streamed_file_is_a_safetensors_file(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2, 2).half()}
-    with convert._Stream(tmp_path / "x.safetensors", 1000) as stream:
+    with convert.Stream(tmp_path / "x.safetensors", 1000) as stream:
         for name, tensor in tensors.items():
             stream.add(name, tensor)
     assert stream.main_dtype == torch.float32

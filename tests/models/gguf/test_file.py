@@ -120,8 +120,18 @@ def test_a_lying_number_of_blocks_is_no_reason_to_fill_the_memory(tmp_path: Path
     model.write_bytes(whole)
     place = open_gguf(model).places["llama.block_count"]
     model.write_bytes(whole[:place] + (2**32 - 1).to_bytes(4, "little") + whole[place + 4 :])
-    with pytest.raises(ModelError, match="4,294,967,295 blocks, but holds"):
+    with pytest.raises(ModelError, match=r"says it has 4,294,967,295 blocks .*and holds 2; get the file again"):
         apply_gguf(recipe_of(names()), str(model), tmp_path / "out.gguf", OVERWRITE, SILENT)
+
+
+@pytest.mark.parametrize(("says", "words"), [(1, "says it has 1 blocks .* holds 2;"), (3, "says it has 3 .* holds 2;")])
+def test_more_or_fewer_blocks_than_it_says(tmp_path: Path, whole: bytes, says: int, words: str) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(whole)
+    place = open_gguf(model).places["llama.block_count"]
+    model.write_bytes(whole[:place] + says.to_bytes(4, "little") + whole[place + 4 :])
+    with pytest.raises(ModelError, match=words):
+        open_gguf(model)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -20,6 +20,7 @@ from abliterate.apply.checkpoint.folder import check_config
 from abliterate.apply.checkpoint.journal import changing, interrupted, locked, recover
 from abliterate.apply.checkpoint.pieces import run_pieces
 from abliterate.apply.checkpoint.plan import plan_checkpoint
+from abliterate.apply.checkpoint.repacked import said_of
 from abliterate.apply.checkpoint.work import Work, prepare
 from abliterate.common.errors import AbliterateError, ModelError, OutputError
 from abliterate.common.files import check_folder, check_space, explained, whole_folder
@@ -111,12 +112,14 @@ def write_folder(
     Raises:
         NonFiniteError: when a value is, or becomes, NaN or infinite.
         WriterError: when a tensor isn't what the edit leaves of it.
+        ModelError: when packing a weight again undoes too much of the edit.
     """
     folder.mkdir(exist_ok=True)
     targets = {name: folder / name for name in work.outputs}
     pieces = [piece for name, output in work.outputs.items() for piece in output.begin(targets[name])]
     run_pieces(pieces, reporter, meanwhile)
     check_written(work.outputs.values(), targets)
+    work.summary.setdefault("notes", []).extend(said_of(work.repacked))
     for relative in work.copies:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(work.checkpoint.folder / relative, folder / relative)
@@ -144,6 +147,7 @@ def _in_place(recipe: Recipe, folder: Path, options: ApplyOptions, reporter: Rep
         with explained(folder), changing(folder, names, record) as temporaries:
             run_pieces([p for name, output in outputs.items() for p in output.begin(temporaries[name])], reporter)
             check_written(outputs.values(), temporaries)
+            summary["notes"].extend(said_of(work.repacked))
             for name, text in work.texts.items():
                 temporaries[name].write_bytes(text)
             for name, temporary in temporaries.items():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Piece:
         start, at: offsets in source and target.
         nbytes: how many.
         tensor: what is in them where they are changed: whole vectors along d_model of this tensor.
+        made: what gives them where they aren't the source's (a packed weight's).
     """
 
     source: Path
@@ -64,6 +65,7 @@ class Piece:
     nbytes: int
     tensor: StoredRange | None = None
     change: Change | None = None
+    made: Callable[[], bytearray] | None = None
 
 
 class Output:
@@ -72,13 +74,17 @@ class Output:
     Attributes:
         shard: the shard it is made from.
         changes: tensor name -> what is done to it.
+        made: tensor name -> what gives its new bytes, as many as its old ones.
         added: the tensors it is given besides, after its own; places: where each goes.
         head: its first bytes where they differ from the shard's, else None.
         size: its bytes.
     """
 
-    def __init__(self, shard: Shard, changes: dict[str, Change], added: Sequence[NewTensor] = ()) -> None:
-        self.shard, self.changes, self.added = shard, changes, added
+    def __init__(
+        self, shard: Shard, changes: dict[str, Change], added: Sequence[NewTensor] = (),
+        made: Mapping[str, Callable[[], bytearray]] | None = None,
+    ) -> None:  # fmt: skip
+        self.shard, self.changes, self.added, self.made = shard, changes, added, made or {}
         self.head: bytes | None = None
         self.places: list[StoredRange] = []
         if added:
@@ -89,7 +95,7 @@ class Output:
 
     @property
     def touched(self) -> bool:
-        return bool(self.changes or self.added)
+        return bool(self.changes or self.added or self.made)
 
     def begin(self, target: Path) -> Iterator[Piece]:
         """Make the target file, with the bytes that are no other file's, at its full size; gives the work left."""
@@ -108,11 +114,17 @@ class Output:
                 yield Piece(self.shard.path, target, low, low - start + at, high - low)
 
         done = 0 if self.head is None else self.shard.data_start
-        for tensor in sorted((self.shard.tensors[name] for name in self.changes), key=lambda t: t.start):
+        for tensor in sorted((self.shard.tensors[name] for name in {*self.changes, *self.made}), key=lambda t: t.start):
             yield from copied(done, tensor.start, done + self.moved)
-            change = self.changes[tensor.name]
-            for low, high in spans(tensor.start, tensor.end, _edited_at_a_time(tensor, change)):
-                yield Piece(self.shard.path, target, low, low + self.moved, high - low, tensor, change)
+            change = self.changes.get(tensor.name)
+            whole = Piece(self.shard.path, target, tensor.start, tensor.start + self.moved, tensor.nbytes)
+            if change is None:
+                yield replace(whole, made=self.made[tensor.name])
+            else:
+                for low, high in spans(tensor.start, tensor.end, _edited_at_a_time(tensor, change)):
+                    yield replace(
+                        whole, start=low, at=low + self.moved, nbytes=high - low, tensor=tensor, change=change
+                    )
             done = tensor.end
         yield from copied(done, self.shard.size, done + self.moved)
         for place, new in zip(self.places, self.added, strict=True):
@@ -158,7 +170,9 @@ def _run(piece: Piece) -> int:
     try:
         target = os.open(piece.target, os.O_WRONLY)
         try:
-            if piece.change is None:
+            if piece.made is not None:
+                write_from(target, piece.at, memoryview(piece.made()))
+            elif piece.change is None:
                 copy_range(source, piece.start, target, piece.at, piece.nbytes)
             else:
                 _edit(source, target, piece)

@@ -30,7 +30,8 @@ from abliterate.common.ranges import spans
 from abliterate.common.reporting import Silent
 from abliterate.edit.algebra import Factors
 from abliterate.edit.recipe import Recipe
-from abliterate.models.shards import StoredRange, checkpoint_shapes, read_index
+from abliterate.models.packed import checkpoint_shapes
+from abliterate.models.shards import StoredRange, read_index
 
 if TYPE_CHECKING:
     from abliterate.apply.forms import ApplyOptions
@@ -107,7 +108,7 @@ def _shards_there(folder: Path) -> bool:
 def _exact(recipe: Recipe, folder: Path, options: ApplyOptions) -> Amounts:
     work = prepare(recipe, folder, options, source=folder.name)
     total, outputs, told = work.total_bytes(options.in_place), work.written(options.in_place), work.summary
-    edited = sum(o.shard.tensors[name].nbytes for o in outputs.values() for name in o.changes)
+    edited = sum(o.shard.tensors[name].nbytes for o in outputs.values() for name in {*o.changes, *o.made})
     return Amounts(total, total, edited, told["tensors"], told["writers"], len(outputs), True, told["notes"])
 
 

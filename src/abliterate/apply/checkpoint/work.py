@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,13 @@ import numpy as np
 from abliterate.apply.checkpoint.blocks import FLOATS
 from abliterate.apply.checkpoint.folder import config_levels, config_with, other_files, read_config
 from abliterate.apply.checkpoint.pieces import Change, Output
+from abliterate.apply.checkpoint.repacked import Repacked, split
 from abliterate.common.errors import ModelError, NonFiniteError, RecipeError, WriterError, listed, shorten
 from abliterate.edit.algebra import Factors, factors
 from abliterate.edit.recipe import Recipe
 from abliterate.edit.stored_tensor import Shape, StoredTensor, misfit
-from abliterate.models.shards import INDEX, Checkpoint, NewTensor, StoredRange, index_with, open_checkpoint
+from abliterate.models.packed import Packed, packed_in, unpacked_shapes
+from abliterate.models.shards import INDEX, Checkpoint, NewTensor, index_with, open_checkpoint
 
 if TYPE_CHECKING:
     from abliterate.apply.checkpoint.held_shifts import HeldShifts
@@ -42,6 +45,7 @@ class Work:
         outputs: file name -> the shard as it will be written.
         texts: file name -> contents of the small files that change (config, index, card).
         copies: files copied as they are, relative to the folder.
+        repacked: the packed weights that change.
         summary: `writers` and `tensors` edited, whether the head was `untied`, files `left_out`, and `notes`: what
             people should know.
     """
@@ -50,6 +54,7 @@ class Work:
     outputs: dict[str, Output]
     texts: dict[str, bytes] = field(default_factory=dict)
     copies: list[Path] = field(default_factory=list)
+    repacked: list[Repacked] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
 
     def written(self, in_place: bool = False) -> dict[str, Output]:
@@ -76,9 +81,10 @@ def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str,
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
     notes: list[str] = []
-    shapes: dict[str, Shape | None] = {name: checkpoint.tensor(name).shape for name in checkpoint.files}
+    packed = packed_in(checkpoint, config)
+    shapes = unpacked_shapes({name: place.shape for name, place in checkpoint.ranges.items()}, packed)
     stored = stored_parts(recipe, folder, config, shapes)
-    changes, writers = _changes(recipe, checkpoint, stored, options, notes)
+    changes, writers = _changes(recipe, checkpoint, packed, stored, options, notes)
     held = _held_shifts(recipe, checkpoint, changes)
     tied = tied_names(recipe, folder, config, set(checkpoint.files), set(changes))
     if tied is not None and options.keep_tied:
@@ -98,7 +104,9 @@ def prepare(recipe: Recipe, folder: Path, options: ApplyOptions, *, source: str,
     texts = {"config.json": _json(changed)} if changed != config else {}
     if checkpoint.absent:
         notes.append(f"the index names {listed(checkpoint.absent)}, which no file holds")
-    work = changed_copy(checkpoint, _outputs(checkpoint, changes, tied, held), texts)
+    plain, repacked = split(checkpoint, packed, changes)
+    work = changed_copy(checkpoint, _outputs(checkpoint, plain, tied, held, repacked), texts)
+    work.repacked = repacked
     left_out = work.summary["left_out"]
     if left_out:
         done = "these still hold the" if options.in_place else "not copied, because they hold"
@@ -162,35 +170,39 @@ def _tensors_by_skeleton(
     try:
         return tensors_for(recipe, folder)
     except (RecipeError, WriterError) as error:
+        from abliterate.models.quantised import WAY_ROUND
+
         quantised = config.get("quantization_config")
         if isinstance(quantised, dict):
             method = quantised.get("quant_method", "unknown")
             raise ModelError(
                 f"model folder {folder} is quantised ({method}) and its packed weights can't be edited "
-                f"({shorten(str(error), 120)}); give the unquantised model, or a GGUF with --as gguf"
+                f"({shorten(str(error), 120)}); {WAY_ROUND}"
             ) from error
         raise
 
 
 def _changes(
-    recipe: Recipe, checkpoint: Checkpoint, stored: dict[str, tuple[StoredTensor, ...]], options: ApplyOptions,
-    notes: list[str],
+    recipe: Recipe, checkpoint: Checkpoint, packed: dict[str, Packed],
+    stored: dict[str, tuple[StoredTensor, ...]], options: ApplyOptions, notes: list[str],
 ) -> tuple[dict[str, Change], int]:  # fmt: skip
     """What is done to each stored tensor, and how many writers that is."""
     changes: dict[str, Change] = {}
     skipped = []
     for writer, part in recipe.edit.parts.items():
-        packed = [t for t in stored[writer] if checkpoint.tensor(t.name).dtype not in FLOATS]
-        if packed and not options.skip_unsupported:
+        others = [t for t in stored[writer] if t.name not in packed]
+        odd = [t for t in others if checkpoint.tensor(t.name).dtype not in FLOATS]
+        if odd and not options.skip_unsupported:
             raise ModelError(
-                f"{packed[0].name} of {checkpoint.folder} is stored as {checkpoint.tensor(packed[0].name).dtype}, "
+                f"{odd[0].name} of {checkpoint.folder} is stored as {checkpoint.tensor(odd[0].name).dtype}, "
                 "which can't be edited; give the unquantised model, or leave such writers out with --skip-unsupported"
             )
-        if packed:
+        if odd:
             skipped.append(writer)
             continue
         for tensor in stored[writer]:
-            _check_fits(tensor, checkpoint.tensor(tensor.name), len(part.directions[0]))
+            there = packed[tensor.name] if tensor.name in packed else checkpoint.tensor(tensor.name)
+            _check_fits(tensor, there.shape, len(part.directions[0]))
             gain = _gain(checkpoint, tensor)
             taken = factors(part, gain, tensor.gain.centred if tensor.gain else False)
             keep = options.norm_preserving and not tensor.bias and len(tensor.shape) > 1
@@ -200,11 +212,11 @@ def _changes(
     return changes, len(recipe.edit.parts) - len(skipped)
 
 
-def _check_fits(tensor: StoredTensor, there: StoredRange, d_model: int) -> None:
-    if len(there.shape) != len(tensor.shape) or there.shape[tensor.axis] != d_model:
+def _check_fits(tensor: StoredTensor, there: Shape, d_model: int) -> None:
+    if len(there) != len(tensor.shape) or there[tensor.axis] != d_model:
         raise RecipeError(
             f"the recipe is for a {tensor.name} of {list(tensor.shape)} with {d_model} along dimension {tensor.axis}; "
-            f"this model's is {list(there.shape)}"
+            f"this model's is {list(there)}"
         )
 
 
@@ -275,7 +287,8 @@ def _keep_tied(checkpoint: Checkpoint, changes: dict[str, Change], embedding: st
 
 
 def _outputs(
-    checkpoint: Checkpoint, changes: dict[str, Change], tied: tuple[str, str] | None, held: HeldShifts | None
+    checkpoint: Checkpoint, changes: dict[str, Change], tied: tuple[str, str] | None, held: HeldShifts | None,
+    repacked: Sequence[Repacked],
 ) -> dict[str, Output]:  # fmt: skip
     """Every shard as it will be written, with a head of its own where it was tied and the biases that are new."""
     added: dict[str, list[NewTensor]] = {}
@@ -284,15 +297,22 @@ def _outputs(
         added[checkpoint.files[tied[0]]] = [NewTensor(tied[1], embedding.dtype, embedding.shape, embedding)]
     if held is not None and held.tensors:
         added[held.file] = [*added.get(held.file, []), *held.tensors]
-    return outputs_of(checkpoint, changes, added)
+    return outputs_of(checkpoint, changes, added, repacked)
 
 
 def outputs_of(
-    checkpoint: Checkpoint, changes: dict[str, Change], added: dict[str, list[NewTensor]]
+    checkpoint: Checkpoint, changes: dict[str, Change], added: dict[str, list[NewTensor]],
+    repacked: Sequence[Repacked] = (),
 ) -> dict[str, Output]:  # fmt: skip
     """File name -> the shard with these changes and new tensors."""
+    made = {name: content for one in repacked for name, content in one.contents().items()}
     return {
-        name: Output(shard, {t: changes[t] for t in shard.tensors if t in changes}, added.get(name, ()))
+        name: Output(
+            shard,
+            {t: changes[t] for t in shard.tensors if t in changes},
+            added.get(name, ()),
+            {t: made[t] for t in shard.tensors if t in made},
+        )
         for name, shard in checkpoint.shards.items()
     }
 

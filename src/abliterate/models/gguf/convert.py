@@ -31,7 +31,7 @@ from abliterate.models.pretrained import auto_class, from_config, from_pretraine
 from abliterate.models.shards import DTYPE_BITS, SINGLE
 from abliterate.models.stored import conversions
 
-MADE = 1  # counts up when the same file would be converted otherwise
+MADE = 2  # counts up when the same file would be converted otherwise
 CHUNK = 2**22  # values unpacked at a time
 _ARRAYS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -76,6 +76,7 @@ def _convert(file: GgufFile, folder: Path, wanted: torch.dtype) -> None:
         with _read_once(file.path):
             config = from_pretrained(AutoConfig, **place)
             tokenizer = from_pretrained(AutoTokenizer, **place)
+        _leave_out(config, file)
         if _has_own_way(file.architecture):
             model = from_pretrained(auto_class(config), **place, dtype=wanted, quantization_config=_dequantise())
             _forget_quantisation(model)
@@ -92,6 +93,16 @@ def _convert(file: GgufFile, folder: Path, wanted: torch.dtype) -> None:
         raise ModelError(f"GGUF {file.path} can't be loaded: {shorten(str(error), 300)}") from error
 
 
+def _leave_out(config: Any, file: GgufFile) -> None:
+    """Have the config count no blocks that predict further tokens: transformers' classes hold none of a GGUF's."""
+    blocks, text = file.number("block_count"), config.get_text_config()
+    if file.ahead and blocks is not None and text.num_hidden_layers == blocks:
+        text.num_hidden_layers = blocks - file.ahead
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == blocks and "token" not in name:  # what each block is
+                setattr(text, name, value[: blocks - file.ahead])
+
+
 def _write(file: GgufFile, model: Any, path: Path, wanted: torch.dtype) -> torch.dtype:
     """Write a file's tensors under the names of a model's checkpoint; returns the dtype that most of them have."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -100,12 +111,15 @@ def _write(file: GgufFile, model: Any, path: Path, wanted: torch.dtype) -> torch
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
     names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
     parts: dict[str, set[str]] = defaultdict(set)  # experts' gate and up are two tensors of the file, and one of ours
+    beyond = tuple(f"blk.{(file.number('block_count') or 0) - 1 - i}." for i in range(file.ahead))
     for stored, name in names.items():
         parts[name].add(stored.removesuffix(".weight"))
     made: dict[str, dict[str, Tensor]] = {"tensors": {}}
     entries = sum(2 * tensor.shape[0] if len(tensor.shape) > 2 else 1 for tensor in file.tensors.values())
-    with conversions(model), _Stream(path, _ENTRY * entries) as stream:
+    with conversions(model), Stream(path, _ENTRY * entries) as stream:
         for tensor in sorted(file.tensors.values(), key=lambda t: t.start):
+            if tensor.name.startswith(beyond):
+                continue
             values = _values(file, tensor, wanted)
             result = processor.process(
                 weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters=made
@@ -146,14 +160,14 @@ def _as_torch(values: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(values)
 
 
-class _Stream:
+class Stream:
     """A safetensors file written tensor by tensor: the header is filled in last, where room was left for it."""
 
     def __init__(self, path: Path, room: int) -> None:
         self._path, self._room, self._at = path, -(-room // 8) * 8, 0
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> Stream:
         self._file = self._path.open("wb")
         self._file.seek(8 + self._room)
         return self

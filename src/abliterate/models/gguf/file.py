@@ -7,6 +7,7 @@ format: the GGUF specification in ggml's docs/gguf.md.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from abliterate.models.gguf.types import byte_shape, bytes_of, layout_of
 MOST_DIMENSIONS = 4
 LONGEST_NAME = 63
 LARGEST_ALIGNMENT = 2**20
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 MOST_STRINGS = 2**24  # in an array; the largest vocabularies and lists of merges have some hundred thousand
 
 
@@ -71,6 +73,11 @@ class GgufFile:
     @property
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def ahead(self) -> int:
+        """How many of its blocks, the last, predict further tokens (MTP); llama.cpp counts them among the blocks."""
+        return self.number("nextn_predict_layers") or 0
 
     def number(self, key: str) -> int | None:
         """A whole number out of the architecture's own metadata ("block_count"), if it is there."""
@@ -198,7 +205,25 @@ def open_gguf(path: str | os.PathLike[str], *, part: bool = False) -> GgufFile:
         raise ModelError(
             f"GGUF {path} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST-PART WHOLE.gguf"
         )
+    if not part:
+        _check_blocks(opened)
     return opened
+
+
+def _check_blocks(file: GgufFile) -> None:
+    """Raise ModelError when a model's file holds more or fewer blocks than it says."""
+    numbers = {int(found[1]) for name in file.tensors if (found := _BLOCK.match(name))}
+    says = file.number("block_count")
+    if not numbers or says is None or file.metadata.get("general.type", "model") != "model":
+        return
+    holds = max(numbers) + 1
+    missing = next((block for block in range(says - file.ahead) if block not in numbers), None)
+    if holds > says or missing is not None:
+        lacks = f", but not block {missing}" if missing is not None and holds >= says - file.ahead else ""
+        raise ModelError(
+            f"GGUF {file.path} says it has {says:,} blocks ({file.architecture}.block_count), and holds "
+            f"{holds}{lacks}; get the file again"
+        )
 
 
 def _read(path: Path) -> GgufFile:
