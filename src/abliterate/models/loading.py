@@ -265,6 +265,7 @@ def _failure(source: str, model: Any) -> str:
 
         hooks.append(block.register_forward_hook(look))
     try:
+        _ = Handle(model, None, source).d_model  # a config without one is of a class that reads no tokens
         device = device_of(model.get_input_embeddings())
         logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits
     except Exception as error:

@@ -62,18 +62,15 @@ class Packed:
         codes = held["codes"].reshape(_count(self.shape) // (rows * columns), rows, -1)
         kind = self.facts["codes"]
         made = integers() if kind == "integers" else floats((_FLOAT8 | {"E2M1": E2M1})[kind])
-        scale = self.parts.get("scale")
-        if scale is None:
-            grid: Array = np.ones((1, 1, 1), np.float32)
-        else:
-            dtype = np.dtype(np.uint8) if scale.dtype in _EXPONENTS else (_FLOATS | _FLOAT8)[scale.dtype]
-            grid = held["scale"].view(dtype).reshape(_grid(scale.shape, len(codes), rows))
+        scale = self.parts["scale"]
+        dtype = np.dtype(np.uint8) if scale.dtype in _EXPONENTS else (_FLOATS | _FLOAT8)[scale.dtype]
+        grid: Array = held["scale"].view(dtype).reshape(_grid(scale.shape, len(codes), rows))
         over = held["over"].view(np.float32) if "over" in held else None
         block = _block((rows, columns), grid.shape[1:], self.facts.get("block"))
         return [
             Matrix(
                 one, Scales(grid[min(i, len(grid) - 1)], self.facts.get("unit", 1.0), over, "inverse" in self.facts),
-                made, block, fixed=scale is None or len(codes) > len(grid),
+                made, block, fixed=len(codes) > len(grid),
             )
             for i, one in enumerate(codes)
         ]  # fmt: skip
@@ -135,8 +132,9 @@ def _find(
 ) -> dict[str, Packed]:
     said = (config or {}).get("quantization_config")
     block = said.get("weight_block_size") if isinstance(said, dict) else None
-    found = (_packed(name, tensors, raw, block) for name in tensors)
-    return {one.name: one for one in found if one is not None}
+    found = [one for name in tensors if (one := _packed(name, tensors, raw, block)) is not None]
+    beside = {part.name for one in found for role, part in one.parts.items() if role != "codes"}  # scales of float8
+    return {one.name: one for one in found if one.parts["codes"].name not in beside}
 
 
 def checkpoint_shapes(folder: str | os.PathLike[str]) -> dict[str, Shape | None]:
@@ -191,13 +189,13 @@ def _packed(
     plain = name.removesuffix("_packed")
     endings = (f"{plain}_scale_inv", f"{plain}_scale", f"{stem}.scale", f"{stem}.qscale_weight")
     scale = next((tensors[ending] for ending in endings if ending in tensors), None)
-    parts = {"codes": codes} | ({"scale": scale} if scale else {})
-    if codes.dtype in _FLOAT8:
-        known = scale is None or scale.dtype in (*_FLOATS, *_EXPONENTS)
-        kind = "MXFP8" if scale and scale.dtype in _EXPONENTS else "FP8"
-        return Packed(name, kind, codes.shape, parts, facts={"codes": codes.dtype, "block": block}) if known else None
     if scale is None or f"{plain}_zero_point" in tensors:
         return None
+    parts = {"codes": codes, "scale": scale}
+    if codes.dtype in _FLOAT8:
+        known = scale.dtype in (*_FLOATS, *_EXPONENTS)
+        kind = "MXFP8" if scale.dtype in _EXPONENTS else "FP8"
+        return Packed(name, kind, codes.shape, parts, facts={"codes": codes.dtype, "block": block}) if known else None
     if codes.dtype == "I8" and scale.dtype in _FLOATS:
         return Packed(name, "INT8", codes.shape, parts, facts={"codes": "integers"})
     shape, facts = (*codes.shape[:-1], 2 * codes.shape[-1]), {"codes": "E2M1"}

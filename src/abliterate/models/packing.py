@@ -181,7 +181,8 @@ class Matrix:
         sizes = np.abs(values).reshape(1, -1) if self.flat else np.abs(values)
         for axis, step in enumerate(self.block):
             sizes = np.maximum.reduceat(sizes, np.arange(0, sizes.shape[axis], step), axis)
-        powers = self.scales.stored.dtype == np.uint8 and self.scales.nested is None
+        # scales that are powers of two stay so: DeepSeek's of 32 bits too, which kernels then read as 8
+        powers = self.scales.nested is None and old.size > 1 and bool((np.frexp(old)[0] == 0.5).all())
         needed = sizes / self.codes.top
         if powers:
             needed = np.exp2(np.ceil(np.log2(np.maximum(sizes, 1e-38) / self.codes.most)))

@@ -487,7 +487,7 @@ def test_packed_weights_are_named_as_such(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"quantised \(bitsandbytes\).*--as gguf"):
+    with pytest.raises(ModelError, match=r"quantised \(bitsandbytes\).*original.*--as adapter"):
         apply_to(recipe, folder, tmp_path / "out", force=True)
 
 

@@ -66,7 +66,7 @@ def test_packed_weights_are_edited_in_their_format(llama, kind):
     out, summary = applied(Edit.from_names(dict.fromkeys(WRITERS, 1.0), r), llama)
     old, new = (load_file(folder / "model.safetensors") for folder in (llama, out))
     assert {n: (t.dtype, t.shape) for n, t in old.items()} == {n: (t.dtype, t.shape) for n, t in new.items()}
-    touched = [n for n in old if not torch.equal(old[n].view(torch.uint8), new[n].view(torch.uint8))]
+    touched = [n for n in old if not torch.equal(*(t[n].reshape(-1).view(torch.uint8) for t in (old, new)))]
     assert touched and all(n.startswith(tuple(w.removesuffix(".weight") for w in WRITERS)) for n in touched)
     assert not any(n.endswith((".input_scale", "quant_map")) for n in touched)
     unit, left, was = torch.from_numpy(r).float(), 0.0, 0.0
@@ -135,6 +135,22 @@ def test_blocks_that_do_not_fill_the_last_one(tmp_path):
     names = ["model.layers.1.mlp.down_proj.weight"]
     before = packed_folder(folder, lambda w: fp8_blocks(w, 64), names)
     torch.testing.assert_close(values_in(folder)[names[0]], before[names[0]])
+
+
+def test_scales_that_are_powers_of_two_stay_so(llama):
+    def pack(weight):
+        made, _ = fp8_blocks(weight)
+        power = made[".weight_scale_inv"].log2().ceil().exp2()
+        spread = power.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        codes = (weight / spread).to(torch.float8_e4m3fn)
+        return {".weight": codes, ".weight_scale_inv": power}, codes.float() * spread
+
+    packed_folder(llama, pack, WRITERS)
+    out, _ = applied(Edit.from_names(dict.fromkeys(WRITERS, -40.0), direction()), llama)
+    for folder in (llama, out):
+        scales = [t for n, t in load_file(folder / "model.safetensors").items() if n.endswith("scale_inv")]
+        assert all(bool((t.log2().frac() == 0).all()) for t in scales)
+    assert not torch.equal(*(load_file(f / "model.safetensors")[WRITERS[1] + "_scale_inv"] for f in (llama, out)))
 
 
 def test_what_cannot_be_held_stops(llama, monkeypatch):
