@@ -109,8 +109,9 @@ def constrained(
         else:
             was = least.sum()
             better = group < least
-            _take(best, trial, better, axis, size)
             _take(got, values, better, axis, block)
+            if best is not got:
+                _take(best, trial, better, axis, size)
             least = np.minimum(group, least)
             if least.sum() > (1 - ENOUGH) ** 2 * was:
                 break

@@ -59,6 +59,8 @@ def check_method(source: str, folder: Path, config: Any, quantise: str | None) -
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     found = quantisation_of(config)
+    if found is None and (folder / "hf_quant_config.json").is_file():  # where ModelOpt says it, besides or instead
+        found = "modelopt", {}
     if found is None:
         return None, folder
     method, settings = found
@@ -78,7 +80,7 @@ def check_method(source: str, folder: Path, config: Any, quantise: str | None) -
     if _is_known(folder):
         from abliterate.models.unpacked import unpacked
 
-        del config.quantization_config
+        config.__dict__.pop("quantization_config", None)
         return method, unpacked(folder)
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise ModelError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abliterate.apply import rounding
 from abliterate.apply.checkpoint import repacked
 from abliterate.apply.forms import ApplyOptions, apply_recipe
 from abliterate.apply.rounding import Account
@@ -83,7 +81,7 @@ def test_packing_as_it_comes_leaves_more_of_it(llama, monkeypatch):
     packed_folder(llama, mxfp4, WRITERS)
     edit = Edit.from_names(dict.fromkeys(WRITERS, 1.0), direction())
     careful = applied(edit, llama)[1]["notes"]
-    monkeypatch.setattr(repacked, "constrained", partial(rounding.constrained, rounds=1))
+    monkeypatch.setattr(repacked, "ROUNDS", 1)
     monkeypatch.setattr(Account, "check", lambda *_: None)
     share = [
         float(note.split("directions ")[1].split("%")[0])

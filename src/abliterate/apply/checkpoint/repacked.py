@@ -15,7 +15,7 @@ import numpy as np
 
 from abliterate.apply.checkpoint.blocks import take_out
 from abliterate.apply.checkpoint.pieces import Change
-from abliterate.apply.rounding import Account, constrained, products
+from abliterate.apply.rounding import ROUNDS, Account, constrained, products
 from abliterate.common.errors import NonFiniteError
 from abliterate.edit.algebra import Factors
 from abliterate.models.packed import Packed
@@ -24,6 +24,7 @@ from abliterate.models.shards import Checkpoint
 
 Array = np.ndarray[Any, Any]
 
+FINE_ROUNDS = 3  # of formats of 8 bits, which lose little
 CHUNK = 2**22  # values rounded at a time
 _REMEDY = "edit the unquantised model, and quantise that"
 
@@ -115,7 +116,8 @@ def _rounded(target: Array, scales: Array, matrix: Matrix, axis: int, change: Fa
     if not len(change.right):
         return packed(target)
     asked = products(change, axis)[0](target)
-    return constrained(packed, lambda trial: trial, axis, change, target, asked)[0]
+    rounds = ROUNDS if matrix.codes.top < 100 else FINE_ROUNDS
+    return constrained(packed, lambda trial: trial, axis, change, target, asked, rounds)[0]
 
 
 def said_of(repacked: Iterable[Repacked]) -> list[str]:

@@ -172,9 +172,9 @@ def _tensors_by_skeleton(
     except (RecipeError, WriterError) as error:
         from abliterate.models.quantised import WAY_ROUND
 
-        quantised = config.get("quantization_config")
+        quantised = config.get("quantization_config") or config.get("quantization")
         if isinstance(quantised, dict):
-            method = quantised.get("quant_method", "unknown")
+            method = quantised.get("quant_method", "MLX" if "group_size" in quantised else "unknown")
             raise ModelError(
                 f"model folder {folder} is quantised ({method}) and its packed weights can't be edited "
                 f"({shorten(str(error), 120)}); {WAY_ROUND}"
