@@ -80,7 +80,8 @@ class Packed:
         stored = held["scale"] if "nested" in held else held["scale"].view(np.float32)
         nested = None
         if "nested" in held:
-            nested = held["nested_map"].view(np.float32), held["nested"].view(np.float32), float(state["nested_offset"])
+            numbers, sizes = (held[role].view(np.float32) for role in ("nested_map", "nested"))
+            nested = numbers, sizes, float(state["nested_offset"]), int(state["nested_blocksize"])
         rows = _count(self.shape) // self.shape[-1]
         scales = Scales(stored.reshape(1, -1), nested=nested)
         codes = table(held["map"].view(np.float32))

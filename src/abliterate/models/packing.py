@@ -96,20 +96,20 @@ class Scales:
         unit: what each is multiplied by.
         over: of NVFP4, the tensor's own scale [1]; `inverse`: whether it divides.
         nested: of bitsandbytes' 4 bits, where `stored` are indices: the numbers [256] they mean, the scales of these,
-            and what is added to them.
+            what is added to them, and how many share one of those scales.
     """
 
     stored: Array
     unit: float = 1.0
     over: Array | None = None
     inverse: bool = False
-    nested: tuple[Array, Array, float] | None = None
+    nested: tuple[Array, Array, float, int] | None = None
 
     def read(self) -> Array:
         """Their values, float32."""
         if self.nested is not None:
-            numbers, sizes, offset = self.nested
-            return numbers[self.stored] * _spread(sizes, self.stored.shape[1]) + np.float32(offset)
+            numbers, sizes, offset, step = self.nested
+            return numbers[self.stored] * _spread(sizes, step, self.stored.shape[1]) + np.float32(offset)
         if self.stored.dtype == np.uint8:
             return np.exp2(self.stored.astype(np.float32) - 127)
         values = self.stored.astype(np.float32) * np.float32(self.unit)
@@ -118,13 +118,12 @@ class Scales:
     def write(self, wanted: Array) -> Array:
         """Store these, positive; returns what they are as stored."""
         if self.nested is not None:
-            numbers, sizes, offset = self.nested
+            numbers, sizes, offset, step = self.nested
             wanted = wanted - np.float32(offset)
-            step = -(-wanted.shape[1] // sizes.size)
             largest = np.maximum.reduceat(np.abs(wanted[0]), np.arange(0, wanted.shape[1], step))
             sizes[:] = np.maximum(sizes, largest)
             between = (numbers[1:] + numbers[:-1]) / 2
-            self.stored[:] = np.searchsorted(between, wanted / np.maximum(_spread(sizes, wanted.shape[1]), 1e-38))
+            self.stored[:] = np.searchsorted(between, wanted / np.maximum(_spread(sizes, step, wanted.shape[1]), 1e-38))
         elif self.stored.dtype == np.uint8:
             self.stored[:] = np.clip(np.rint(np.log2(np.maximum(wanted, 1e-38))) + 127, 0, 254).astype(np.uint8)
         else:
@@ -142,8 +141,8 @@ class Scales:
         return np.float32(1) / over if self.inverse else over
 
 
-def _spread(sizes: Array, count: int) -> Array:
-    return np.repeat(sizes, -(-count // sizes.size))[:count][None]
+def _spread(sizes: Array, step: int, count: int) -> Array:
+    return np.repeat(sizes, step)[:count][None]
 
 
 @dataclass

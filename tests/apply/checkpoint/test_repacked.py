@@ -77,6 +77,16 @@ def test_packed_weights_are_edited_in_their_format(llama, kind):
     assert json.loads((out / "config.json").read_text()) == json.loads((llama / "config.json").read_text())
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_values_of_shapes_that_no_block_divides_evenly(llama, kind):
+    """384 blocks of 64 values, of which 256 share a nested scale; 6 blocks of 32 rows."""
+    name = "model.layers.9.mlp.down_proj.weight"
+    tensors = load_file(llama / "model.safetensors") | {name: torch.randn(128, 192)}
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    before = packed_folder(llama, FORMATS[kind][0], [name])
+    torch.testing.assert_close(values_in(llama)[name], before[name], rtol=1e-6, atol=1e-7)
+
+
 def test_packing_as_it_comes_leaves_more_of_it(llama, monkeypatch):
     packed_folder(llama, mxfp4, WRITERS)
     edit = Edit.from_names(dict.fromkeys(WRITERS, 1.0), direction())
