@@ -95,10 +95,12 @@ def obligations_json(given: Sequence[Obligation], kept: Mapping[str, list[bool]]
 
 
 def _ids(handle: Handle, messages: list[dict[str, str]]) -> list[int]:
-    return format_conversation(
+    ids = format_conversation(
         handle.tokenizer,
         messages,
         chat_template=handle.chat_template,
         prefill=handle.prefill,
         switches=handle.template_switches,
     )
+    handle.check_known([ids])
+    return ids

@@ -172,12 +172,12 @@ class Handle:
             prefill=self.prefill,
             switches=self.template_switches,
         )
-        self._check_known(ids)
+        self.check_known(ids)
         if self.context_length:
             check_context(ids, self.context_length, texts)
         return ids
 
-    def _check_known(self, rows: Sequence[Sequence[int]]) -> None:
+    def check_known(self, rows: Sequence[Sequence[int]]) -> None:
         """Raise ModelError when the tokenizer gives a token that the embedding has no row for."""
         largest = max((max(row, default=0) for row in rows), default=0)
         if largest >= self.vocabulary:

@@ -100,6 +100,7 @@ class Conversation:
             handle.tokenizer, messages, chat_template=handle.chat_template, prefill=handle.prefill,
             switches=handle.template_switches,
         )  # fmt: skip
+        handle.check_known([ids])
         if handle.context_length:
             check_context([ids], handle.context_length)
         past = self._past if self._past is not None and self._past.strength == strength else _Past(strength)

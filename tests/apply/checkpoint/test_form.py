@@ -547,7 +547,7 @@ def test_folders_that_are_no_model(tmp_path, damage, match):
 
 def test_models_that_are_not_safetensors_folders(tmp_path):
     (tmp_path / "m.gguf").touch()
-    for model, match in ((tmp_path / "m.gguf", "--as gguf"), (tmp_path / "no", "not found"), ("", "not found")):
+    for model, match in ((tmp_path / "m.gguf", "--as gguf"), (tmp_path / "no", "not found"), ("", "name is empty")):
         with pytest.raises(ModelError, match=match):
             local_folder(str(model))
     pickles = write_checkpoint(tmp_path / "p", {"x.safetensors": {"a": torch.zeros(1)}})
