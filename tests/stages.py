@@ -45,7 +45,7 @@ def seen(handle):
         "answers": [a.ids for a in decode(handle, ids, max_new_tokens=3)],
         "divergence": torch.tensor(compare(handle, make_reference(handle, ids[3:], answers)).answer),
         "directions": directions.unit.nan_to_num(),
-        "live": live,
+        "live": live.nan_to_num(),  # blocks in parallel have nothing in between
         "fit": torch.cat([job.variables.vectors.detach().flatten(), job.variables.strengths.detach().flatten()]),
     }
 

@@ -119,7 +119,8 @@ def audit(
         reporter.say(f"going on: {', '.join(done)} are done")
     with clock.stage("filter"):
         set_prefill(handle, sides.target.train.texts, reporter)
-        shown, validation = filtered(job, "train"), filtered(job, "validation")
+        # the fit learns from the model's own words, whatever collect.filter says
+        shown, validation = (filtered(job, split, always=True) for split in ("train", "validation"))
     with clock.stage("collect"):
         directions = _collected(handle, shown, settings, reporter)
     with clock.stage("original"):
