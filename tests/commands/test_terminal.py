@@ -22,14 +22,14 @@ from abliterate.common.watching import ProgressFile, progress_file
 from command import abliterate
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "commands.md"
 
 
 def test_exit_codes_are_documented():
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
     codes = {0, *(kind.exit_code for kind in kinds)}
     assert codes == {0, 2, 3, 130}
-    for text in (" ".join(abliterate("--help").out.replace("│", " ").split()), README.read_text()):
+    for text in (" ".join(abliterate("--help").out.replace("│", " ").split()), GUIDE.read_text()):
         said = re.search(r"Exit codes: (.*?)\. ?", text.replace("\n", " "))
         assert said, text
         assert codes <= {int(number) for number in re.findall(r"\b\d+\b", said[1])}

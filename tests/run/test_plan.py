@@ -11,6 +11,7 @@ import pytest
 from abliterate.common.errors import AbliterateError
 from abliterate.models.handle import Handle
 from abliterate.run import pipeline, plan
+from abliterate.run.opening import OPENING_TOKENS
 from abliterate.run.plan import SEARCH_COSTS, Counts, duration, plan_run, predicted
 from command import SMALL, abliterate
 from plans import COSTS, settings
@@ -99,7 +100,7 @@ def test_planning_probes_one_batch_and_writes_nothing(tiny_folder, tmp_path, mon
     found = plan_run(str(tiny_folder), chosen)
     assert list(tmp_path.iterdir()) == []
     assert max(shape[0] for shape in rows) <= 64
-    assert sum(shape[1] == 1 for shape in rows) <= 16 + 8 + 4  # the batch, the reasoning mark, the warm-up
+    assert sum(shape[1] == 1 for shape in rows) <= 16 + OPENING_TOKENS + 4  # the batch, the reasoning mark, the warm-up
     assert list(found.stages) == [
         "load", "prove", "filter", "collect", "search", "report data", "measure original", "edit", "measure edited",
         "save",

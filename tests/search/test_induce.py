@@ -176,7 +176,7 @@ def test_the_command_writes_a_model_that_holds_the_shift(refusing, tiny_folder, 
     out = tmp_path / "out"
     done = succeeds("run", tiny_folder, "--induce", "--force", "--out", out, *COMMAND)
     assert "baseline prompts refused" in done.out and str(out / "model") in done.out
-    assert sorted(p.name for p in out.iterdir()) == ["model", "recipe.safetensors", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["model", "recipe.safetensors", "report.html", "results.json"]
     check_document(out / "results.json")
     document = json.loads((out / "results.json").read_text())
     assert document["recipe"]["method"] == "induce" and document["recipe"]["switch"] == "mlp_bias"
@@ -203,7 +203,7 @@ def test_a_class_that_can_t_hold_it_says_so_and_is_measured_live(refusing, tmp_p
     folder = save_tiny(tmp_path / "mistral", FAMILIES["mistral"]())
     done = succeeds("run", folder, "--induce", "--force", "--out", tmp_path / "out", *COMMAND)
     assert "has no bias at block" in done.err and "control-vector" in done.err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["recipe.safetensors", "results.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["recipe.safetensors", "report.html", "results.json"]
     for form, model in (("checkpoint", folder),):
         line = fails(tmp_path, "apply", tmp_path / "out", model, "--as", form, "--out", tmp_path / "no")
         assert "has no bias that reaches its output" in line
