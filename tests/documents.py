@@ -14,7 +14,7 @@ def check_document(file: Path) -> RunDocument:
     """A results.json read with the types: it comes out as it went in, and the types know each of its fields."""
     document = load_document(file)
     assert document.to_json() == json.loads(file.read_text())
-    assert not unknown(document)
+    assert not unknown(document), unknown(document)
     return document
 
 

@@ -267,7 +267,7 @@ class FrontierPoint(Part):
         evaded, collapse: how many are evaded; share of alike answers beyond what the original has.
         divergence: from the original at the first answer token, in nats.
         divergence_along: the same along its answers.
-        weight: what the fit weighed refusals with to get there.
+        weight, step: what the fit weighed refusals with to get there, and the gradient step.
         scaled: of a fitted edit's strengths, where the point is such an edit made lighter.
         trial, parameters, objectives: of a search by trials.
         score, degenerate: of a style.
@@ -284,6 +284,7 @@ class FrontierPoint(Part):
     collapse: float | None = None
     divergence_along: float | None = None
     weight: float | None = None
+    step: int | None = None
     scaled: float | None = None
     trial: int | None = None
     parameters: dict[str, Any] | None = None
