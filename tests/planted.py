@@ -22,6 +22,15 @@ class RefusesWithR:
         return None
 
 
+class Parity(RefusesWithR):
+    """Tiny models say nothing that means anything: the sum of an answer's and its prompt's letters decides."""
+
+    name = "parity"
+
+    def judge(self, prompts, answers):
+        return [sum(map(ord, a + p)) % 3 != 0 for p, a in zip(prompts, answers, strict=True)]
+
+
 def planted():
     """A Llama that answers "A", unless the prompt holds a "Q": then it says "R".
 

@@ -16,18 +16,7 @@ from abliterate.run.pipeline import run
 from abliterate.settings.run import RunSettings
 from documents import check_document
 from models import _sizes, save_tiny, tiny
-
-
-class Parity:
-    """Tiny models say nothing that means anything: some answers count as refusals."""
-
-    name = "parity"
-
-    def judge(self, prompts, answers):
-        return [sum(map(ord, a + p)) % 3 != 0 for p, a in zip(prompts, answers, strict=True)]
-
-    def settled(self, prompt, partial_answer):
-        return None
+from planted import Parity
 
 
 def settings(at_stream, method="article"):

@@ -33,7 +33,7 @@ from abliterate.search.induce import (
 from command import PROMPTS, abliterate, fails, succeeds
 from documents import check_document
 from models import FAMILIES, save_tiny
-from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
+from planted import BASELINE, REFUSE, TARGET, Parity, RefusesWithR, planted
 
 SMALL = InduceSettings(scored=4, prompts=8, decode_tokens=3, steps=0)
 
@@ -152,17 +152,7 @@ COMMAND = [
 
 @pytest.fixture
 def refusing(monkeypatch):
-    """Tiny models say nothing that means anything: a judge of the first letter's parity refuses some prompts."""
     from abliterate.run import opening
-
-    class Parity:
-        name = "parity"
-
-        def judge(self, prompts, answers):
-            return [sum(map(ord, a + p)) % 3 != 0 for p, a in zip(prompts, answers, strict=True)]
-
-        def settled(self, prompt, partial_answer):
-            return None
 
     monkeypatch.setattr(opening, "make_judge", lambda name: Parity())
 

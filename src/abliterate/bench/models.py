@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from abliterate.apply.hooks import attached
 from abliterate.apply.weights import bake
 from abliterate.common.errors import AbliterateError, ModelError
+from abliterate.common.files import sha256_of
 from abliterate.models.pretrained import from_pretrained, with_adapter
 
 if TYPE_CHECKING:
     from abliterate.models.handle import Handle
     from abliterate.settings.run import LoadSettings
-
-READ = 2**24  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
@@ -185,14 +184,10 @@ def _folder_hash(folder: Path) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(READ):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def has_template(source: str, settings: LoadSettings) -> bool:

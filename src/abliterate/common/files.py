@@ -33,6 +33,15 @@ def writes() -> bool:
     return not _reading
 
 
+def sha256_of(file: Path) -> str:
+    """Sha256 (hex) of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with file.open("rb") as data:
+        while block := data.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def cache() -> Path:
     """The folder for things that can be made again: ABLITERATE_CACHE, or the user's cache."""
     base = os.environ.get("ABLITERATE_CACHE")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from abliterate.common.errors import RecipeError
+from abliterate.common.files import sha256_of
 from abliterate.common.names import public_name
 from abliterate.edit.edit import Edit
 from abliterate.edit.recipe import Recipe, config_hash
@@ -87,11 +88,7 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
 def _file_hash(file: Path, _changed: int) -> str:
     if file.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", file.name):
         return file.name
-    digest = hashlib.sha256()
-    with file.open("rb") as data:
-        while block := data.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(file)
 
 
 def _renamed(edit: Edit, known: dict[str, tuple[StoredTensor, ...]], source: str) -> Edit:
