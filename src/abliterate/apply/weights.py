@@ -64,11 +64,12 @@ def _changes(
     """Each parameter that an edit changes, by name, and what gives its new values."""
     parameters = dict(handle.model.named_parameters())
     changes: dict[str, Callable[[], Tensor]] = {}
+    elsewhere = "kept on disk or CPU" if offloaded(handle.model) else ""
     for writer, change in weight_factors(handle, edit.parts):
         if writer.at:
             raise WriterError(f"{writer.name} {NO_WEIGHT}")
         weight = parameters[writer.name]
-        away = "spread over processes" if sharded(weight) else "kept on disk or CPU" if offloaded(handle.model) else ""
+        away = "spread over processes" if sharded(weight) else elsewhere
         if away or not is_plain(weight):
             kind = f"{type(weight.data).__name__} of {str(weight.dtype).removeprefix('torch.')}"
             what = away or f"no plain float weight ({kind})"

@@ -56,7 +56,7 @@ def _kind(tensor: GgufTensor, name: str, file: GgufFile, values: list[str]) -> s
 
 def _in_block(tensor: str, name: str, file: GgufFile, values: list[str]) -> str | None:
     """The type of one of a block's matrices where it isn't the mixture's own."""
-    layers, experts = _number(file, "block_count", 1), _number(file, "expert_count", 0)
+    layers, experts = file.number("block_count") or 1, file.number("expert_count") or 0
     if tensor.endswith(_VALUES):
         return _of_values(name, file, values.index(tensor), len(values), layers, experts)
     if tensor.endswith("attn_k.weight"):
@@ -80,7 +80,7 @@ def _of_values(name: str, file: GgufFile, at: int, count: int, layers: int, expe
         return "Q8_0"
     kind = None
     if name == "Q2_K":
-        shared = _number(file, "attention.head_count", 1) // _number(file, "attention.head_count_kv", 1)
+        shared = (file.number("attention.head_count") or 1) // (file.number("attention.head_count_kv") or 1)
         kind = "Q4_K" if shared >= 4 else "Q3_K"
     elif name == "Q3_K_M":
         kind = "Q5_K" if at < 2 else "Q4_K"
@@ -100,7 +100,3 @@ def _more_bits(at: int, count: int) -> bool:
 def _layer(tensor: str) -> int:
     found = re.match(r"blk\.(\d+)\.", tensor)
     return int(found[1]) if found else 0
-
-
-def _number(file: GgufFile, key: str, default: int) -> int:
-    return int(file.metadata.get(f"{file.architecture}.{key}") or default)  # an array, of unlike layers, is None

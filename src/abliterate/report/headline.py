@@ -101,7 +101,8 @@ def _divergence(loaded: Loaded, last: Measured) -> list[Tile]:
     """The larger of the two divergences, against what the search counts as unnoticed."""
     if last.divergence is None:
         return []
-    free = loaded.results.settings.search.get("free_divergence") or FREE
+    free = loaded.results.settings.search.get("free_divergence")
+    free = FREE if free is None else free
     most = max(last.divergence.first_token, last.divergence.answer)
     little = most <= free
     word = f"{'within' if little else 'above'} the {free:g} that goes unnoticed"
