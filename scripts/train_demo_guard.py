@@ -141,6 +141,9 @@ def main() -> None:
     parser.add_argument(
         "--answer-tokens", type=int, default=ANSWER_TOKENS, help="tokens of each answer learnt (%(default)s)"
     )
+    parser.add_argument("--prompts", type=int, help="train on at most so many prompts a side")
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where bfloat16 is slow (%(default)s)")
+    parser.add_argument("--rank", type=int, default=RANK, help="the adapter's rank (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.teacher and not options.spread:
@@ -154,8 +157,10 @@ def main() -> None:
     started = time.monotonic()
 
     plain = load_plain(options)
-    target = load_prompts(options.target, role="target", split="train").texts
-    baseline = load_prompts(options.baseline, role="baseline", split="train").texts
+    target, baseline = (
+        load_prompts(getattr(options, role), role=role, split="train").texts[: options.prompts]
+        for role in ("target", "baseline")
+    )
     direction = None
     if options.spread:
         sets = make_spread_examples(plain, target, baseline, wordings, options.teacher, options.answer_tokens)
@@ -164,7 +169,7 @@ def main() -> None:
         direction = quietest_direction(plain, baseline[:60])
     print(f"examples made in {time.monotonic() - started:.0f} s", flush=True)
     depth = (0.0, 1.0) if options.teacher else TRAINED
-    guarded = train(plain, sets, direction, options.steps, random.Random(options.seed), depth)
+    guarded = train(plain, sets, direction, options.steps, random.Random(options.seed), depth, options.rank)
     save_adapter(guarded, options.out, HUB_ID if options.base == plain_source() else public_name(options.base))
     seconds = time.monotonic() - started
 
@@ -180,7 +185,7 @@ def main() -> None:
 
 
 def load_plain(options: argparse.Namespace) -> Handle:
-    return load(options.base, dtype="bfloat16", chat_template=options.chat_template)
+    return load(options.base, dtype=options.dtype, chat_template=options.chat_template)
 
 
 def wording(prompt: str, wordings: Sequence[dict[str, Any]]) -> str:
@@ -302,6 +307,7 @@ def train(
     steps: int,
     rng: random.Random,
     depth: tuple[float, float] = TRAINED,
+    rank: int = RANK,
 ) -> PeftModel:
     """Train a LoRA on the plain model.
 
@@ -312,6 +318,7 @@ def train(
         steps: training steps.
         rng: draws the batches.
         depth: shares of the depth between which blocks get a LoRA.
+        rank: the LoRA's.
     """
     prefix = common_prefix([e.ids[: e.start] for groups in sets.values() for g in groups for e in g])
     draws = {name: draw(groups, rng) for name, groups in sets.items()}
@@ -326,7 +333,7 @@ def train(
     removed = torch.tensor([task.removed for task in tasks.values() for _ in range(task.rows)])
     writers = writing_modules(plain) if bool(removed.any()) else []
 
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=lora_modules(plain, depth), task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora_modules(plain, depth), task_type="CAUSAL_LM")
     lora = get_peft_model(plain.model, config)
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)

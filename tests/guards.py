@@ -31,6 +31,7 @@ from abliterate.settings.run import resolve
 from real_models import SHA256, gemma_gguf
 
 SECOND_GUARD = Path(__file__).parent / "data" / "second_guard"
+RESISTING = SECOND_GUARD.with_name("resisting")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_guard.py"
 
 GEMMA_TURNS = (
@@ -48,6 +49,14 @@ def second_guard() -> Path:
     """SmolLM2 with the second guard: other refusals than the demo's, and refusing not put on one direction."""
     weights = (SECOND_GUARD / "adapter_model.safetensors").read_bytes()
     return _made("second-guard", [Path(plain_source()).name.encode(), weights], _merged_second_guard)
+
+
+def resisting(kind: str) -> Path:
+    """The demo model, taught to refuse otherwise: one of the folders of tests/data/resisting."""
+    weights = (RESISTING / kind / "adapter_model.safetensors").read_bytes()
+    demo = str(ab.demo_model())
+    facts = [Path(demo).name.encode(), weights]
+    return _made(f"resisting-{kind}", facts, lambda folder: _merge(demo, RESISTING / kind, folder))
 
 
 def guarded_gemma() -> Path:

@@ -13,7 +13,7 @@ from long import LONG
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "walkthrough.ipynb"
 QUICK = NOTEBOOK.with_name("quickstart.ipynb")
-SIZES = {"TRAIN": 24, "VALIDATION": 12, "TEST": 12, "TOKENS": 24, "TRIED": 6, "DECODED": 2}
+SIZES = {"TRAIN": 16, "VALIDATION": 10, "TEST": 10, "TOKENS": 16, "TRIED": 3, "DECODED": 2}
 nbformat = pytest.importorskip("nbformat", reason="nbformat isn't installed")
 
 

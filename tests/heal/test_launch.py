@@ -99,7 +99,7 @@ def test_two_processes_train_as_one_does(two, one):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("two", [name for name in OFTEN if name != "ddp"], indirect=True)
+@pytest.mark.parametrize("two", [pytest.param("fsdp", marks=LONG), *OFTEN[2:]], indirect=True)
 def test_what_is_spread_over_processes_is_resumed(two, heard):
     """A checkpoint has every process's part: the last steps done again give the same adapter, byte for byte."""
     job, training, _ = two

@@ -21,7 +21,7 @@ from abliterate.search.sweep import SweepSettings
 from abliterate.settings.run import RunSettings, resolve
 
 pytestmark = pytest.mark.slow
-TEST = 60
+TEST = 50
 
 
 def settings(**flags: object) -> RunSettings:
@@ -37,9 +37,9 @@ def demo_model() -> str:
 
 @pytest.fixture(scope="module")
 def result(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """One whole run at its defaults but for the prompts' numbers, on 60 held-out prompts a side."""
+    """One whole run at its defaults but for the prompts' numbers, on 50 held-out prompts a side."""
     out = tmp_path_factory.mktemp("run") / "out"
-    prompts = {"prompts__train_prompts": 128, "prompts__validation_prompts": 48, "prompts__test_prompts": TEST}
+    prompts = {"prompts__train_prompts": 96, "prompts__validation_prompts": 48, "prompts__test_prompts": TEST}
     beside = {"beside__also_prompts": 16, "beside__obligations": 8}
     return run(demo_model, out, settings(**prompts, **beside, measure__max_new_tokens=48))
 
@@ -140,7 +140,7 @@ def test_writers_are_proved_on_the_real_model_and_live_equals_baked(demo_model: 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With few prompts and the layers about the one found; everything else as it stands there."""
-    few = {"limit_train": 24, "limit_validation": 12, "limit_test": 12}
+    few = {"limit_train": 16, "limit_validation": 8, "limit_test": 8}
     load_sides, measure, sweep = ab.load_sides, ab.measure, ab.sweep
     near = SweepSettings(layers=range(14, 18))
     monkeypatch.setattr(ab, "sweep", lambda *given, **named: sweep(*given, **named, settings=near))

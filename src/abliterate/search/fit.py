@@ -48,7 +48,7 @@ STRENGTH_EVERYWHERE = 0.6
 START_PROMPTS = 8
 REFUSAL_TOKENS = 32
 TOO_MANY_REFUSALS = 0.5  # past it, points with still less weight on refusing are of no use
-NOTHING_LEFT = 0.95  # refused past which an edit lighter still says nothing new
+NOTHING_LEFT = 0.5  # of what the original refuses: past it, a gentler edit still says nothing that matters
 HEAVIER = 2  # how often more weight is tried where the first point still refuses
 SAVE_EVERY = 5  # steps
 NEW_START = 0.3  # share of training prompts still refused beyond which the start was wrong
@@ -165,7 +165,7 @@ def next_weight(points: Sequence[FrontierPoint], settings: FitSettings, share: f
 def next_scaled(
     points: Sequence[FrontierPoint], settings: FitSettings, share: float = 1.0
 ) -> tuple[FrontierPoint, float] | None:
-    """The lightest fitted point and the next factor for its strengths; None when hardly anything is removed any more.
+    """The lightest fitted point and the next factor for its strengths; None when half of the refusals are back.
 
     Less weight leads the fit no further than to where refusals begin to come back; gentler edits lie on the way from
     there to none at all, and to go there takes no gradient.
