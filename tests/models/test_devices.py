@@ -11,8 +11,9 @@ from abliterate.models.devices import devices_here, placing, room_on_disk
 from abliterate.models.loading import load
 from abliterate.models.placement import offloaded
 from command import SMALL, fails, listing
-from models import save_tiny, tiny
+from models import ARCHITECTURES, save_tiny
 
+MIXTURE = ARCHITECTURES["qwen3_moe"]
 WRONG = {
     "a device that isn't there": ({"device": "cuda:7"}, "device cuda:7 isn't on this machine; here there are: "),
     "no device at all": ({"device_map": "gpu"}, "device gpu isn't on this machine"),
@@ -63,7 +64,7 @@ def test_what_is_not_allowed_in_memory_is_brought_from_disk(tiny_folder):
 
 def test_weights_that_are_written_down_are_gone_with_the_model(tmp_path):
     """Experts are stored one by one and used together, so the folder's own files don't do."""
-    folder, room = save_tiny(tmp_path / "model", tiny("qwen3_moe", **MIXTURE)), tmp_path / "room"
+    folder, room = save_tiny(tmp_path / "model", MIXTURE()), tmp_path / "room"
     room.mkdir()
     plain = load(folder, dtype="float32")
     limited = load(folder, dtype="float32", max_memory="cpu=130kB", offload_folder=str(room))
@@ -84,7 +85,7 @@ def test_a_full_offload_folder_is_one_line(tmp_path, monkeypatch):
         raise RuntimeError("No space left on device (os error 28)")
 
     monkeypatch.setattr(accelerate, "save_file", full)
-    folder, room = save_tiny(tmp_path / "model", tiny("qwen3_moe", **MIXTURE)), tmp_path / "room"
+    folder, room = save_tiny(tmp_path / "model", MIXTURE()), tmp_path / "room"
     room.mkdir()
     with pytest.raises(ModelError, match="the offload folder's disk is full; name another with --offload-folder"):
         load(folder, dtype="float32", max_memory="cpu=130kB", offload_folder=str(room))
@@ -95,10 +96,3 @@ def test_the_cache_is_the_room_where_none_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path))
     with room_on_disk(None) as room:
         assert room.startswith(str(tmp_path / "offload"))
-
-
-MIXTURE = {
-    "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
-    "tie_word_embeddings": False,
-}  # fmt: skip

@@ -89,8 +89,9 @@ def test_a_type_is_proved_live_or_stopped_with_a_reason(name, rows, tmp_path):
 
 @LONG
 def test_enough_are_proved_or_live(rows):
-    if len(rows) == len(TYPES):
-        assert sum(row.verdict in (PROVED, LIVE) for row in rows) >= ENOUGH
+    if len(rows) < len(TYPES):
+        pytest.skip(f"only {len(rows)} of {len(TYPES)} types were tried")
+    assert sum(row.verdict in (PROVED, LIVE) for row in rows) >= ENOUGH
 
 
 ROWS = [Row("qwen3", "BForCausalLM", PROVED, "9 writers"), Row("bert", "AForCausalLM", LIVE, "a norm")]

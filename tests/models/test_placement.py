@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from abliterate.common.errors import ModelError
+from abliterate.common.errors import ModelError, NonFiniteError
 from abliterate.edit.edit import Edit
 from abliterate.models.loading import check_weights
 from abliterate.models.placement import at_hand, device_of, devices_of, offloaded, replaced, value
@@ -66,7 +66,7 @@ def test_a_weight_on_disk_that_is_not_finite_is_named(tmp_path):
     handle.model.model.layers[3].self_attn.k_proj.weight.data[0, 0] = float("nan")
     with (
         spread(handle, "cpu", "disk", tmp_path),
-        pytest.raises(Exception, match=r"layers\.3\.self_attn"),
+        pytest.raises(NonFiniteError, match=r"layers\.3\.self_attn"),
     ):
         check_weights(handle)
 

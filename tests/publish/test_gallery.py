@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,6 +73,36 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, byt
     yield files
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def gone(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a Hub that answers nothing: whoever connects is hung up on."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stopped = threading.Event()
+
+        def hang_up() -> None:
+            while not stopped.is_set():
+                with contextlib.suppress(OSError):
+                    connection, _ = server.accept()
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+                    connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield url
+        stopped.set()
+
+
+@pytest.mark.parametrize("source", ["me/recipes", "{gone}/fox.safetensors"])
+def test_a_network_that_breaks_off_is_one_line(gone: str, source: str, tmp_path: Path) -> None:
+    said = fails(tmp_path, "recipes", source.format(gone=gone))
+    assert "the Hub doesn't list me/recipes" in said or "fox.safetensors can't be fetched" in said
 
 
 def test_a_folder_is_listed(folder: Path) -> None:

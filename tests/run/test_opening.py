@@ -12,6 +12,7 @@ from abliterate.measure.decode import Answer
 from abliterate.models.handle import Handle
 from abliterate.run.opening import set_prefill
 from abliterate.settings.run import resolve
+from heard import Heard
 from models import CHATML, tiny_llama, tiny_tokenizer
 
 opening = importlib.import_module("abliterate.run.opening")  # abliterate.run is the function, too
@@ -21,14 +22,6 @@ GLM = (
     "{{ '/nothink' if enable_thinking is false else '' }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think></think>\n{% endif %}"
 )
-
-
-class Heard:
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from abliterate.run.measuring import measure_models
 from abliterate.run.pipeline import run
 from abliterate.settings.run import RunSettings
 from documents import check_document
-from models import save_tiny, tiny_llama, tiny_tokenizer
+from models import CHATML, save_tiny, tiny_llama, tiny_tokenizer
 from planted import BASELINE, TARGET, planted
 
 FEW = {"target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
@@ -383,11 +384,28 @@ def test_damaged_source_is_seen_whatever_token_reads_it(tmp_path):
 # --- Interrupted ----------------------------------------------------------------------------------------------------
 
 
+TOMORROW = """
+import datetime, sys
+import transformers.utils.chat_template_utils as rendering
+
+class Tomorrow(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(days=1)
+
+rendering.datetime = Tomorrow
+print("tomorrow it is", file=sys.stderr)
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_recipe_bit_for_bit(tmp_path):
-    """kill -9 in the middle of the fit; --resume ends with the bytes of a run that wasn't killed."""
-    handle = planted()
-    model = save_tiny(tmp_path / "model", handle.model)
+    """kill -9 in the middle of the fit; --resume, on another day, ends with the bytes of a run that wasn't killed."""
+    tokenizer, tomorrow = tiny_tokenizer(), tmp_path / "tomorrow"
+    tokenizer.chat_template = "{{ strftime_now('%a %d') }} " + CHATML  # writes today into every prompt
+    model = save_tiny(tmp_path / "model", planted().model, tokenizer)
+    tomorrow.mkdir()
+    (tomorrow / "sitecustomize.py").write_text(TOMORROW)
     for side, texts in (("target", TARGET), ("baseline", BASELINE)):
         (tmp_path / f"{side}.txt").write_text("".join(f"{text} {n}\n" for text in texts for n in range(4)))
     (tmp_path / "says_r.toml").write_text(
@@ -408,7 +426,10 @@ def test_a_killed_run_resumes_to_the_same_recipe_bit_for_bit(tmp_path):
     process.kill()
     process.wait()
     assert state.exists() and not killed.exists()
-    done = subprocess.run([*words, "--out", str(killed), "--resume"], check=True, capture_output=True, text=True)
+    path = os.pathsep.join([str(tomorrow), *filter(None, [os.environ.get("PYTHONPATH")])])
+    later = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
+    done = subprocess.run([*words, "--out", str(killed), "--resume"], check=True, **later)
+    assert "tomorrow it is" in done.stderr
     assert "going on from step" in done.stderr
     recipes = [(out / "recipe.safetensors").read_bytes() for out in (whole, killed)]
     assert recipes[0] == recipes[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -16,18 +15,8 @@ from abliterate.prompts.behaviour import load_behaviour
 from abliterate.run.opening import judges, open_prompts, second_judge
 from abliterate.run.showing import filtered, showing
 from abliterate.settings.run import resolve
+from heard import Heard
 from planted import BASELINE, TARGET, RefusesWithR, planted
-
-
-@dataclass
-class Heard:
-    lines: list[str] = field(default_factory=list)
-
-    def say(self, text):
-        self.lines.append(text)
-
-    def progress(self, stage, total):
-        return lambda done: None
 
 
 def test_a_panel_learns_while_it_filters_once():

@@ -14,7 +14,7 @@ from abliterate.apply.checkpoint.folder import read_config
 from abliterate.common.errors import ModelError, WriterError
 from abliterate.edit.stored_tensor import StoredTensor
 from abliterate.models.handle import Handle
-from abliterate.models.packed import checkpoint_shapes, packed_in
+from abliterate.models.packed import packed_in, unpacked_shapes
 from abliterate.models.recipes import resolved
 from abliterate.models.shards import open_checkpoint
 from abliterate.models.stored import names_in, skeleton, stored_tensors
@@ -34,7 +34,8 @@ class Parameters:
         self.writers: dict[str, Writer] = {writer.name: writer for writer in layout(self.handle).writers}
         self._checkpoint = open_checkpoint(folder)
         self._packed = packed_in(self._checkpoint, read_config(folder))
-        self._sources = names_in(self.handle.model, checkpoint_shapes(folder))
+        held = {name: place.shape for name, place in self._checkpoint.ranges.items()}
+        self._sources = names_in(self.handle.model, unpacked_shapes(held, self._packed))
         self._stored = stored_tensors(self.handle, self._sources)
 
     def named(self, names: Sequence[str]) -> dict[str, Writer]:
@@ -90,7 +91,7 @@ class Parameters:
     def _read(self, name: str) -> Tensor:
         if name in self._packed:
             packed = self._packed[name]
-            return torch.from_numpy(packed.values({r: self._checkpoint.raw(p.name) for r, p in packed.parts.items()}))
+            return torch.from_numpy(packed.values(packed.raw(self._checkpoint)))
         place = self._checkpoint.tensor(name)
         if place.dtype not in FLOATS:
             raise ModelError(

@@ -64,6 +64,14 @@ class Account:
         """Of components along the directions as they were, as asked for and as got, and of the values."""
         return cls(*map(square, (before, got - asked, asked - before, moved, values)))
 
+    def note(self, kind: str = "") -> str:
+        """What packing did to the edited tensors, for people."""
+        return (
+            f"packing the edited tensors {f'as {kind} ' if kind else ''}again changed their values by "
+            f"{self.error:.1%}, and left the component along the directions {self.component_off:.1%} of what it was "
+            "from where it should be"
+        )
+
     def check(self, kind: str, remedy: str) -> None:
         """Raise ModelError when the numbers of a format are too few to hold the edit."""
         if self.off > MOST_OFF**2 * self.asked:

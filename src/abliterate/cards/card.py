@@ -15,7 +15,7 @@ from abliterate.cards.edit import directions, how_found, how_healed, was_learnt,
 from abliterate.cards.head import head, of_model
 from abliterate.cards.tables import results
 from abliterate.cards.verdicts import verdicts
-from abliterate.common.names import public_name
+from abliterate.common.names import is_demo, public_name
 from abliterate.measure.document import RunDocument, SideFacts
 
 HASH = 16  # digits shown
@@ -75,7 +75,7 @@ def model_card(document: RunDocument) -> str:
     return card(
         of_model(source, revision, tags),
         f"{Path(name).name}, {title}",
-        [f"{of} {is_now}", *([GUARDED] if name.startswith("demo-model-") else [])],
+        [f"{of} {is_now}", *([GUARDED] if is_demo(name) else [])],
         [
             Section("How to use it", _usage(document)),
             Section("What was changed", _changed(document)),
@@ -91,7 +91,7 @@ def model_card(document: RunDocument) -> str:
 def _kind(document: RunDocument) -> str:
     if document.heal is not None:
         return "heal"
-    if document.recipe is not None and document.recipe.method == "induce":
+    if document.induced:
         return "induce"
     return "style" if document.about.runs_as_style else "removal"
 

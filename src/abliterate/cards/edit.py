@@ -42,7 +42,7 @@ def how_found(recipe: RecipeFacts) -> list[str]:
     direction, method = recipe.direction, recipe.method
     if direction is None:
         return []
-    if method == "induce":
+    if recipe.induced:
         return [
             f"direction: source `{direction.source}`, cosine {direction.cosine or 0:.2f} with the difference of means "
             f"at the prompts' last token; {direction.size or 0:.2f} of its own difference's norm; method `induce`"

@@ -8,6 +8,7 @@ from typing import Annotated
 from abliterate.commands.common import source_of
 from abliterate.commands.options import Output, command
 from abliterate.common.errors import AbliterateError
+from abliterate.common.names import is_demo
 
 MOST_SHOWN = 20
 
@@ -81,7 +82,7 @@ def reproduce(
         from abliterate.run.reproduce import reproduce as run_again
 
         found = read_made(made)
-        source = model or ("demo" if found.source.startswith("demo-model-") else found.source)
+        source = model or ("demo" if is_demo(found.source) else found.source)
         if not source:
             raise AbliterateError(f"{made} doesn't name its model; give it as the second argument")
         document = run_again(found, source_of(source), out, terminal, overwrite=io.overwrite, force=force)

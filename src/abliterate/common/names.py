@@ -8,6 +8,12 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 _ADDRESS = re.compile(r"hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
+DEMO_FOLDER = "demo-model-"  # with a hash behind it: the demo model's folder in the cache
+
+
+def is_demo(name: str) -> bool:
+    """Whether a public name is the demo model's, which the command line calls "demo"."""
+    return name.startswith(DEMO_FOLDER)
 
 
 def is_local(source: str) -> bool:

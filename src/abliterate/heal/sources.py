@@ -100,9 +100,8 @@ def check(sources: Sources, out: str | Path, settings: HealRunSettings, *, overw
         )
     run = sources.run or RunDocument()
     behaviour = run.about.name
-    induced = "induce" in str(run.recipe and run.recipe.method)
-    if options.preset == "self" and (behaviour != "refusal" or induced):
-        what = "makes the model refuse" if induced else f"is about {behaviour}"
+    if options.preset == "self" and (behaviour != "refusal" or run.induced):
+        what = "makes the model refuse" if run.induced else f"is about {behaviour}"
         raise AbliterateError(
             f"--preset self wins quality back where refusals were taken out, and the run in {sources.folder} {what}: "
             "the original would teach that away; use --preset dpo"

@@ -110,6 +110,11 @@ class RecipeFacts(Part):
     weights_hold_it: bool | None = None
     switch: str | None = None
 
+    @property
+    def induced(self) -> bool:
+        """Whether it makes the model show the behaviour, and not leave it."""
+        return self.method == "induce"
+
 
 class ModelFacts(Part):
     """The model measured first: the original where there is one."""
@@ -281,6 +286,11 @@ class RunDocument(Part):
     def about(self) -> BehaviourFacts:
         """The behaviour; refusing where the file doesn't say."""
         return self.behaviour or BehaviourFacts()
+
+    @property
+    def induced(self) -> bool:
+        """Whether the model was made to show the behaviour by `--induce`."""
+        return self.recipe is not None and self.recipe.induced
 
     def to_json(self) -> dict[str, Any]:
         """The document as plain JSON: the fields that were given, and no others."""

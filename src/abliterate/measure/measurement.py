@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from abliterate.common.reporting import SILENT, Tick, untold
 from abliterate.measure.coherence import is_degenerate
 from abliterate.measure.decode import BATCH, Answer, decode
-from abliterate.measure.divergence import Divergence, Reference, compare, make_reference
+from abliterate.measure.divergence import ANSWER_TOKENS, Divergence, Reference, compare, make_reference
 from abliterate.measure.judges import Judge, LexicalJudge, Verdict
 from abliterate.measure.rates import Rate
 from abliterate.measure.verdicts import Panel, baseline_floor, irrelevant
@@ -294,11 +294,17 @@ def judged(
 
 
 def reference_of(
-    handle: Handle, baseline: Sequence[str], answers: Sequence[Answer], refused: Sequence[bool]
-) -> Reference | None:
-    """The original's distributions on the baseline prompts it answers: undoing an over-refusal is not damage."""
-    kept = [i for i, r in enumerate(refused) if not r and answers[i].ids]
+    handle: Handle, baseline: Sequence[str], answers: Sequence[Answer], refused: Sequence[bool] | None = None,
+    tokens: int = ANSWER_TOKENS,
+) -> Reference | None:  # fmt: skip
+    """The original's distributions on the baseline prompts it answers: undoing an over-refusal is not damage.
+
+    Args:
+        refused: of each answer; None where all of them are answers.
+        tokens: how many of each answer count.
+    """
+    kept = [i for i, answer in enumerate(answers) if answer.whole and not (refused and refused[i])]
     if not kept:
         return None
     ids = handle.prompt_ids([baseline[i] for i in kept])
-    return make_reference(handle, ids, [answers[i] for i in kept])
+    return make_reference(handle, ids, [answers[i] for i in kept], answer_tokens=tokens)

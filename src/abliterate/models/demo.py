@@ -11,6 +11,7 @@ from pathlib import Path
 
 from abliterate.common.errors import ModelError, OutputError
 from abliterate.common.files import cache, whole_folder
+from abliterate.common.names import DEMO_FOLDER
 from abliterate.models.loading import load
 from abliterate.models.pretrained import with_adapter
 
@@ -39,7 +40,7 @@ def demo_model(folder: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         ModelError: when neither the wheel nor the Hub gives the plain model.
     """
-    path = Path(folder) if folder else cache() / f"demo-model-{_fingerprint()}"
+    path = Path(folder) if folder else cache() / f"{DEMO_FOLDER}{_fingerprint()}"
     if (path / "config.json").is_file():
         return path
     source = plain_source()
@@ -65,7 +66,7 @@ def demo_model(folder: str | os.PathLike[str] | None = None) -> Path:
 
 def clear() -> None:
     """Remove cached demo models."""
-    for path in cache().glob("demo-model-*"):
+    for path in cache().glob(f"{DEMO_FOLDER}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -20,7 +20,6 @@ from abliterate.models.cache import run_cached
 from abliterate.models.placement import device_of
 from abliterate.prompts.chat import THINKING_ON, check_context, format_prompts
 from abliterate.prompts.reasoning import Marks
-from abliterate.prompts.reasoning import find_prefill as find_prefill
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -24,7 +24,7 @@ from abliterate.models.quantised import (
     keep_gradients,
     packed_as,
 )
-from abliterate.models.shards import INDEX, open_checkpoint, read_index
+from abliterate.models.shards import FLOATS, INDEX, open_checkpoint, read_index
 from abliterate.prompts.reasoning import marks_of
 
 AUTO_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -292,9 +292,8 @@ def _dtype_on_disk(folder: Path) -> torch.dtype | None:
     for shard in open_checkpoint(folder).shards.values():
         for tensor in shard.tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    named = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    known = {name: size for name, size in sizes.items() if name in named}
-    return named[max(known, key=lambda name: known[name])] if known else None
+    known = {name: size for name, size in sizes.items() if name in FLOATS}
+    return getattr(torch, FLOATS[max(known, key=lambda name: known[name])].name) if known else None
 
 
 def _explain(source: str, error: Exception) -> str:

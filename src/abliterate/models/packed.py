@@ -23,12 +23,11 @@ import numpy as np
 from abliterate.common.errors import ModelError
 from abliterate.edit.stored_tensor import Shape
 from abliterate.models.packing import E2M1, E4M3, Matrix, Scales, floats, integers, table
-from abliterate.models.shards import SINGLE, Checkpoint, StoredRange, read_index, read_shard
+from abliterate.models.shards import FLOATS, SINGLE, Checkpoint, StoredRange, read_index, read_shard
 
 Array = np.ndarray[Any, Any]
 
 _FLOAT8 = {"F8_E4M3": E4M3, "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
-_FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _EXPONENTS = ("U8", "F8_E8M0")
 _STATE = ".quant_state.bitsandbytes__"  # of a 4-bit weight: its shape and the like, as JSON
 _BLOCK = 128  # side of a block of float8 where nothing says it: DeepSeek's
@@ -53,6 +52,10 @@ class Packed:
     turned: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def raw(self, checkpoint: Checkpoint) -> dict[str, bytearray]:
+        """What lies in a checkpoint's files of each of its tensors, by what it is."""
+        return {role: checkpoint.raw(part.name) for role, part in self.parts.items()}
+
     def matrices(self, raw: Mapping[str, bytearray]) -> list[Matrix]:
         """Its matrices, views into the bytes of its parts: what is written to them is written there."""
         held = {role: np.frombuffer(raw[role], np.uint8) for role in self.parts}
@@ -63,7 +66,7 @@ class Packed:
         kind = self.facts["codes"]
         made = integers() if kind == "integers" else floats((_FLOAT8 | {"E2M1": E2M1})[kind])
         scale = self.parts["scale"]
-        dtype = np.dtype(np.uint8) if scale.dtype in _EXPONENTS else (_FLOATS | _FLOAT8)[scale.dtype]
+        dtype = np.dtype(np.uint8) if scale.dtype in _EXPONENTS else (FLOATS | _FLOAT8)[scale.dtype]
         grid: Array = held["scale"].view(dtype).reshape(_grid(scale.shape, len(codes), rows))
         over = held["over"].view(np.float32) if "over" in held else None
         block = _block((rows, columns), grid.shape[1:], self.facts.get("block"))
@@ -161,8 +164,13 @@ def checkpoint_shapes(folder: str | os.PathLike[str]) -> dict[str, Shape | None]
 
 def unpacked_shapes(shapes: Mapping[str, Shape | None], packed: Mapping[str, Packed]) -> dict[str, Shape | None]:
     """Names and shapes of a checkpoint's tensors as if its packed weights weren't."""
-    parts = {part.name for one in packed.values() for part in one.parts.values()}
+    parts = parts_of(packed)
     return {n: shape for n, shape in shapes.items() if n not in parts} | {n: one.shape for n, one in packed.items()}
+
+
+def parts_of(packed: Mapping[str, Packed]) -> set[str]:
+    """The names of all tensors that belong to packed weights."""
+    return {part.name for one in packed.values() for part in one.parts.values()}
 
 
 def _packed(
@@ -194,10 +202,10 @@ def _packed(
         return None
     parts = {"codes": codes, "scale": scale}
     if codes.dtype in _FLOAT8:
-        known = scale.dtype in (*_FLOATS, *_EXPONENTS)
+        known = scale.dtype in (*FLOATS, *_EXPONENTS)
         kind = "MXFP8" if scale.dtype in _EXPONENTS else "FP8"
         return Packed(name, kind, codes.shape, parts, facts={"codes": codes.dtype, "block": block}) if known else None
-    if codes.dtype == "I8" and scale.dtype in _FLOATS:
+    if codes.dtype == "I8" and scale.dtype in FLOATS:
         return Packed(name, "INT8", codes.shape, parts, facts={"codes": "integers"})
     shape, facts = (*codes.shape[:-1], 2 * codes.shape[-1]), {"codes": "E2M1"}
     if scale.dtype in _EXPONENTS:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, listed, shorten
-from abliterate.models.packed import packed_in
+from abliterate.models.packed import packed_in, parts_of
+from abliterate.models.placement import sharded
 from abliterate.models.shards import open_checkpoint
 
 # How a model whose weights can't be edited can be edited all the same.
@@ -94,7 +95,7 @@ def _is_known(folder: Path) -> bool:
     """Whether a folder's weights are packed in formats that `packed` knows, and none in another."""
     checkpoint = open_checkpoint(folder)
     packed = packed_in(checkpoint)
-    parts = {part.name for one in packed.values() for part in one.parts.values()}
+    parts = parts_of(packed)
     return bool(packed) and not any(_PACKING.search(name) for name in checkpoint.files if name not in parts)
 
 
@@ -141,8 +142,7 @@ def packed_as(model: Any) -> str | None:
     method = getattr(model, "quantization_method", None) if getattr(model, "is_quantized", False) else None
     if method is not None:
         return str(getattr(method, "value", method))
-    # a DTensor is spread over processes, not packed
-    odd = (p for p in model.parameters() if p.ndim > 1 and not is_plain(p) and not hasattr(p.data, "placements"))
+    odd = (p for p in model.parameters() if p.ndim > 1 and not is_plain(p) and not sharded(p))
     return next((shorten(f"{type(p.data).__name__} of {p.dtype}", 60) for p in odd), None)
 
 

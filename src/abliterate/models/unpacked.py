@@ -14,10 +14,9 @@ from torch import Tensor
 
 from abliterate.common.files import cache, check_space, whole_folder
 from abliterate.models.gguf.convert import Stream
-from abliterate.models.packed import Packed, packed_in
-from abliterate.models.shards import SINGLE, Checkpoint, open_checkpoint
+from abliterate.models.packed import Packed, packed_in, parts_of
+from abliterate.models.shards import FLOATS, SINGLE, Checkpoint, open_checkpoint
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPIED = 2**24  # bytes: what describes a model is smaller, weights in other formats are larger
 
 
@@ -62,11 +61,11 @@ def unpacked(folder: Path) -> Path:
 
 def _plain(checkpoint: Checkpoint, packed: dict[str, Packed]) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a checkpoint, the packed ones as values; others that no model reads are left out."""
-    parts = {part.name for one in packed.values() for part in one.parts.values()}
+    parts = parts_of(packed)
     for name, place in checkpoint.ranges.items():
-        if name not in parts and place.dtype in _DTYPES:
-            yield name, torch.frombuffer(checkpoint.raw(name), dtype=_DTYPES[place.dtype]).reshape(place.shape)
+        if name not in parts and place.dtype in FLOATS:
+            dtype = getattr(torch, FLOATS[place.dtype].name)
+            yield name, torch.frombuffer(checkpoint.raw(name), dtype=dtype).reshape(place.shape)
     for name, one in packed.items():
-        values = one.values({role: checkpoint.raw(part.name) for role, part in one.parts.items()})
-        rounded = values.astype(ml_dtypes.bfloat16).view("int16")
+        rounded = one.values(one.raw(checkpoint)).astype(ml_dtypes.bfloat16).view("int16")
         yield name, torch.from_numpy(rounded).view(torch.bfloat16)

@@ -43,7 +43,12 @@ def layout(handle: Handle) -> Layout:
 
 def stream_sites(handle: Handle) -> dict[str, Writer]:
     """The sites of the stream itself, by the names that an edit has for them: what can be edited of any model, live."""
-    return {site.name: site for site in (layout(handle) if handle.at_stream else stream_layout(handle)).writers}
+    if handle.at_stream:
+        return {site.name: site for site in layout(handle).writers}
+    cached = handle.__dict__.get("_stream_sites")
+    if cached is None:
+        cached = handle.__dict__["_stream_sites"] = {site.name: site for site in stream_layout(handle).writers}
+    return cached
 
 
 def find_writers(handle: Handle, layers: Sequence[int] | None = None, *, projector: bool = False) -> tuple[Writer, ...]:

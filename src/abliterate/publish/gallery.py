@@ -59,7 +59,7 @@ def entries(source: str) -> list[Entry]:
 
 def _of_hub(repo: str) -> Iterator[Entry]:
     from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         for file in HfApi().list_repo_tree(repo, recursive=True):
@@ -69,7 +69,7 @@ def _of_hub(repo: str) -> Iterator[Entry]:
                 yield Entry(file.path, hf_hub_url(repo, file.path), lfs.sha256 if lfs else None, True)
     except HFValidationError as error:
         raise RecipeError(f"{repo} is neither a file or folder here nor USER/NAME of the Hub") from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # huggingface_hub lets through what its HTTP library raises, each another
         raise HubError(f"the Hub doesn't list {repo}: {shorten(str(error), 200)}; is it its name?") from error
 
 
@@ -99,6 +99,7 @@ def _read(entry: Entry) -> bytes:
     if "://" not in entry.place:
         return Path(entry.place).read_bytes()
     import requests
+    import urllib3
     from huggingface_hub.utils import build_hf_headers
 
     try:
@@ -106,7 +107,7 @@ def _read(entry: Entry) -> bytes:
         with requests.get(entry.place, headers=headers, timeout=60, stream=True) as reply:
             reply.raise_for_status()
             data = reply.raw.read(MOST_BYTES + 1, decode_content=True)
-    except requests.RequestException as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise HubError(f"{entry.name} can't be fetched: {shorten(str(error), 200)}") from error
     if len(data) > MOST_BYTES:
         raise RecipeError(f"{entry.name} is larger than a recipe may be: {MOST_BYTES:,} bytes")

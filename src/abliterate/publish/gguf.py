@@ -27,7 +27,7 @@ from abliterate.common.errors import ModelError, OutputError, shorten
 from abliterate.common.files import check_space
 from abliterate.models.gguf.file import GgufFile, GgufTensor, open_gguf
 from abliterate.models.gguf.types import check_packs, pack, unpack
-from abliterate.publish.mixture import ALIASES, MIXTURES, kinds, needed
+from abliterate.publish.mixture import ALIASES, MIXTURES, kinds
 
 if TYPE_CHECKING:
     from abliterate.common.reporting import Reporter
@@ -79,8 +79,8 @@ def export_gguf(
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder}: there is no config.json in it; name the folder that holds the model")
     script = find_converter(converter)
-    for packed in needed(wanted) if wanted in MIXTURES else ():
-        check_packs(packed)
+    if wanted in MIXTURES:  # the rest of a mixture is known once the file is converted
+        check_packs(MIXTURES[wanted][1])
     check_output(final, overwrite=overwrite)
     check_space(final, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
     reporter.say(f"converting {folder.name} with llama.cpp's {SCRIPT}")

@@ -6,7 +6,6 @@ After llama.cpp's `llama_tensor_get_type_impl` (llama-quant.cpp), without an imp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from abliterate.apply.gguf.names import EMBEDDING, HEAD
 from abliterate.models.gguf.file import GgufFile, GgufTensor
@@ -33,12 +32,6 @@ def kinds(file: GgufFile, name: str) -> dict[str, str]:
     """
     values = sorted((t for t in file.tensors if t.endswith(_VALUES)), key=_layer)
     return {tensor.name: _kind(tensor, name, file, values) for tensor in file.tensors.values()}
-
-
-def needed(name: str) -> Iterable[str]:
-    """The types that a mixture may pack."""
-    kind = MIXTURES[name][1]
-    return {kind, "Q6_K"} if kind.endswith("_K") else {kind}
 
 
 def _kind(tensor: GgufTensor, name: str, file: GgufFile, values: list[str]) -> str:

@@ -124,8 +124,7 @@ def load_run(out: str | Path, *, show_completions: bool = False) -> Loaded:
 def _read_data(loaded: Loaded) -> None:
     file = loaded.folder / DATA
     if not file.is_file():
-        recipe = loaded.results.recipe
-        bare = loaded.results.about.runs_as_style or (recipe is not None and recipe.method == "induce")
+        bare = loaded.results.about.runs_as_style or loaded.results.induced
         why = "a style or an induced behaviour has none" if bare else "`abliterate measure` writes none"
         left_out = "Separation, projection, cosines, the view by token and example answers are left out."
         loaded.missing.append(f"There is no {DATA} here: {why}. {left_out}")

@@ -6,7 +6,7 @@ import datetime
 from typing import NamedTuple
 
 from abliterate.cards.words import count_of, number
-from abliterate.common.names import public_source
+from abliterate.common.names import is_demo, public_source
 from abliterate.measure.numbers import Measured, Share
 from abliterate.report.document import RESULTS, Loaded
 from abliterate.report.repeat import model_name
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 def name(loaded: Loaded) -> str:
     """What the model is called."""
     found = public_source(loaded.results.model.source or "Model")
-    return "SmolLM2-135M-Instruct, the demo's guarded copy" if found.startswith("demo-model-") else found
+    return "SmolLM2-135M-Instruct, the demo's guarded copy" if is_demo(found) else found
 
 
 def made(loaded: Loaded) -> str:
@@ -54,7 +54,7 @@ def done(loaded: Loaded) -> str:
     results = loaded.results
     if results.recipe is None and results.heal is None:
         return ""
-    if results.recipe is not None and results.recipe.method == "induce":
+    if results.induced:
         return "made to refuse"
     about = results.about
     what = "abliterated" if not about.runs_as_style else f"{about.name} {'added' if about.sign == 'add' else 'removed'}"

@@ -6,7 +6,7 @@ import shlex
 from pathlib import PurePath
 from typing import Any
 
-from abliterate.common.names import public_source
+from abliterate.common.names import is_demo, public_source
 from abliterate.measure.document import HealFacts, RunDocument
 from abliterate.measure.judges import AND
 from abliterate.report.document import Loaded
@@ -67,7 +67,7 @@ def _heal_command(results: RunDocument, heal: HealFacts, settings: dict[str, Any
 def model_name(results: RunDocument) -> str:
     """The model as the command line names it."""
     name = public_source(results.model.source or "MODEL")
-    return "demo" if name.startswith("demo-model-") else name
+    return "demo" if is_demo(name) else name
 
 
 def _flat(settings: dict[str, Any]) -> list[tuple[str, str, Any]]:

@@ -26,6 +26,7 @@ from abliterate.common.errors import AbliterateError, NonFiniteError
 from abliterate.common.reporting import SILENT, Reporter, each, untold
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
+from abliterate.measure import reference_of
 from abliterate.measure.decode import Answer
 from abliterate.measure.judges import Judge
 from abliterate.measure.verdicts import Panel
@@ -37,7 +38,7 @@ from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint, non_dominated
 from abliterate.search.packed import Packer
-from abliterate.search.points import PointJudge, panel_of, reference_of
+from abliterate.search.points import PointJudge, panel_of
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
 from abliterate.search.starts import Start, starts, wider
 from abliterate.search.variable_edit import VariableEdit
@@ -196,9 +197,9 @@ class _Job:
         )
         self.known = len(self.refusing.rows)  # rows after these are refusals in other words
         count = settings.baseline_prompts
-        self.staying = Staying(
-            reference_of(handle, train.baseline[:count], train.answers[:count], settings.answer_tokens)
-        )
+        staying = reference_of(handle, train.baseline[:count], train.answers[:count], tokens=settings.answer_tokens)
+        assert staying is not None
+        self.staying = Staying(staying)
         self.kept, self.allowed = kept, settings.layers or range(handle.layers)
         for prompts, openings in state.others:
             self.refusing.add(prompts, openings)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from abliterate.common.reporting import Reporter
 from abliterate.edit.edit import Edit
-from abliterate.measure import Judged
-from abliterate.measure.decode import Answer
-from abliterate.measure.divergence import Divergence, Reference, make_reference
+from abliterate.measure import Judged, reference_of
+from abliterate.measure.divergence import Divergence, Reference
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.measure.verdicts import Panel, baseline_floor, irrelevant
@@ -31,13 +29,6 @@ def panel_of(judge: Judge | None, train: Examples, reporter: Reporter) -> Panel:
     if not panel.learnt:
         reporter.say(panel.learn([a.text for a in train.refusals], [a.text for a in train.answers]))
     return panel
-
-
-def reference_of(handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], tokens: int) -> Reference:
-    """The original's distributions along the first tokens of its answers, those that have any."""
-    kept = [i for i, a in enumerate(answers) if a.whole]
-    ids = handle.prompt_ids([prompts[i] for i in kept])
-    return make_reference(handle, ids, [answers[i] for i in kept], answer_tokens=tokens)
 
 
 class PointJudge:
@@ -65,7 +56,7 @@ class PointJudge:
         refused = set(validation.target)
         self.share = sum(p in refused for p in self.asked) / max(1, len(self.asked))
         self.answers: dict[int, Judged] = {}
-        self.held_out = reference_of(handle, validation.baseline, validation.answers, VALIDATION_TOKENS)
+        self.held_out = reference_of(handle, validation.baseline, validation.answers, tokens=VALIDATION_TOKENS)
 
     def judge(self, edit: Edit, **found: Any) -> FrontierPoint:
         """The next point: an edit and what it does; `found` says how it was come to."""

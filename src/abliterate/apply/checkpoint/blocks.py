@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from abliterate.common.errors import NonFiniteError
 from abliterate.common.ranges import spans
 from abliterate.edit.algebra import LEAST_LEFT, Factors
+from abliterate.models import shards
 
 Array = np.ndarray[Any, Any]
 Read = Callable[[int, Array], None]
@@ -24,10 +24,7 @@ Blocks = Callable[[], Iterator[tuple[slice, Array, Array]]]  # which rows, they,
 
 BLOCK = 2**16  # elements at a time: widened, and once more for what is subtracted, they stay in a core's L2 cache
 # The dtypes of safetensors that can be edited, as numpy has them.
-FLOATS: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
+FLOATS: dict[str, np.dtype[Any]] = {"F64": np.dtype(np.float64), **shards.FLOATS}
 
 
 def take_out(

@@ -54,7 +54,7 @@ class Repacked:
             return self._made.pop(role)
 
     def _make(self) -> dict[str, bytearray]:
-        raw = {role: self._checkpoint.raw(part.name) for role, part in self.packed.parts.items()}
+        raw = self.packed.raw(self._checkpoint)
         self.account = Account()
         turned = self.packed.turned and self._change.axis >= len(self.packed.shape) - 2
         last = self._change.axis == len(self.packed.shape) - 1
@@ -131,11 +131,7 @@ def said_of(repacked: Iterable[Repacked]) -> list[str]:
         kinds[one.packed.kind] = kinds.get(one.packed.kind, Account()) + one.account
     for kind, account in kinds.items():
         account.check(kind, _REMEDY)
-    return [
-        f"packing the edited tensors as {kind} again changed their values by {account.error:.1%}, and left the "
-        f"component along the directions {account.component_off:.1%} of what it was from where it should be"
-        for kind, account in kinds.items()
-    ]
+    return [account.note(kind) for kind, account in kinds.items()]
 
 
 def split(

@@ -92,10 +92,7 @@ def apply_gguf(recipe: Recipe, model: str, out: Path, options: ApplyOptions, rep
             account.check(kind, _OTHER_TYPE)
     total = sum(accounts.values(), Account())
     if kinds - set(PLAIN):
-        notes.append(
-            f"packing the edited tensors again changed their values by {total.error:.1%}, and left the component "
-            f"along the directions {total.component_off:.1%} of what it was from where it should be"
-        )
+        notes.append(total.note())
     return {
         **summary, "seconds": round(time.monotonic() - began, 2), "notes": notes,
         "component_off": total.component_off, "packing_error": total.error,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf as package
-import ml_dtypes
 import numpy as np
 import torch
 from gguf.constants import GGUFValueType
@@ -28,13 +27,12 @@ from abliterate.common.files import cache, check_space, whole_folder
 from abliterate.models.gguf.file import GgufFile, GgufTensor, open_gguf
 from abliterate.models.gguf.types import PLAIN, unpack
 from abliterate.models.pretrained import auto_class, from_config, from_pretrained
-from abliterate.models.shards import DTYPE_BITS, SINGLE
+from abliterate.models.shards import DTYPE_BITS, FLOATS, SINGLE
 from abliterate.models.stored import conversions
 
 MADE = 2  # counts up when the same file would be converted otherwise
 CHUNK = 2**22  # values unpacked at a time
-_ARRAYS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES: dict[torch.dtype, str] = {getattr(torch, dtype.name): name for name, dtype in FLOATS.items()}
 _ENTRY = 400  # bytes of a header that a tensor may take
 
 
@@ -143,9 +141,9 @@ def _values(file: GgufFile, tensor: GgufTensor, wanted: torch.dtype) -> np.ndarr
     takes them."""
     raw = file.raw(tensor)
     if tensor.kind in PLAIN:
-        plain = np.array(raw).view(_ARRAYS[tensor.kind])
+        plain = np.array(raw).view(FLOATS[tensor.kind])
         return plain.astype(np.float32) if len(tensor.shape) > 2 else plain
-    values = np.empty(tensor.shape, np.float32 if len(tensor.shape) > 2 else _ARRAYS[_NAMES[wanted]])
+    values = np.empty(tensor.shape, np.float32 if len(tensor.shape) > 2 else FLOATS[_NAMES[wanted]])
     rows, out = raw.reshape(-1, raw.shape[-1]), values.reshape(-1, tensor.shape[-1])
     step = max(1, CHUNK // tensor.shape[-1])
     for low in range(0, len(rows), step):
@@ -155,7 +153,7 @@ def _values(file: GgufFile, tensor: GgufTensor, wanted: torch.dtype) -> np.ndarr
 
 def _as_torch(values: np.ndarray[Any, Any]) -> Tensor:
     values = np.ascontiguousarray(values)
-    if values.dtype == _ARRAYS["BF16"]:
+    if values.dtype == FLOATS["BF16"]:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 
