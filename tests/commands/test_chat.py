@@ -117,10 +117,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     try:
         seen += _until(ours, "[original] > ", 120)
         os.write(ours, b"Tell me about boats\n")
-        _until(ours, "boats", 30)
+        _until(ours, "boats\r\n", 30)
+        assert select.select([ours], [], [], 60)[0]  # the answer has begun
+        os.write(ours, b"meanwhile")
         time.sleep(0.5)
         os.write(ours, b"\x03")
-        _until(ours, "[original] > ", 60)
+        assert "meanwhile" not in _until(ours, "[original] > ", 60)  # what is typed doesn't show in it
         assert process.poll() is None
         for _ in range(30):  # Ctrl-C throws away what is typed ahead of it
             os.write(ours, b"/quit\n")

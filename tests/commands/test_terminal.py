@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.machinery
 import inspect
 import io
 import os
@@ -9,6 +11,7 @@ import pty
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -161,6 +164,28 @@ def test_a_run_is_watched_in_a_terminal(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_bar_moves_in_a_notebook_that_has_widgets(monkeypatch):
+    """In one that has none it is a line, and no warning of rich's."""
+    import IPython.display
+
+    shown = []
+
+    class Output(contextlib.nullcontext):
+        def clear_output(self, wait):
+            shown.clear()
+
+    widgets = types.ModuleType("ipywidgets", "")
+    widgets.Output, widgets.__spec__ = Output, importlib.machinery.ModuleSpec("ipywidgets", None)
+    monkeypatch.setattr(IPython.display, "display", lambda *found: shown.extend(found))
+    for there, wanted in ((widgets, "9/9"), (None, "(9)")):
+        monkeypatch.setitem(sys.modules, "ipywidgets", there)
+        with Terminal(console=Console(force_jupyter=True, highlight=False)) as terminal:
+            terminal.progress("collecting", 9)(9)
+        (last,) = [found.text for found in shown if hasattr(found, "text") and "collecting" in found.text]
+        assert wanted in last
+        shown.clear()
+
+
 def test_a_notebook_is_told_how_a_run_goes():
     code = (
         "import sys, types\n{}import abliterate.api\nfrom abliterate.common.reporting import default_reporter\n"

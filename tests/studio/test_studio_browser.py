@@ -328,6 +328,12 @@ def test_frontier_report_and_export(page, shared, downloads, screenshots):
     page.click("make-report")
     page.until(lambda: driver.find_elements("id", "report") and page.text("report"))
     picture(driver, screenshots / "studio-frontier.png")
+    page.type("recipe", "out/frontier/00.safetensors")
+    page.click("load")  # its run is chosen by itself
+    page.until(lambda: "frontier/00.safetensors" in page.text("status") and "1 of 8" in (page.run(picked) or ""))
+    assert page.value("out") == "out"
+    page.click("make-report")
+    page.until(lambda: driver.find_elements("id", "report") and page.text("report"))
     page.click("report")
     page.until(lambda: (downloads / "report.html").is_file())
     assert (downloads / "report.html").read_text() == (folder / "out" / "report.html").read_text()
@@ -410,6 +416,9 @@ def test_on_a_phone_and_in_the_dark(page, screenshots):
         page.tab(name)
         sized(driver, *PHONE, mobile=True)
         page.until(lambda: page.run("return document.documentElement.scrollWidth") <= PHONE[0])
+        if name == "Talk":  # the conversation comes first
+            top = "return document.getElementById(arguments[0]).getBoundingClientRect().top"
+            assert page.run(top, "prompt") < page.run(top, "controls")
         picture(driver, screenshots / f"studio-phone-{name.lower()}.png")
         sized(driver, *WIDE)
     page.tab("Talk")

@@ -47,6 +47,9 @@ def test_what_is_inside_is_found(folder, served):
         "recipe.safetensors", "out/recipe.safetensors", "out/frontier/00.safetensors", "out/frontier/01.safetensors",
     ]  # fmt: skip
     assert folder.runs() == ["out"]
+    assert [folder.run_of(name) for name in ("out/frontier/01.safetensors", "out", "recipe.safetensors", "none")] == [
+        "out", "out", None, None,
+    ]  # fmt: skip
 
 
 def test_what_is_outside_is_not(folder, served, outside):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from abliterate.common.names import is_local, pasted
 from abliterate.common.version import __version__
 
 app = typer.Typer(
@@ -39,7 +40,7 @@ Model = Annotated[str, "Hub id, local folder, GGUF file, or 'demo'."]
 def source_of(model: str) -> str:
     """The model's source; 'demo' stands for the demo model."""
     if model != "demo" or Path("demo").exists():
-        return model
+        return model if is_local(model) else pasted(model)
     from abliterate.models.demo import demo_model
 
     return str(demo_model())

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -74,12 +75,12 @@ class Terminal:
             self.console.print(f"[dim]{stamp:6.1f}s[/dim]  {escape(text)}")
 
     def progress(self, stage: str, total: int) -> Tick:
-        """A bar for a stage of `total` steps, or one line where there is no terminal."""
+        """A bar for a stage of `total` steps, or one line where there is no terminal and no notebook with widgets."""
         published = self.published
         if published:
             published.stage(stage, total)
         self._clear()
-        if self.quiet or not self.console.is_terminal:
+        if self.quiet or not _draws(self.console):
             self.say(f"{stage} ({total})")
             return published.tick if published else untold
         self.note(f"{stage} ({total})")
@@ -107,6 +108,11 @@ class Terminal:
         if self.log:
             self.log.write(f"{time.monotonic() - self.started:8.1f}s  {text}\n")
             self.log.flush()
+
+
+def _draws(console: Console) -> bool:
+    """Whether bars move there; in a notebook rich moves them by ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def _bars(console: Console) -> Progress:

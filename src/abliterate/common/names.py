@@ -41,6 +41,14 @@ def public_source(source: str) -> str:
     return source
 
 
+def pasted(text: str) -> str:
+    """A name as it was meant, without the quotes and brackets that are copied with it, or a file's address."""
+    text = text.strip()
+    while len(text) > 1 and text[0] + text[-1] in ("''", '""', "``", "<>", "‘’", "“”"):
+        text = text[1:-1].strip()
+    return unquote(text.removeprefix("file://")) if text.startswith("file:///") else text
+
+
 class HubName(NamedTuple):
     """A Hub id as it was typed or pasted: the id, the revision named with it, and what followed the id."""
 
@@ -51,7 +59,7 @@ class HubName(NamedTuple):
 
 def is_address(text: str) -> bool:
     """Whether a text is an address of the Hub's, as browsers show it."""
-    return _ADDRESS.match(text.strip()) is not None
+    return _ADDRESS.match(pasted(text)) is not None
 
 
 def hub_name(text: str, kind: str = "models") -> HubName:
@@ -65,15 +73,15 @@ def hub_name(text: str, kind: str = "models") -> HubName:
         >>> hub_name(" https://huggingface.co/org/name/tree/main?library=peft ")
         HubName(id='org/name', revision='main', rest=())
     """
-    text = text.strip()
+    text = pasted(text)
     address = _ADDRESS.match(text)
     if address:
-        text = unquote(re.split(r"[?#]", text[address.end() :])[0])
+        text = unquote(re.split(r"[?#]", text[address.end() :])[0]).removesuffix(".git")
     text, _, revision = text.partition("@")
     parts = [part for part in text.split("/") if part]
     if parts[:1] == [kind] and (address or len(parts) > 2):
         parts = parts[1:]
     name, rest = "/".join(parts[:2]), tuple(parts[2:])
-    if address and rest[:1] == ("tree",):
+    if address and rest[:1] in (("tree",), ("commit",)):
         revision, rest = revision or "/".join(rest[1:]), ()
     return HubName(name, revision.strip("/") or None, rest)

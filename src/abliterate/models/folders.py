@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from abliterate.common.errors import ModelError, shorten
-from abliterate.common.names import hub_name, is_address, is_local
+from abliterate.common.names import hub_name, is_address, is_local, pasted
 
 _DESCRIBING = (
     "*.json", "*.txt", "*.md", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.bpe", "LICENSE*", "LICENCE*", "NOTICE*",
@@ -25,7 +25,7 @@ def meant(source: str, revision: str | None = None) -> tuple[str, str | None]:
     Raises:
         ModelError: when the address is of one file of a model, or two revisions are named.
     """
-    if is_local(source) or not (is_address(source) or _ID.fullmatch(source.strip())):
+    if is_local(source) or not (is_address(source) or _ID.fullmatch(pasted(source))):
         return source, revision
     found = hub_name(source)
     if found.rest:
@@ -47,8 +47,8 @@ def check_here(source: str) -> None:
         _weights_in(path, source)
     elif path.is_file() and path.suffix.lower() != ".gguf":
         raise ModelError(f"model {source} is a file, but not a .gguf; give a model folder, a GGUF file or a Hub id")
-    elif not path.exists() and not _ID.fullmatch(meant(source)[0]):
-        if re.fullmatch(r"[\w.-]+/[\w.-]+:\S+", source):
+    elif not path.exists() and not _ID.fullmatch(name := meant(source)[0]):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+:\S+", name):
             problem = "a revision is written org/name@revision, and of a GGUF on the Hub the downloaded file is given"
         elif "://" in source:
             problem = "it is no address of a model on the Hugging Face Hub; give org/name, or a folder"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from abliterate.common.errors import PromptError
-from abliterate.common.names import hub_name, is_address
+from abliterate.common.names import hub_name, is_address, pasted
 from abliterate.prompts.hub import HOW_TO_NAME, read_hub
 from abliterate.prompts.tables import STDIN, Tables, kind_of, read_path
 
@@ -45,7 +45,7 @@ class Origin:
 
 def locate(source: str, role: Role, column: str | None, split: str | None) -> Origin:
     """Tell bundled, local and Hub sources apart and split off `:split` and `:column`."""
-    source = source.strip()
+    source = pasted(source)
     if not source:
         raise PromptError(f"the {role} source is empty; give a file, a Hub data set or 'bundled'")
     name, _, of = source.partition(":")

@@ -187,6 +187,14 @@ class Folder:
         found = [entry for entry in self._entries() if (entry / "results.json").is_file()]
         return [self.shown(path) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
+    def run_of(self, recipe: str) -> str | None:
+        """The run in whose folder a recipe lies; None where it lies in none."""
+        try:
+            above = self.recipe(recipe).resolve().parents
+        except AbliterateError:
+            return None
+        return next((run for run in self.runs() if (self.root / run).resolve() in above), None)
+
     def _entries(self) -> Iterator[Path]:
         """Files and folders that aren't hidden, to some depth and number; links are left out."""
         given = 0

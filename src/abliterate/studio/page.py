@@ -50,11 +50,11 @@ def build(studio: Studio) -> gr.Blocks:
         taken = [controls.recipe, controls.status, *controls.sliders, *talk.shown]  # what another recipe changes
         lists = [controls.model, controls.recipe, frontier.out]
         asking = [controls.system, *controls.sampling]
-        on(blocks.load, run.opened, [session], [*lists, controls.status, run.progress, run.timer])
-        controls.wire(on, session, taken)
+        opened = on(blocks.load, run.opened, [session], [*lists, controls.status, run.progress, run.timer])
+        loaded = controls.wire(on, session, taken)
         talk.wire(on, session, asking, controls.sliders)
         grid.wire(on, session, asking)
-        frontier.wire(on, session, taken)
+        frontier.wire(on, session, taken, [opened, loaded])
         run.wire(on, controls.model, lists)
         keep.wire(on, session, controls.recipe)
     return blocks

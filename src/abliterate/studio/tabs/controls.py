@@ -43,9 +43,10 @@ class Controls:
             ]
             self.system = gr.Textbox("", label="System prompt", lines=2)
 
-    def wire(self, on: On, session: gr.State, taken: list[Any]) -> None:
-        on(self.load.click, self.loaded, [session, self.model, self.recipe], [self.model, *taken])
+    def wire(self, on: On, session: gr.State, taken: list[Any]) -> Any:
+        """Wire them; returns the event of loading."""
         on(self.upload.upload, self.uploaded, [session, self.upload], taken)
+        return on(self.load.click, self.loaded, [session, self.model, self.recipe], [self.model, *taken])
 
     def loaded(self, session: Session, model: str | None, recipe: str | None) -> Any:
         self.studio.load(session, model or "", recipe or "")

@@ -28,11 +28,18 @@ class Frontier:
             self.make_report = gr.Button("Prepare the report", elem_id="make-report", **LONGER)
             self.report = gr.DownloadButton("Download the report", visible=False, elem_id="report", **LONGER)
 
-    def wire(self, on: On, session: gr.State, taken: list[Any]) -> None:
+    def wire(self, on: On, session: gr.State, taken: list[Any], loads: list[Any]) -> None:
         on(self.out.input, self.points, [self.out], [self.point, self.svg, self.report])
         on(self.point.input, self.pointed, [self.out, self.point], [self.svg])
         on(self.take.click, self.took, [session, self.out, self.point], taken)
+        for event in loads:
+            on(event.success, self.of_recipe, [session], [self.out, self.point, self.svg, self.report])
         on(self.make_report.click, self.reported, [self.out], [self.report])
+
+    def of_recipe(self, session: Session) -> Any:
+        """The run of the recipe that is attached, and its points; the page as it is where there is none."""
+        out = self.studio.folder.run_of(session.recipe_name)
+        return (gr.update(value=out), *self.points(out)) if out else (gr.skip(),) * 4
 
     def points(self, out: str | None) -> Any:
         if not out:
