@@ -70,16 +70,17 @@ def test_unicode_text_of_a_spreadsheet(tmp_path):
 
 
 @pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
-def test_packed_files(tmp_path, ending, pack):
+def test_packed_files(monkeypatch, tmp_path, ending, pack):
     path = tmp_path / f"p.jsonl.{ending}"
     path.write_bytes(pack(lines(ROWS).encode()))
     assert load_prompts(str(path)).texts == TEXTS
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    assert load_prompts("-").texts == TEXTS
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(PromptError, match="can't be unpacked"):
         load_prompts(str(path))
-    path.write_bytes(b"plain")
-    with pytest.raises(PromptError, match="can't be unpacked"):
-        load_prompts(str(path))
+    path.write_text(lines(ROWS))  # unpacked on the way here
+    assert load_prompts(str(path)).texts == TEXTS
 
 
 def test_json_with_a_list_a_split_keeps_them(tmp_path):

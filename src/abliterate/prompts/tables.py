@@ -31,10 +31,11 @@ SPLIT_NAMES = {
     "test": "test",
 }
 STDIN = "-"
-_UNPACKED: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
+# How packed bytes begin, by what packed files are called: downloads keep that name where they were unpacked on the way.
+_UNPACKED: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
+    ".gz": (rb"\x1f\x8b\x08", gzip.decompress),
+    ".bz2": (rb"BZh[1-9]1AY&SY", bz2.decompress),
+    ".xz": (rb"\xfd7zXZ\x00", lzma.decompress),
 }
 _SPLIT_OF_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
 
@@ -124,7 +125,11 @@ def _bytes(path: Path, label: str) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise PromptError(f"{label} can't be read: {error.strerror or error}; check its permissions") from error
-    unpack = _UNPACKED.get(path.suffix.lower())
+    return _unpacked(data, label)
+
+
+def _unpacked(data: bytes, label: str) -> bytes:
+    unpack = next((unpack for begins, unpack in _UNPACKED.values() if re.match(begins, data)), None)
     try:
         return unpack(data) if unpack else data
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
@@ -264,7 +269,7 @@ _DATA = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".ndjson", ".txt")  # of
 
 def _read_stream(path: Path, label: str, column: str | None) -> Tables:
     """What comes through a pipe: JSON, lines of JSON, a table where a column is named, else lines of text."""
-    data = sys.stdin.buffer.read() if str(path) == STDIN else _bytes(path, label)
+    data = _unpacked(sys.stdin.buffer.read(), label) if str(path) == STDIN else _bytes(path, label)
     if data[:4] == b"PAR1":
         return divided(_read_parquet(data, label))
     if _text(data, label).lstrip()[:1] in ("[", "{"):
