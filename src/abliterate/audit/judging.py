@@ -21,6 +21,7 @@ from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
 from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
+from abliterate.models.memory import in_parts
 from abliterate.models.writers import SITES, Writer, find_writers, watch_sites
 from abliterate.search.first_token import first_token, first_token_divergence, refusal_log_odds, refusal_weights
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
@@ -150,9 +151,14 @@ def _watched(handle: Handle, prompts: Sequence[str], look: Look, *, keep: int = 
     """Run prompts, showing `look` each layer's streams of each batch: (indices of its prompts, layer, site, stream)."""
     ids = handle.prompt_ids(prompts)
     prefix = share_prefix(handle, ids, keep=keep)
+
+    def run(part: Sequence[int]) -> None:
+        with watch_sites(handle, partial(look, list(part))):
+            handle.hidden_states(**inputs(handle, [ids[i] for i in part], prefix))
+
     for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
-        with watch_sites(handle, partial(look, list(batch))):
-            handle.hidden_states(**inputs(handle, [ids[i] for i in batch], prefix))
+        for _ in in_parts(handle, batch, run, len(ids[batch[0]])):
+            pass
 
 
 def stream_at(

@@ -22,6 +22,7 @@ from abliterate.common.reporting import Tick, untold
 from abliterate.measure.decode import BATCH, decode
 from abliterate.models.batches import Prefix, attention_window, continues_from_cache, inputs, positions, share_prefix
 from abliterate.models.handle import Handle
+from abliterate.models.memory import in_parts
 
 # Tokens in a batch, when the batch size is "auto": enough to keep the device busy, and what doesn't fit is halved.
 TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -96,11 +97,13 @@ class ScoredModel(HFLM):
         costs = [(len(context), sum(map(len, choices))) for context, choices, _ in shared]
         for batch in self._batches([own + more for own, more in costs]):
             part = [shared[i] for i in batch]
-            answers = self._halving(self._score_shared, [(context, choices) for context, choices, _ in part])
+            widest = sum(costs[batch[0]])
+            answers = self._fitting(self._score_shared, [(context, choices) for context, choices, _ in part], widest)
             note([i for _, _, members in part for i in members], [a for each in answers for a in each])
         for batch in self._batches([len(pairs[i][0]) + len(pairs[i][1]) for i in alone]):
             indices = [alone[i] for i in batch]
-            note(indices, self._halving(self._score_rows, [pairs[i] for i in indices]))
+            rows = [pairs[i] for i in indices]
+            note(indices, self._fitting(self._score_rows, rows, sum(map(len, rows[0]))))
         return found
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
@@ -128,24 +131,9 @@ class ScoredModel(HFLM):
         if batch:
             yield batch
 
-    def _halving(self, score: Callable[[Sequence[Any]], list[Any]], batch: Sequence[Any]) -> list[Any]:
-        """The scores of a batch; what doesn't fit the memory is tried in halves, and later batches are smaller."""
-        try:
-            return score(batch)
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                raise ModelError(
-                    f"one question of this task doesn't fit the memory beside {self.handle.source}; "
-                    "try --quantise 4bit, --dtype bfloat16 or another task"
-                ) from None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.tokens = max(1, self.tokens // 2)
-        self.rows = max(1, len(batch) // 2) if self.rows else None
-        middle = len(batch) // 2
-        return self._halving(score, batch[:middle]) + self._halving(score, batch[middle:])
+    def _fitting(self, score: Callable[[Sequence[Any]], list[Any]], batch: Sequence[Any], tokens: int) -> list[Any]:
+        """The scores of a batch, its widest item of so many tokens; what memory doesn't hold goes through in parts."""
+        return [a for _, answers in in_parts(self.handle, batch, score, tokens) for a in answers]
 
     def _score_shared(self, batch: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[tuple[float, bool]]]:
         """Contexts run once each, and every continuation from its context's keys and values."""
@@ -291,7 +279,3 @@ def _tied_as_it_is(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.tie_weights
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -79,7 +79,7 @@ class Output:
         os.environ.setdefault("TQDM_DISABLE", "1")
         from abliterate.commands.terminal import Terminal
         from abliterate.common.files import writes
-        from abliterate.common.reporting import libraries_told
+        from abliterate.common.reporting import libraries_told, told_by_default
         from abliterate.common.watching import ProgressFile, progress_file
 
         with ExitStack() as stack:
@@ -89,6 +89,7 @@ class Output:
                 with (
                     Terminal(quiet=self.quiet, log=log, published=published) as terminal,
                     libraries_told(terminal.note),
+                    told_by_default(terminal),
                 ):
                     try:
                         yield terminal

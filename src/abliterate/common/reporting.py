@@ -50,6 +50,17 @@ def tell_by_default(maker: Callable[[], Reporter]) -> None:
     _makers[:] = [maker]
 
 
+@contextmanager
+def told_by_default(reporter: Reporter) -> Iterator[None]:
+    """Have one reporter told, where nobody is named, for as long as the context lasts."""
+    before = _makers[-1]
+    tell_by_default(lambda: reporter)
+    try:
+        yield
+    finally:
+        tell_by_default(before)
+
+
 Item = TypeVar("Item")
 
 

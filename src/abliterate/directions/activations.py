@@ -14,6 +14,7 @@ from abliterate.common.errors import PromptError
 from abliterate.common.reporting import Tick, untold
 from abliterate.models.batches import Prefix, buckets, inputs, share_prefix
 from abliterate.models.handle import Handle, check_finite
+from abliterate.models.memory import in_parts
 from abliterate.models.writers import SITES, layout, watch_sites
 from abliterate.prompts.chat import instruction_suffix_length
 
@@ -200,12 +201,16 @@ def _side(
     winsorise: float | None, keep_vectors: bool, tick: Tick, along: Sequence[int] | None = None,
 ) -> SideStatistics:  # fmt: skip
     running = _Running(keep_vectors)
+
+    def read(part: Sequence[int]) -> Tensor:
+        lengths = [along[i] for i in part] if along else None
+        return _read(handle, [ids[i] for i in part], prefix, positions, lengths)
+
     for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
-        rows, lengths = [ids[i] for i in batch], [along[i] for i in batch] if along else None
-        stream = _read(handle, rows, prefix, positions, lengths)
-        check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
-        running.add(winsorised(stream, winsorise) if winsorise else stream, batch)
-        tick(len(batch))
+        for part, stream in in_parts(handle, batch, read, len(ids[batch[0]])):
+            check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
+            running.add(winsorised(stream, winsorise) if winsorise else stream, part)
+            tick(len(part))
     return running.done()
 
 

@@ -13,6 +13,7 @@ from abliterate.common.reporting import Tick, untold
 from abliterate.measure.refusal import split_reasoning
 from abliterate.models.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
 from abliterate.models.handle import Handle
+from abliterate.models.memory import fitting, footprint, halved, in_parts
 from abliterate.prompts.reasoning import block_at, open_at_end
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def decode(
         handle: a loaded model.
         ids: token ids of each prompt, from `Handle.prompt_ids`.
         max_new_tokens: longest answer.
-        batch_size: most rows at a time; fewer where their keys and values would take over `slots.SLOTS_BYTES`.
+        batch_size: most rows at a time; fewer where their keys and values would take over `slots.SLOTS_BYTES`, or
+            memory doesn't hold them.
         settled: settled(index of the prompt, text so far) is True when decoding that answer can stop.
         tick: called with the number of answers done.
         keep_special: keep special tokens in the texts (to see reasoning marks).
@@ -85,17 +87,23 @@ def decode(
     """
     if not ids:
         return []
-    from abliterate.measure.slots import takes_slots
+    from abliterate.measure.slots import rows_at_once, takes_slots, token_bytes
 
     longest = max(map(len, ids))
     prefix = share_prefix(handle, ids, room=max_new_tokens)
     answers = _Answers(handle, ids, max_new_tokens, settled, tick, keep_special)
-    if takes_slots(handle, longest + max_new_tokens):
-        _decode_in_slots(handle, ids, prefix, batch_size, answers)
-    else:
-        # Padding costs once, at the prompt; full batches pay at every step.
-        for batch in buckets([len(row) for row in ids], batch_size, prefix.length, padding=1.0):
-            _decode_batch(handle, batch, ids, prefix, answers)
+    capacity = max(len(row) + limit for row, limit in zip(ids, answers.limits, strict=True))
+    slots = takes_slots(handle, longest + max_new_tokens)
+    if slots:
+        batch_size = rows_at_once(token_bytes(handle), capacity, batch_size)
+    # half of what is free: prompts have a cache of their own until they are in it
+    each = 2 * capacity * footprint(handle).cached + footprint(handle).logits
+    batch_size = fitting(handle, min(batch_size, len(ids)), each)
+    while waiting := answers.waiting():
+        try:
+            (_decode_in_slots if slots else _decode_in_batches)(handle, ids, waiting, prefix, batch_size, answers)
+        except (RuntimeError, MemoryError) as error:
+            batch_size = halved(handle, min(batch_size, len(waiting)), error)
     return answers.all()
 
 
@@ -117,6 +125,13 @@ class _Answers:
         self.limits = [
             min(max_new_tokens, max(1, context - len(row) + 1) if context else max_new_tokens) for row in ids
         ]
+
+    def waiting(self) -> list[int]:
+        """The prompts whose answers aren't done, at their beginning."""
+        rows = [row for row, answer in enumerate(self.done) if answer is None]
+        for row in rows:
+            self.tokens[row] = []
+        return rows
 
     def add(self, rows: Sequence[int], tokens: Sequence[int]) -> list[bool]:
         """Append a token to each row's answer; returns which rows are done."""
@@ -172,15 +187,19 @@ def _likeliest(logits: Tensor) -> list[int]:
 
 
 def _decode_in_slots(
-    handle: Handle, ids: Sequence[Sequence[int]], prefix: Prefix, batch_size: int, answers: _Answers
-) -> None:
-    """Decode all prompts, each in a slot that the next one takes over."""
-    from abliterate.measure.slots import Slots, rows_at_once, token_bytes
+    handle: Handle, ids: Sequence[Sequence[int]], waiting: Sequence[int], prefix: Prefix, batch_size: int,
+    answers: _Answers,
+) -> None:  # fmt: skip
+    """Decode the prompts that wait, each in a slot that the next one takes over."""
+    from abliterate.measure.slots import Slots
 
-    waiting = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    waiting = sorted(waiting, key=lambda i: -len(ids[i]))
     rows: list[int] = []  # the prompt in each slot
-    capacity = max(len(row) + limit for row, limit in zip(ids, answers.limits, strict=True))
-    batch_size = rows_at_once(token_bytes(handle), capacity, batch_size)
+    capacity = max(len(ids[i]) + answers.limits[i] for i in waiting)
+
+    def prefill(part: Sequence[int]) -> tuple[Tensor, Any]:
+        return handle.last_logits(**_prompts(handle, [ids[i] for i in part], prefix))
+
     slots: Slots | None = None
     enough = max(1, int(batch_size * REFILL))
     while waiting or rows:
@@ -189,12 +208,12 @@ def _decode_in_slots(
             coming, waiting = waiting[:free], waiting[free:]
             own = max(1, max(len(ids[i]) for i in coming) - prefix.length)
             for batch in buckets([len(ids[i]) for i in coming], max(1, PREFILL_TOKENS // own), prefix.length):
-                new = [coming[i] for i in batch]
-                logits, cache = handle.last_logits(**_prompts(handle, [ids[i] for i in new], prefix))
-                slots = slots or Slots(cache, min(batch_size, len(ids)), capacity)
-                slots.add(cache, [len(ids[i]) for i in new], prefix.length)
-                rows += new
-                _let_go(slots, rows, answers.add(new, _likeliest(logits)))
+                part = [coming[i] for i in batch]
+                for new, (logits, cache) in in_parts(handle, part, prefill, len(ids[part[0]]), 1):
+                    slots = slots or Slots(cache, batch_size, capacity)
+                    slots.add(cache, [len(ids[i]) for i in new], prefix.length)
+                    rows += new
+                    _let_go(slots, rows, answers.add(new, _likeliest(logits)))
             continue
         assert slots is not None
         logits, _ = handle.last_logits(**slots.arguments(handle, [answers.tokens[row][-1] for row in rows]))
@@ -212,6 +231,15 @@ def _let_go(slots: Slots, rows: list[int], done: Sequence[bool]) -> None:
 
 def _prompts(handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix) -> dict[str, Any]:
     return {**inputs(handle, rows, prefix), "use_cache": True}
+
+
+def _decode_in_batches(
+    handle: Handle, ids: Sequence[Sequence[int]], waiting: Sequence[int], prefix: Prefix, batch_size: int,
+    answers: _Answers,
+) -> None:  # fmt: skip
+    """Decode the prompts that wait, batch by batch: padding costs once, at the prompt; full batches at every step."""
+    for batch in buckets([len(ids[i]) for i in waiting], batch_size, prefix.length, padding=1.0):
+        _decode_batch(handle, [waiting[i] for i in batch], ids, prefix, answers)
 
 
 def _decode_batch(

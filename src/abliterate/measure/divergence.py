@@ -15,6 +15,7 @@ from abliterate.common.reporting import Tick, untold
 from abliterate.measure.decode import Answer
 from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
+from abliterate.models.memory import in_parts
 
 KEPT = 1024  # likeliest tokens kept of each of the original's distributions
 ANSWER_TOKENS = 24
@@ -148,15 +149,19 @@ def distributions(
         return
     longest = max(map(len, wanted))
     prefix = share_prefix(handle, rows, keep=longest)
+
+    def run(part: Sequence[int]) -> Tensor:
+        keep = max(len(wanted[i]) for i in part)
+        return handle.last_logits(keep, **inputs(handle, [rows[i] for i in part], prefix))[0]
+
     for batch in buckets([len(r) for r in rows], BATCH, prefix.length):
-        keep = max(len(wanted[i]) for i in batch)
-        logits, _ = handle.last_logits(keep, **inputs(handle, [rows[i] for i in batch], prefix))
-        for place, index in enumerate(batch):
-            own = logits[place, -len(wanted[index]) :].float().log_softmax(-1)
-            if not own.isfinite().any(-1).all() or own.isnan().any():
-                raise NonFiniteError(f"model {handle.source}: logits are NaN or infinite; try --dtype float32")
-            yield index, own
-        tick(len(batch))
+        for part, logits in in_parts(handle, batch, run, len(rows[batch[0]]), longest):
+            for place, index in enumerate(part):
+                own = logits[place, -len(wanted[index]) :].float().log_softmax(-1)
+                if not own.isfinite().any(-1).all() or own.isnan().any():
+                    raise NonFiniteError(f"model {handle.source}: logits are NaN or infinite; try --dtype float32")
+                yield index, own
+            tick(len(part))
 
 
 def _coarse(

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from abliterate.common.errors import ModelError
 from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.models.handle import Handle
+from abliterate.models.memory import out_of_memory
 
 SLOTS_BYTES = 4 * 2**30  # most that keys and values of the rows in progress may take
 ATTENTIONS = ("sdpa", "eager")  # these take a mask ready made
@@ -194,11 +195,13 @@ def _try_slots(handle: Handle) -> bool:
                 for row in rows
             ]
         ).float()
-    except (ModelError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+    except (ModelError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         return False
-    error = (ours - whole).norm(dim=-1) / whole.norm(dim=-1)
+    apart = (ours - whole).norm(dim=-1) / whole.norm(dim=-1)
     bound = 1e-3 if handle.dtype == torch.float32 else 0.1
-    return bool((error < bound).all())
+    return bool((apart < bound).all())
 
 
 def is_growing(cache: Any) -> bool:

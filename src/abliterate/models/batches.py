@@ -13,6 +13,7 @@ from torch import Tensor
 
 from abliterate.common.errors import ModelError
 from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.memory import out_of_memory
 
 PADDING_SHARE = 0.15
 
@@ -96,11 +97,13 @@ def _try_cache(handle: Handle) -> bool:
             handle.hidden_states(input_ids=torch.tensor([row], device=handle.device)).last_hidden_state[0, -1].float()
             for row in rows
         ]
-    except (ModelError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+    except (ModelError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         return False
-    error = (shared - torch.stack(whole)).norm(dim=-1) / torch.stack(whole).norm(dim=-1)
+    apart = (shared - torch.stack(whole)).norm(dim=-1) / torch.stack(whole).norm(dim=-1)
     bound = 1e-3 if handle.dtype == torch.float32 else 0.1
-    return bool((error < bound).all())
+    return bool((apart < bound).all())
 
 
 def inputs(handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from abliterate.common.errors import AbliterateError, WriterError, shorten
 from abliterate.models.handle import Handle
+from abliterate.models.memory import no_room, out_of_memory
 from abliterate.models.placement import value
 from abliterate.models.sums import as_rows, explain, pieces, why_not
 from abliterate.models.trace import Call, Norm, as_norm, is_linear, linear_parameters, record
@@ -115,6 +116,8 @@ def _calls(handle: Handle, modules: Iterable[nn.Module]) -> tuple[list[Call], in
     except AbliterateError:
         raise
     except Exception as error:  # whatever a model's code says of an input that it can't do without
+        if out_of_memory(error):
+            raise no_room(handle, "a pass over a few tokens") from error
         raise WriterError(
             f"model {handle.source} doesn't run on token ids alone ({type(error).__name__}: "
             f"{shorten(str(error), 120)}), so what writes to its stream can't be seen"

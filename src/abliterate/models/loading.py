@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, NonFiniteError, listed, shorten
 from abliterate.models.devices import SPREADING, check_room, placing, room_on_disk
-from abliterate.models.folders import commit_of, meant, model_folder
+from abliterate.models.folders import commit_of, local_folder, meant, model_folder
 from abliterate.models.handle import Handle
+from abliterate.models.memory import SMALLER, no_room, out_of_memory
 from abliterate.models.placement import device_of, value
-from abliterate.models.pretrained import auto_class, from_pretrained, wants_own_code
+from abliterate.models.pretrained import auto_class, from_config, from_pretrained, wants_own_code
 from abliterate.models.quantised import (
     WAY_ROUND,
     bitsandbytes,
@@ -118,6 +119,30 @@ def load(
     )
     check_weights(handle)
     return handle
+
+
+def without_weights(
+    source: str, *, dtype: str = "auto", device: str | None = None, revision: str | None = None,
+    trust_remote_code: bool = False, **how: Any,
+) -> Handle:  # fmt: skip
+    """A model of which config and tokenizer alone are read, on "meta"; of a Hub id no weights are downloaded.
+
+    Args:
+        source, dtype, device, revision, trust_remote_code: as for `load`.
+        how: how its prompts are formatted, as for `Handle`.
+
+    Raises:
+        ModelError: when there is no such model, or it isn't a causal language model.
+    """
+    source, revision = meant(source, revision)
+    is_gguf = Path(source).expanduser().is_file()
+    folder = model_folder(source, dtype=dtype) if is_gguf else local_folder(source, revision, weights=False)
+    config = load_config(source, folder, trust_remote_code)
+    wanted = DTYPES[dtype] if dtype in DTYPES else _auto_dtypes(folder, device)[0]
+    with torch.device("meta"):
+        model = from_config(auto_class(config), config, dtype=wanted).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(source, folder, trust_remote_code)
+    return Handle(model, tokenizer, source, revision, folder=folder, **how)
 
 
 def load_config(source: str, folder: Path, trust_remote_code: bool) -> Any:
@@ -235,9 +260,12 @@ def _memory() -> int:
 def _from_pretrained(source: str, folder: Path, options: dict[str, Any]) -> tuple[Any, list[str]]:
     try:
         loaded = from_pretrained(auto_class(options["config"]), folder, **options, output_loading_info=True)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"model {source} does not fit the device; try --quantise 4bit or --device-map auto") from error
     except Exception as error:
+        if out_of_memory(error):
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
+            raise ModelError(
+                f"memory doesn't hold model {source}, {size:.1f} GiB as it is stored; try {SMALLER}"
+            ) from error
         raise ModelError(_explain(source, error)) from error
     model, info = loaded
     keep_gradients(model)
@@ -269,6 +297,8 @@ def _failure(source: str, model: Any) -> str:
         device = device_of(model.get_input_embeddings())
         logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits
     except Exception as error:
+        if out_of_memory(error):
+            raise no_room(Handle(model, None, source), "a pass over two tokens") from error
         if isinstance(error, NotImplementedError) or "not implemented for" in str(error):
             return shorten(str(error), 200)  # a kernel missing for this dtype
         raise ModelError(

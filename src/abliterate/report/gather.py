@@ -22,6 +22,7 @@ from abliterate.measure import Measurement
 from abliterate.measure.differences import paired
 from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
+from abliterate.models.memory import in_parts
 from abliterate.models.writers import SITES, find_writers, watch_sites
 from abliterate.report.geometry import aligned_planes, auc, cosine, silhouette
 
@@ -121,14 +122,17 @@ def stream_at(
     ids = handle.prompt_ids(prompts)
     prefix = share_prefix(handle, ids, keep=-position)
     read = torch.full((len(ids), handle.layers, len(SITES), handle.d_model), float("nan"))
-    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
 
-        def look(layer: int, site: str, stream: Tensor, rows: list[int] = batch) -> None:
-            read[rows, layer, SITES.index(site)] = stream[:, position].float().cpu()
+    def run(part: Sequence[int]) -> None:
+        def look(layer: int, site: str, stream: Tensor) -> None:
+            read[list(part), layer, SITES.index(site)] = stream[:, position].float().cpu()
 
         with watch_sites(handle, look):
-            handle.hidden_states(**inputs(handle, [ids[i] for i in batch], prefix))
-        tick(len(batch))
+            handle.hidden_states(**inputs(handle, [ids[i] for i in part], prefix))
+
+    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
+        for part, _ in in_parts(handle, batch, run, len(ids[batch[0]])):
+            tick(len(part))
     return read
 
 

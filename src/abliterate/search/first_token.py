@@ -10,6 +10,7 @@ from torch import Tensor
 
 from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
+from abliterate.models.memory import in_parts
 
 
 @torch.inference_mode()
@@ -17,11 +18,15 @@ def first_token(handle: Handle, ids: Sequence[Sequence[int]], *, batch_size: int
     """Log-probabilities of the first answer token of each prompt, float32, on the CPU."""
     rows: list[Tensor | None] = [None] * len(ids)
     prefix = share_prefix(handle, ids)
+
+    def run(part: Sequence[int]) -> Tensor:
+        logits, _ = handle.last_logits(**inputs(handle, [ids[i] for i in part], prefix))
+        return logits[:, -1].float().log_softmax(-1).cpu()
+
     for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
-        logits, _ = handle.last_logits(**inputs(handle, [ids[i] for i in batch], prefix))
-        logprobs = logits[:, -1].float().log_softmax(-1).cpu()
-        for place, index in enumerate(batch):
-            rows[index] = logprobs[place]
+        for part, logprobs in in_parts(handle, batch, run, len(ids[batch[0]]), 1):
+            for place, index in enumerate(part):
+                rows[index] = logprobs[place]
     return torch.stack([row for row in rows if row is not None])
 
 

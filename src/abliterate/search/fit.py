@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from operator import itemgetter
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,7 @@ from abliterate.measure.judges import Judge
 from abliterate.measure.verdicts import Panel
 from abliterate.measure.wordings import Wordings, learn_wordings
 from abliterate.models.handle import Handle
+from abliterate.models.memory import halved, out_of_memory
 from abliterate.search import objectives
 from abliterate.search.examples import Examples
 from abliterate.search.fit_settings import FitSettings
@@ -195,6 +197,7 @@ class _Job:
             [a.whole for a in (*train.refusals, *train.over_refusals)],
             [a.whole for a in train.answers],
         )
+        self.passes = 1  # that a step is cut into; more where memory doesn't hold it whole
         self.known = len(self.refusing.rows)  # rows after these are refusals in other words
         count = settings.baseline_prompts
         staying = reference_of(handle, train.baseline[:count], train.answers[:count], tokens=settings.answer_tokens)
@@ -240,12 +243,15 @@ class _Job:
         best = min(found, default=None, key=itemgetter(0))
         found += self._tried(list(wider(best and best[1], self.directions, blocks)), reporter)
         if not found:
-            raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
+            raise self._not_finite()
         _, chosen = min(found, key=itemgetter(0))
         self._open(range(chosen.blocks.start, self.allowed.stop))
         self.state.first = self.blocks.start
         self._put(chosen, STARTING_STRENGTH if chosen.blocks.stop < self.blocks.stop else STRENGTH_EVERYWHERE)
         return chosen.name
+
+    def _not_finite(self) -> NonFiniteError:
+        return NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
 
     def _tried(self, tried: Sequence[Start], reporter: Reporter) -> list[tuple[float, Start]]:
         """Each start with its loss, where that is finite."""
@@ -255,8 +261,28 @@ class _Job:
     @torch.no_grad()
     def _loss_at(self, start: Start) -> float:
         self._put(start, 1.0)
-        with self.variables.live():
-            return float(self._loss(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0))
+        return self._passed(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0)
+
+    def _passed(self, *batch: Any) -> float:
+        """The objective on one batch, its gradients where wanted; what memory doesn't hold is cut into more passes."""
+        while True:
+            self.optimiser.zero_grad()
+            try:
+                return sum(self._pass(*batch, part) for part in range(self.passes))
+            except (RuntimeError, MemoryError) as error:
+                if self.packer.checkpointing or not out_of_memory(error):
+                    halved(self.handle, self.settings.baseline_batch // self.passes, error)
+                    self.passes *= 2
+                self.packer.checkpointing = True  # tried first: its result is the same, bit for bit
+
+    def _pass(self, *batch: Any) -> float:
+        with self.variables.live():  # backward may run blocks again: hooks stay until it is done
+            loss = self._loss(*batch)
+            if torch.is_grad_enabled():
+                if not bool(loss.isfinite()):
+                    raise self._not_finite()
+                loss.backward()
+        return loss.item()
 
     def _put(self, start: Start, strength: float) -> None:
         self.variables.put(start.directions[self.blocks.start : self.blocks.stop], strength, start.blocks)
@@ -273,14 +299,7 @@ class _Job:
         while state.step < until:
             for group, base in zip(self.optimiser.param_groups, self._rates(), strict=True):
                 group["lr"] = base
-            self.optimiser.zero_grad()
-            with self.variables.live():  # backward may run blocks again: hooks stay until it is done
-                loss = self._loss(weight, settings.target_batch, settings.baseline_batch, state.step)
-                if not bool(loss.isfinite()):
-                    raise NonFiniteError(
-                        f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32"
-                    )
-                loss.backward()
+            self._passed(weight, settings.target_batch, settings.baseline_batch, state.step)
             self.optimiser.step()
             self.variables.keep_in_bounds(settings.max_strength)
             state.step += 1
@@ -296,18 +315,22 @@ class _Job:
         factor = (1 - 0.67 * first) * max(0.3, 1 - 0.7 * rest)
         return factor * settings.rate / self.handle.d_model**0.5, factor * settings.rate / 2
 
-    def _loss(self, weight: float, targets: int, baselines: int, step: int) -> Float[Tensor, ""]:
-        """The objective on one batch, with the edit live."""
+    def _loss(self, weight: float, targets: int, baselines: int, step: int, part: int) -> Float[Tensor, ""]:
+        """The objective on one batch, with the edit live; of several passes, what `part` adds to it."""
         refusing = self._refusing_batch(targets, step)
         batches: list[tuple[float, StandIn, list[int], list[int]]] = [(weight, self.refusing, self.rows[0], refusing)]
         batches.append((1 / UNIT, self.staying, self.rows[1], self._batch(1, baselines, step)))
         for place, (own_weight, stand_in) in enumerate(self.also, start=2):
             batches.append((own_weight, stand_in, self.rows[place], self._batch(place, targets, step)))
-        logprobs = self.packer.logprobs([rows[i] for _, _, rows, picked in batches for i in picked])
-        total = self.settings.sparsity * self.variables.strengths.mean()
-        for factor, stand_in, _, picked in batches:
-            own, logprobs = logprobs[: len(picked)], logprobs[len(picked) :]
-            total = total + factor * stand_in.loss(picked, own).to(total.device)
+        parts = [picked[part :: self.passes] for *_, picked in batches]
+        wanted = [rows[i] for (_, _, rows, _), picked in zip(batches, parts, strict=True) for i in picked]
+        logprobs = self.packer.logprobs(wanted) if wanted else []
+        total = self.settings.sparsity / self.passes * self.variables.strengths.mean()
+        for (factor, stand_in, _, whole), picked in zip(batches, parts, strict=True):
+            if picked:
+                own, logprobs = logprobs[: len(picked)], logprobs[len(picked) :]
+                share = factor * (len(picked) / len(whole))  # its loss is a mean over rows
+                total = total + share * stand_in.loss(picked, own).to(total.device)
         return total
 
     def _refusing_batch(self, size: int, step: int) -> list[int]:

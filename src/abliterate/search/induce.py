@@ -27,6 +27,7 @@ from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.batches import Prefix, buckets, inputs
 from abliterate.models.handle import Handle
+from abliterate.models.memory import in_parts
 from abliterate.models.writers import SITES, watch_sites
 from abliterate.search import objectives
 from abliterate.search.examples import Examples
@@ -324,14 +325,21 @@ def _mean_along(handle: Handle, pairs: Sequence[tuple[list[int], list[int]]], ba
     """[layer, d_model] float64: mean stream at blocks' outputs over each row's answer tokens, then over rows."""
     rows = [[*prompt, *answer[:-1]] for prompt, answer in pairs]
     total = torch.zeros(handle.layers, handle.d_model, dtype=torch.float64)
-    for batch in buckets([len(row) for row in rows], batch_size, 0):
 
-        def look(layer: int, site: str, stream: Tensor, batch: Sequence[int] = batch) -> None:
+    def run(part: Sequence[int]) -> Tensor:
+        means = torch.zeros_like(total)
+
+        def look(layer: int, site: str, stream: Tensor) -> None:
             if site != SITE:
                 return
-            for place, index in enumerate(batch):
-                total[layer] += stream[place, -len(pairs[index][1]) :].double().mean(0).cpu()
+            for place, index in enumerate(part):
+                means[layer] += stream[place, -len(pairs[index][1]) :].double().mean(0).cpu()
 
         with watch_sites(handle, look):
-            handle.hidden_states(**inputs(handle, [rows[i] for i in batch], Prefix(0)))
+            handle.hidden_states(**inputs(handle, [rows[i] for i in part], Prefix(0)))
+        return means
+
+    for batch in buckets([len(row) for row in rows], batch_size, 0):
+        for _, means in in_parts(handle, batch, run, len(rows[batch[0]])):
+            total += means
     return total / len(rows)

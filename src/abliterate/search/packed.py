@@ -9,10 +9,8 @@ the positions asked for only.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.memory import free_for, out_of_memory, saved
 from abliterate.models.placement import devices_of, offloaded
 from abliterate.models.writers import layout
 
 CHUNK = 32  # rows read together up to the first edited block
 ROW_TOKENS = 256  # longer rows waste more in attention than they save in prefixes
 KEPT_BYTES = 2 * 2**30  # most memory for what enters the first edited block
-BYTES_PER_STATE = 40  # rough bytes per token, layer and feature that a backward pass keeps in half precision
+KEEPING = 0.5  # share of what is free that blocks may keep for the backward pass; logits and their like take the rest
 
 
 class Row(NamedTuple):
@@ -47,8 +46,8 @@ class Packer:
         rows: every row that may be asked for; they share a prefix.
         first_block: the first block whose output may change; what enters it is kept per row.
         checkpointing: recompute blocks in the backward pass instead of keeping their insides; by default
-            when keeping them would take more than half of the memory that is free, or weights are offloaded. Hooks
-            in blocks must then stay until the backward pass is done.
+            when that would take more than half of the memory that is free, going by what the first one keeps, or
+            weights are offloaded. Hooks in blocks must then stay until the backward pass is done.
     """
 
     handle: Handle
@@ -87,7 +86,7 @@ class Packer:
     def _packed(self, picked: Sequence[int]) -> list[Tensor]:
         lay = _lay(self.prefix, [self.rows[i].ids for i in picked], self.handle)
         entering = self._entering_of(picked, lay)
-        with _skipping(self.handle, self.first_block, entering), self._checkpointed(lay.tokens):
+        with _skipping(self.handle, self.first_block, entering), self._checkpointed():
             states = self._states(lay.arguments)
         return [
             states[row, end - self.rows[i].outputs : end] for i, (row, _, end) in zip(picked, lay.spans, strict=True)
@@ -97,7 +96,7 @@ class Packer:
         """The plain way, for models that don't take a mask of this kind: whole rows, padded on the left."""
         rows = [self.rows[i] for i in picked]
         arguments = inputs(self.handle, [r.ids for r in rows], Prefix(0))
-        with self._checkpointed(arguments["input_ids"].numel()):
+        with self._checkpointed():
             states = self._states(arguments)
         return [states[place, -row.outputs :] for place, row in enumerate(rows)]
 
@@ -140,18 +139,15 @@ class Packer:
         return tokens * self.handle.d_model * self.handle.dtype.itemsize > KEPT_BYTES
 
     @contextlib.contextmanager
-    def _checkpointed(self, tokens: int) -> Iterator[None]:
-        handle, wanted = self.handle, self.checkpointing
-        if wanted is None:
-            wanted = torch.is_grad_enabled() and (
-                offloaded(handle.model)  # else what backward keeps holds every weight brought
-                or _backward_bytes(handle, tokens) > 0.5 * _free_bytes(handle)
-            )
-        blocks = list(handle.blocks)
+    def _checkpointed(self) -> Iterator[None]:
+        handle, blocks = self.handle, list(self.handle.blocks)
+        keeping = _Keeping(handle, len(blocks) - self.first_block, self.checkpointing)
+        if self.checkpointing is None and offloaded(handle.model):
+            keeping.too_much = True  # what backward keeps would hold every weight brought
         try:
-            for i, block in enumerate(blocks):
-                if wanted and i >= self.first_block:
-                    handle.blocks[i] = _Checkpointed(block)
+            if torch.is_grad_enabled() and self.checkpointing is not False:
+                for i, block in enumerate(blocks[self.first_block :], start=self.first_block):
+                    handle.blocks[i] = _Checkpointed(block, keeping)
             yield
         finally:
             for i, block in enumerate(blocks):
@@ -167,12 +163,14 @@ class Packer:
         picked = list(range(len(self.rows)))[:3]
         try:
             packed, plain = (torch.cat(way(picked)).double() for way in (self._packed, self._padded))
-        except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError):
+        except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             return False
         finally:
             self._entering.clear()
-        error = (packed - plain).norm() / plain.norm()
-        return bool(error < (1e-3 if self.handle.dtype == torch.float32 else 0.05))
+        apart = (packed - plain).norm() / plain.norm()
+        return bool(apart < (1e-3 if self.handle.dtype == torch.float32 else 0.05))
 
 
 class _Lay(NamedTuple):
@@ -253,11 +251,36 @@ class _Skipped(_Passing):
         return hidden_states if states is None else states
 
 
+@dataclass
+class _Keeping:
+    """Whether blocks keep too much for the backward pass: known, or told by what the first of them keeps."""
+
+    handle: Handle
+    blocks: int
+    too_much: bool | None
+
+    def measured(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
+        with saved(block) as kept:
+            out = block(*args, **kwargs)
+        free = free_for(self.handle) * len(devices_of(self.handle.model))
+        self.too_much = kept.bytes * self.blocks > KEEPING * free
+        return out
+
+
 class _Checkpointed(_Passing):
-    """A block whose insides are computed again in the backward pass."""
+    """A block whose insides are computed again in the backward pass, where keeping them takes too much."""
+
+    def __init__(self, block: nn.Module, keeping: _Keeping) -> None:
+        super().__init__(block)
+        self.__dict__["keeping"] = keeping
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.__dict__["block"], *args, use_reentrant=False, **kwargs)
+        block, keeping = self.__dict__["block"], self.__dict__["keeping"]
+        if keeping.too_much is None:
+            return keeping.measured(block, args, kwargs)
+        if not keeping.too_much:
+            return block(*args, **kwargs)
+        return checkpoint(block, *args, use_reentrant=False, **kwargs)
 
 
 @contextlib.contextmanager
@@ -295,18 +318,3 @@ def _seen(block: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
-
-
-def _backward_bytes(handle: Handle, tokens: int) -> float:
-    per_state = BYTES_PER_STATE * handle.dtype.itemsize / 2
-    return tokens * handle.layers * handle.d_model * per_state
-
-
-def _free_bytes(handle: Handle) -> float:
-    cards = [device for device in devices_of(handle.model) if device.type == "cuda"]
-    if cards:
-        return len(cards) * min(float(torch.cuda.mem_get_info(card)[0]) for card in cards)
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return math.inf
