@@ -160,13 +160,13 @@ def test_a_step_of_the_fit_is_checkpointed_then_cut_where_memory_is_short(monkey
         return job
 
     plenty = descended()
-    assert plenty.passes == 1 and plenty.packer.checkpointing is None
+    assert plenty.goal.passes == 1 and plenty.goal.packed[0].checkpointing is None
     with monkeypatch.context() as patched, pytest.raises(ModelError, match="one row"):
         failed = limited(patched, 0, gradients=True)
         descended()
     failed = limited(monkeypatch, failed[0] - 1, gradients=True)
     short = descended()
-    assert len(failed) == 2 and short.passes > 1 and short.packer.checkpointing
+    assert len(failed) == 2 and short.goal.passes > 1 and short.goal.packed[0].checkpointing
     torch.testing.assert_close(short.variables.vectors, plenty.variables.vectors, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(short.variables.strengths, plenty.variables.strengths, rtol=1e-3, atol=1e-4)
 

@@ -31,6 +31,7 @@ class Attachment:
         check_shifts(handle, edit.shifts)
         self._changes: list[tuple[nn.Module, Change]] = []
         self._entering: list[tuple[nn.Module, Change]] = []
+        self._handle, self._edit = handle, edit
         self._model, self._swaps = handle.model, list[tuple[str, Tensor, bool]]()
         self._undo = contextlib.ExitStack()
         for writer, change in weight_factors(handle, edit.parts):
@@ -62,6 +63,8 @@ class Attachment:
                 swap = _for_itself if tied else replaced
                 undo.enter_context(swap(self._model, name, edited))
             undo.enter_context(changed(self._changes, self._entering))
+            self._handle.edits.append(self._edit)
+            undo.callback(self._handle.edits.pop)
             self._undo = undo.pop_all()
 
     def __exit__(self, *_: object) -> None:

@@ -45,6 +45,7 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving
     given = give_biases(handle, edit.shifts)
     try:
         changes = _changes(handle, edit, norm_preserving)
+        handle.workers = None  # their replicas have the weights of before
         for name, _, new in changes:
             if not bool(new().isfinite().all()):
                 raise NonFiniteError(f"baking {name} gives NaN or infinite values; try --dtype float32")

@@ -11,7 +11,7 @@ from abliterate.settings.audit import QUICK, AuditRunSettings
 
 
 @command(
-    "force resume seed config audit prompts collect.batch_size measure.judge load -load.tensor_parallel",
+    "force resume seed config audit prompts collect.batch_size measure.judge load -load.tensor_parallel workers ray",
     "abliterate audit ./model --out model-audit",
     "abliterate audit ./model --target bad.txt --baseline good.txt --out model-audit --quick",
     kind=AuditRunSettings,

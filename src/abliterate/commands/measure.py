@@ -15,7 +15,7 @@ from abliterate.settings.run import RunSettings
 
 @command(
     "behaviour prompts -prompts.validation_prompts -prompts.test_prompts collect -collect.projected measure.judge load "
-    "seed config",
+    "workers ray seed config",
     "abliterate collect ./model --out acts.safetensors --target bundled --baseline bundled",
 )
 def collect(
@@ -37,7 +37,7 @@ def collect(
 
 
 @command(
-    "behaviour prompts -prompts.train_prompts -prompts.validation_prompts measure beside load seed config",
+    "behaviour prompts -prompts.train_prompts -prompts.validation_prompts measure beside load workers ray seed config",
     "abliterate measure ./edited --original ./model --target bundled --baseline bundled",
 )
 def measure(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    "search collect keep behaviour prompts measure beside load resume keep_tied force seed config",
+    "search collect keep behaviour prompts measure beside load workers ray resume keep_tied force seed config",
     "abliterate run Qwen/Qwen3-0.6B --out qwen-abliterated",
     "abliterate run ./model --target bad.txt --baseline good.txt --method article --interactive",
     "abliterate run ./model --behaviour persona    a melancholic voice, added to the weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from abliterate.common.reporting import Tick, untold
 from abliterate.models.batches import Prefix, buckets, inputs, share_prefix
 from abliterate.models.handle import Handle, check_finite
 from abliterate.models.memory import in_parts
+from abliterate.models.replicas import shards
 from abliterate.models.writers import SITES, layout, watch_sites
 from abliterate.prompts.chat import instruction_suffix_length
 
@@ -148,12 +149,13 @@ def collect(
         raise PromptError("collecting needs prompts on both sides; one side is empty")
     positions = positions or default_positions(handle)
     sides = [handle.prompt_ids(target), handle.prompt_ids(baseline)]
-    prefix = share_prefix(handle, sides[0] + sides[1], keep=positions)
     shortest = min(len(row) for side in sides for row in side)
     if shortest < positions:
         raise PromptError(f"a prompt has only {shortest} tokens, fewer than the {positions} positions asked for")
-    statistics = [_side(handle, ids, prefix, positions, batch_size, winsorise, keep_vectors, tick) for ids in sides]
-    return Activations(statistics[0], statistics[1])
+    prefix = None if handle.workers is not None else share_prefix(handle, sides[0] + sides[1], keep=positions)
+    asked = _Asked(positions, batch_size, winsorise, keep_vectors)
+    found = [_side(handle, asked, ids, None, prefix, tick) for ids in sides]
+    return Activations(found[0], found[1])
 
 
 def collect_rows(
@@ -182,36 +184,66 @@ def collect_rows(
         PromptError: when a side is empty, or a row is shorter than what is read of it.
         NonFiniteError: naming the layer where the stream is NaN or infinite.
     """
-    statistics = []
+    statistics, asked = [], _Asked(positions, batch_size, winsorise, keep_vectors)
     for place, ids in enumerate((target, baseline)):
         if not len(ids):
             raise PromptError("collecting needs rows on both sides; one side is empty")
         lengths = answers[place] if answers else [positions] * len(ids)
         if not all(0 < length <= len(row) for row, length in zip(ids, lengths, strict=True)):
             raise PromptError("an answer is empty, or a row is shorter than what is to be read of it")
-        prefix = share_prefix(handle, ids, keep=max(lengths))
-        along = list(lengths) if answers else None
-        statistics.append(_side(handle, ids, prefix, positions, batch_size, winsorise, keep_vectors, tick, along))
+        statistics.append(_side(handle, asked, ids, list(lengths) if answers else None, None, tick))
     return Activations(statistics[0], statistics[1])
+
+
+class _Asked(NamedTuple):
+    """What is read of each row, and how: as for `collect_rows`."""
+
+    positions: int
+    batch_size: int
+    winsorise: float | None
+    keep_vectors: bool
 
 
 @torch.inference_mode()
 def _side(
-    handle: Handle, ids: Sequence[Sequence[int]], prefix: Prefix, positions: int, batch_size: int,
-    winsorise: float | None, keep_vectors: bool, tick: Tick, along: Sequence[int] | None = None,
+    handle: Handle, asked: _Asked, ids: Sequence[Sequence[int]], along: Sequence[int] | None,
+    prefix: Prefix | None = None, tick: Tick = untold,
 ) -> SideStatistics:  # fmt: skip
-    running = _Running(keep_vectors)
+    if handle.workers is not None:
+        parts = shards([len(row) for row in ids])
+        calls = [([ids[i] for i in part], along and [along[i] for i in part]) for part in parts]
+        return merged(handle.workers.map(handle, _side_shard, asked, calls, lambda i: tick(len(parts[i]))), parts)
+    running = _Running(asked.keep_vectors)
+    shared = prefix or share_prefix(handle, ids, keep=max(along or [asked.positions]))
 
     def read(part: Sequence[int]) -> Tensor:
         lengths = [along[i] for i in part] if along else None
-        return _read(handle, [ids[i] for i in part], prefix, positions, lengths)
+        return _read(handle, [ids[i] for i in part], shared, asked.positions, lengths)
 
-    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
+    for batch in buckets([len(row) for row in ids], asked.batch_size, shared.length):
         for part, stream in in_parts(handle, batch, read, len(ids[batch[0]])):
             check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
-            running.add(winsorised(stream, winsorise) if winsorise else stream, part)
+            running.add(winsorised(stream, asked.winsorise) if asked.winsorise else stream, part)
             tick(len(part))
     return running.done()
+
+
+def _side_shard(handle: Handle, asked: _Asked, call: tuple[list[list[int]], list[int] | None]) -> SideStatistics:
+    return _side(handle, asked, *call)
+
+
+def merged(statistics: Sequence[SideStatistics], rows: Sequence[Sequence[int]]) -> SideStatistics:
+    """The statistics of all rows, in float64, from those of parts; `rows` are the indices of each part's rows."""
+    share = torch.tensor([float(part.count) for part in statistics], dtype=torch.float64)
+    share /= share.sum()
+    means = torch.stack([part.mean for part in statistics])
+    mean = torch.einsum("n,n...->...", share, means)
+    within = torch.stack([part.variance for part in statistics]) + (means - mean).square().sum(-1)
+    variance, vectors = torch.einsum("n,n...->...", share, within), None
+    if statistics[0].vectors is not None:
+        order = torch.tensor([i for part in rows for i in part]).argsort()
+        vectors = torch.cat([part.vectors for part in statistics if part.vectors is not None])[order]
+    return SideStatistics(sum(part.count for part in statistics), mean, variance, vectors)
 
 
 def _read(

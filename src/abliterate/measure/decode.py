@@ -14,6 +14,7 @@ from abliterate.measure.refusal import split_reasoning
 from abliterate.models.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
 from abliterate.models.handle import Handle
 from abliterate.models.memory import fitting, footprint, halved, in_parts
+from abliterate.models.replicas import spread
 from abliterate.prompts.reasoning import block_at, open_at_end
 
 if TYPE_CHECKING:
@@ -87,6 +88,10 @@ def decode(
     """
     if not ids:
         return []
+    if handle.workers is not None:
+        common = settled, {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "keep_special": keep_special}
+        lengths = [len(row) for row in ids]
+        return spread(handle, _decode_shard, common, lengths, lambda part: (part, [ids[i] for i in part]), tick)
     from abliterate.measure.slots import rows_at_once, takes_slots, token_bytes
 
     longest = max(map(len, ids))
@@ -105,6 +110,11 @@ def decode(
         except (RuntimeError, MemoryError) as error:
             batch_size = halved(handle, min(batch_size, len(waiting)), error)
     return answers.all()
+
+
+def _decode_shard(handle: Handle, common: Any, call: tuple[list[int], list[list[int]]]) -> list[Answer]:
+    (settled, options), (part, ids) = common, call
+    return decode(handle, ids, settled=settled and (lambda row, text: settled(part[row], text)), **options)
 
 
 class _Answers:

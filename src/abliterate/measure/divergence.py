@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,10 +16,12 @@ from abliterate.measure.decode import Answer
 from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
 from abliterate.models.memory import in_parts
+from abliterate.models.replicas import spread
 
 KEPT = 1024  # likeliest tokens kept of each of the original's distributions
 ANSWER_TOKENS = 24
 BATCH = 16
+Read = TypeVar("Read")
 
 
 class Divergence(NamedTuple):
@@ -88,22 +90,16 @@ def make_reference(
         tokens = answer.whole[:answer_tokens]
         rows.append([*prompt, *tokens[:-1]])
         wanted.append(tokens)
-    likeliest: list[Tensor | None] = [None] * len(rows)
-    logprobs: list[Tensor | None] = [None] * len(rows)
-    losses: list[float] = [0.0] * len(rows)
-    for index, own in distributions(handle, rows, wanted, tick):
-        top = own.topk(min(kept, own.shape[-1]), dim=-1)
-        likeliest[index] = top.indices.int().cpu()
-        logprobs[index] = _coarse(own, top.indices).cpu()
-        losses[index] = summed_loss(own, wanted[index])
-    total = sum(map(len, wanted))
-    return Reference(
-        rows,
-        wanted,
-        [tokens for tokens in likeliest if tokens is not None],
-        [p for p in logprobs if p is not None],
-        sum(losses) / max(1, total),
-    )
+    each = read_each(handle, rows, wanted, _kept, [kept] * len(rows), tick)
+    likeliest, logprobs, losses = map(list, zip(*each, strict=True)) if each else ([], [], [])
+    return Reference(rows, wanted, likeliest, logprobs, sum(losses) / max(1, sum(map(len, wanted))))
+
+
+def _kept(
+    logprobs: Float[Tensor, "token vocab"], answer: Sequence[int], kept: int
+) -> tuple[Int[Tensor, "token kept"], Float[Tensor, "token kept_and_rest"], float]:
+    top = logprobs.topk(min(kept, logprobs.shape[-1]), dim=-1)
+    return top.indices.int().cpu(), _coarse(logprobs, top.indices).cpu(), summed_loss(logprobs, answer)
 
 
 def compare(handle: Handle, reference: Reference, tick: Tick = untold) -> Divergence:
@@ -124,29 +120,57 @@ def compare(handle: Handle, reference: Reference, tick: Tick = untold) -> Diverg
 def compare_each(handle: Handle, reference: Reference, tick: Tick = untold) -> list[tuple[float, float, float]]:
     """The same prompt by prompt: divergence at the first answer token, along the answer (nats per token), and the
     answer's summed negative log-likelihood."""
-    each = [(0.0, 0.0, 0.0)] * len(reference.rows)
-    for index, own in distributions(handle, reference.rows, reference.answers, tick):
-        divergence = reference_divergence(reference, index, own.double()).clamp_min(0).cpu()
-        each[index] = (float(divergence[0]), float(divergence.mean()), summed_loss(own, reference.answers[index]))
-    return each
+    originals = list(zip(reference.tokens, reference.logprobs, strict=True))
+    return read_each(handle, reference.rows, reference.answers, _apart, originals, tick)
+
+
+def _apart(
+    logprobs: Float[Tensor, "token vocab"], answer: Sequence[int], original: tuple[Tensor, Tensor]
+) -> tuple[float, float, float]:
+    divergence = _divergence(*original, logprobs.double()).clamp_min(0).cpu()
+    return float(divergence[0]), float(divergence.mean()), summed_loss(logprobs, answer)
 
 
 def reference_divergence(
     reference: Reference, index: int, logprobs: Float[Tensor, "token vocab"]
 ) -> Float[Tensor, " token"]:
     """KL(original || model) in nats along one answer of a reference; gradients flow through `logprobs`."""
-    tokens = reference.tokens[index].long().to(logprobs.device)
-    original = reference.logprobs[index].to(logprobs)
-    return (original.exp() * (original - _coarse(logprobs, tokens))).sum(-1)
+    return _divergence(reference.tokens[index], reference.logprobs[index], logprobs)
+
+
+def _divergence(
+    tokens: Int[Tensor, "token kept"], original: Float[Tensor, "token kept_and_rest"],
+    logprobs: Float[Tensor, "token vocab"],
+) -> Float[Tensor, " token"]:  # fmt: skip
+    original = original.to(logprobs)
+    return (original.exp() * (original - _coarse(logprobs, tokens.long().to(logprobs.device)))).sum(-1)
 
 
 @torch.inference_mode()
-def distributions(
-    handle: Handle, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], tick: Tick
-) -> Iterator[tuple[int, Float[Tensor, "token vocab"]]]:
-    """(row, log-probabilities at its answer positions) for every row, in float32."""
+def read_each(
+    handle: Handle, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], read: Callable[..., Read],
+    beside: Sequence[Any], tick: Tick = untold,
+) -> list[Read]:  # fmt: skip
+    """What a function makes of the log-probabilities at the answer positions of every row.
+
+    Args:
+        handle: the model that reads the rows.
+        rows: token ids, without the last one of the answer.
+        wanted: token ids of the answer that each row ends with.
+        read: read(log-probabilities [token, vocab] in float32, answer, beside); of a module, as it may go to workers.
+        beside: what `read` needs besides, for each row.
+        tick: told how many rows are read.
+
+    Raises:
+        NonFiniteError: when logits are NaN or infinite.
+    """
     if not rows:
-        return
+        return []
+    if handle.workers is not None:
+        columns = (rows, wanted, beside)
+        lengths = [len(row) for row in rows]
+        return spread(handle, _read_shard, read, lengths, lambda part: [[x[i] for i in part] for x in columns], tick)
+    found: dict[int, Read] = {}
     longest = max(map(len, wanted))
     prefix = share_prefix(handle, rows, keep=longest)
 
@@ -160,8 +184,14 @@ def distributions(
                 own = logits[place, -len(wanted[index]) :].float().log_softmax(-1)
                 if not own.isfinite().any(-1).all() or own.isnan().any():
                     raise NonFiniteError(f"model {handle.source}: logits are NaN or infinite; try --dtype float32")
-                yield index, own
+                found[index] = read(own, wanted[index], beside[index])
             tick(len(part))
+    return [found[i] for i in range(len(rows))]
+
+
+def _read_shard(handle: Handle, read: Callable[..., Read], call: tuple[Any, Any, Any]) -> list[Read]:
+    rows, wanted, beside = call
+    return read_each(handle, rows, wanted, read, beside)
 
 
 def _coarse(

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, median
 
+from jaxtyping import Float
+from torch import Tensor
+
 from abliterate.common.reporting import Tick, untold
 from abliterate.measure.decode import Answer
-from abliterate.measure.divergence import distributions, summed_loss
+from abliterate.measure.divergence import read_each, summed_loss
 from abliterate.models.handle import Handle
 
 OTHERS = 2  # prompts that an answer is put behind besides its own
@@ -45,12 +48,14 @@ def relevances(
         for prompt in before:
             rows.append([*prompt, *own[:-1]])
             tokens.append(own)
-    losses = [0.0] * len(rows)
-    for index, logprobs in distributions(handle, rows, tokens, tick):
-        losses[index] = summed_loss(logprobs, tokens[index]) / len(tokens[index])
+    losses = read_each(handle, rows, tokens, _loss, [None] * len(rows), tick)
     each = len(rows) // len(looked) if looked else 1
     found = {i: fmean(losses[n * each + 1 : (n + 1) * each]) - losses[n * each] for n, i in enumerate(looked)}
     return [found.get(i, float("inf")) for i in wanted]
+
+
+def _loss(logprobs: Float[Tensor, "token vocab"], answer: Sequence[int], _: None) -> float:
+    return summed_loss(logprobs, answer) / len(answer)
 
 
 def _said(handle: Handle, answer: Answer) -> list[int]:

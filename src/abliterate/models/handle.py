@@ -46,6 +46,8 @@ class Handle:
         at_stream: an edit is one of the stream itself, at every site, in the place of what writes to it.
         notes: what loading found that people should know.
         folder: the folder, snapshot or converted GGUF that its weights were read from; None of one made in memory.
+        workers: where stages send their rows (`replicas`); None where this model runs them all.
+        edits: those attached to it, as they were attached.
     """
 
     model: Any
@@ -64,6 +66,8 @@ class Handle:
     at_stream: bool = False
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
+    workers: Any = None
+    edits: list[Edit] = field(default_factory=list)
 
     @cached_property
     def decoder(self) -> nn.Module:

@@ -18,6 +18,7 @@ from abliterate.run.opening import (
     check_lengths,
     judges,
     open_model,
+    open_pool,
     open_prompts,
     resolve_behaviour,
     say_judges,
@@ -43,6 +44,7 @@ def measure_models(
     settings, behaviour = resolve_behaviour(settings)
     for named in filter(None, (model, original)):
         check_here(named)
+    pool = open_pool(settings)
     sides = open_prompts(settings.prompts, settings.seed, behaviour)
     for note in sides.notes:
         reporter.say(note)
@@ -60,7 +62,7 @@ def measure_models(
         reporter.say(f"loading {source}")
         handle = None  # let go of the one before
         with clock.stage(f"load {label}"):
-            handle = open_model(source, settings.load)
+            handle = open_model(source, settings.load, pool)
         check_lengths(handle, sides)
         beside.check_lengths(handle)
         if not settings.beside.think:

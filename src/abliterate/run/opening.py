@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from abliterate.prompts.sets import Sides, load_sides
 from abliterate.prompts.switches import switched_off
 from abliterate.run.beside import Beside
 from abliterate.settings.run import LoadSettings, PromptSettings, RunSettings
+
+if TYPE_CHECKING:
+    from abliterate.workers.pool import Pool
 
 OPENING_TOKENS, LOOKED_AT = 16, 400  # of answers in which marks of reasoning are looked for, and what closes them
 
@@ -72,6 +75,7 @@ def opened(
     """
     clock = Clock()
     check_here(model)
+    pool = open_pool(settings)
     judge = judge or judges(settings, behaviour)
     second = second_judge(settings, behaviour)
     say_judges(settings, judge, second, reporter)
@@ -82,7 +86,9 @@ def opened(
         reporter.say(note)
     reporter.say(f"loading {model}")
     with clock.stage("load"):
-        handle = open_model(model, settings.load)
+        handle = open_model(model, settings.load, pool)
+    if pool is not None:
+        reporter.say(f"{pool.count} workers, each with a replica")
     for note in (described(handle), *handle.notes):
         reporter.say(note)
     check_lengths(handle, sides)
@@ -136,9 +142,27 @@ def resolve_behaviour(settings: RunSettings, reporter: Reporter | None = None) -
     return settings, behaviour
 
 
-def open_model(source: str, settings: LoadSettings) -> Handle:
-    """Load a model as the settings say."""
-    return load(source, **settings.model_dump())
+def open_model(source: str, settings: LoadSettings, pool: Pool | None = None) -> Handle:
+    """Load a model as the settings say, on the workers too where there are some."""
+    handle = load(source, **settings.model_dump())
+    if pool is not None:
+        pool.replicate(handle, settings.model_dump())
+    return handle
+
+
+def open_pool(settings: RunSettings) -> Pool | None:
+    """The workers that the settings ask for, None where they ask for none.
+
+    Raises:
+        AbliterateError: any that starting them gives.
+    """
+    if settings.workers is None and settings.ray is None:
+        return None
+    if settings.load.tensor_parallel:
+        raise AbliterateError("--tensor-parallel spreads one model, --workers and --ray make several; take one of them")
+    from abliterate.workers.pool import Pool
+
+    return Pool(settings.workers, settings.ray)
 
 
 def open_prompts(settings: PromptSettings, seed: int, behaviour: Behaviour | None = None) -> Sides:

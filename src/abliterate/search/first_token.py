@@ -8,14 +8,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.common.reporting import untold
 from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
 from abliterate.models.memory import in_parts
+from abliterate.models.replicas import spread
 
 
 @torch.inference_mode()
 def first_token(handle: Handle, ids: Sequence[Sequence[int]], *, batch_size: int = 32) -> Float[Tensor, "prompt vocab"]:
     """Log-probabilities of the first answer token of each prompt, float32, on the CPU."""
+    if handle.workers is not None:
+        lengths = [len(row) for row in ids]
+        return torch.stack(
+            spread(handle, _first_shard, batch_size, lengths, lambda part: [ids[i] for i in part], untold)
+        )
     rows: list[Tensor | None] = [None] * len(ids)
     prefix = share_prefix(handle, ids)
 
@@ -28,6 +35,10 @@ def first_token(handle: Handle, ids: Sequence[Sequence[int]], *, batch_size: int
             for place, index in enumerate(part):
                 rows[index] = logprobs[place]
     return torch.stack([row for row in rows if row is not None])
+
+
+def _first_shard(handle: Handle, batch_size: int, ids: list[list[int]]) -> list[Float[Tensor, " vocab"]]:
+    return list(first_token(handle, ids, batch_size=batch_size))
 
 
 def refusal_weights(

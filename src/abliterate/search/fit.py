@@ -15,16 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
 from operator import itemgetter
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.errors import AbliterateError, NonFiniteError
-from abliterate.common.reporting import SILENT, Reporter, each, untold
+from abliterate.common.reporting import SILENT, Reporter, untold
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import reference_of
@@ -33,17 +31,15 @@ from abliterate.measure.judges import Judge
 from abliterate.measure.verdicts import Panel
 from abliterate.measure.wordings import Wordings, learn_wordings
 from abliterate.models.handle import Handle
-from abliterate.models.memory import halved, out_of_memory
 from abliterate.search import objectives
 from abliterate.search.examples import Examples
 from abliterate.search.fit_settings import FitSettings
 from abliterate.search.fit_state import FitState
 from abliterate.search.frontier import FrontierPoint, non_dominated
-from abliterate.search.packed import Packer
+from abliterate.search.goal import Goal, Term
 from abliterate.search.points import PointJudge, panel_of
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
 from abliterate.search.starts import Start, starts, wider
-from abliterate.search.variable_edit import VariableEdit
 
 UNIT = 0.05  # nats of divergence that count as much as one unit of the stand-in for refusing
 STARTING_STRENGTH = 0.9  # of a start in few blocks
@@ -197,7 +193,6 @@ class _Job:
             [a.whole for a in (*train.refusals, *train.over_refusals)],
             [a.whole for a in train.answers],
         )
-        self.passes = 1  # that a step is cut into; more where memory doesn't hold it whole
         self.known = len(self.refusing.rows)  # rows after these are refusals in other words
         count = settings.baseline_prompts
         staying = reference_of(handle, train.baseline[:count], train.answers[:count], tokens=settings.answer_tokens)
@@ -212,14 +207,11 @@ class _Job:
     def _open(self, blocks: range) -> None:
         """Make these blocks' writers variables, at what the state says of them."""
         self.blocks, settings, state = blocks, self.settings, self.state
-        self.variables = VariableEdit(self.handle, blocks, settings.rank, self.kept, settings.seed)
-        sides = [self.refusing.rows[: self.known], self.staying.rows, *(s.rows for _, s in self.also)]
-        self.packer = Packer(self.handle, [row for side in sides for row in side], blocks[0])
-        ends = list(accumulate(map(len, sides), initial=0))
-        self.rows = [list(range(*ends_of)) for ends_of in pairwise(ends)]
-        rest = iter(self.refusing.rows[self.known :])
-        for prompts, _ in state.others:
-            self.rows[0] += self.packer.add(list(islice(rest, len(prompts))))
+        self.goal = Goal(
+            self.handle, [self.refusing, self.staying, *(stand_in for _, stand_in in self.also)], self.known, blocks,
+            settings.rank, self.kept, settings.seed, [len(prompts) for prompts, _ in state.others],
+        )  # fmt: skip
+        self.variables = self.goal.variables
         vectors, strengths = self.variables.vectors, self.variables.strengths
         self.optimiser = torch.optim.Adam(
             [
@@ -255,34 +247,14 @@ class _Job:
 
     def _tried(self, tried: Sequence[Start], reporter: Reporter) -> list[tuple[float, Start]]:
         """Each start with its loss, where that is finite."""
-        losses = [(self._loss_at(start), start) for start in each(reporter, "choosing where to start", tried)]
-        return [(loss, start) for loss, start in losses if math.isfinite(loss)]
-
-    @torch.no_grad()
-    def _loss_at(self, start: Start) -> float:
-        self._put(start, 1.0)
-        return self._passed(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0)
-
-    def _passed(self, *batch: Any) -> float:
-        """The objective on one batch, its gradients where wanted; what memory doesn't hold is cut into more passes."""
-        while True:
-            self.optimiser.zero_grad()
-            try:
-                return sum(self._pass(*batch, part) for part in range(self.passes))
-            except (RuntimeError, MemoryError) as error:
-                if self.packer.checkpointing or not out_of_memory(error):
-                    halved(self.handle, self.settings.baseline_batch // self.passes, error)
-                    self.passes *= 2
-                self.packer.checkpointing = True  # tried first: its result is the same, bit for bit
-
-    def _pass(self, *batch: Any) -> float:
-        with self.variables.live():  # backward may run blocks again: hooks stay until it is done
-            loss = self._loss(*batch)
-            if torch.is_grad_enabled():
-                if not bool(loss.isfinite()):
-                    raise self._not_finite()
-                loss.backward()
-        return loss.item()
+        values = []
+        for start in tried:
+            self._put(start, 1.0)
+            values.append((self.variables.vectors.detach().clone(), self.variables.strengths.detach().clone()))
+        terms = self._terms(self.settings.weights[0], START_PROMPTS, START_PROMPTS, 0)
+        tick = reporter.progress("choosing where to start", len(tried))
+        losses = self.goal.losses(terms, self.settings.sparsity, values, tick)
+        return [(loss, start) for loss, start in zip(losses, tried, strict=True) if math.isfinite(loss)]
 
     def _put(self, start: Start, strength: float) -> None:
         self.variables.put(start.directions[self.blocks.start : self.blocks.stop], strength, start.blocks)
@@ -299,7 +271,9 @@ class _Job:
         while state.step < until:
             for group, base in zip(self.optimiser.param_groups, self._rates(), strict=True):
                 group["lr"] = base
-            self._passed(weight, settings.target_batch, settings.baseline_batch, state.step)
+            terms = self._terms(weight, settings.target_batch, settings.baseline_batch, state.step)
+            if not math.isfinite(self.goal.descend(terms, settings.sparsity)):
+                raise self._not_finite()
             self.optimiser.step()
             self.variables.keep_in_bounds(settings.max_strength)
             state.step += 1
@@ -315,23 +289,13 @@ class _Job:
         factor = (1 - 0.67 * first) * max(0.3, 1 - 0.7 * rest)
         return factor * settings.rate / self.handle.d_model**0.5, factor * settings.rate / 2
 
-    def _loss(self, weight: float, targets: int, baselines: int, step: int, part: int) -> Float[Tensor, ""]:
-        """The objective on one batch, with the edit live; of several passes, what `part` adds to it."""
-        refusing = self._refusing_batch(targets, step)
-        batches: list[tuple[float, StandIn, list[int], list[int]]] = [(weight, self.refusing, self.rows[0], refusing)]
-        batches.append((1 / UNIT, self.staying, self.rows[1], self._batch(1, baselines, step)))
-        for place, (own_weight, stand_in) in enumerate(self.also, start=2):
-            batches.append((own_weight, stand_in, self.rows[place], self._batch(place, targets, step)))
-        parts = [picked[part :: self.passes] for *_, picked in batches]
-        wanted = [rows[i] for (_, _, rows, _), picked in zip(batches, parts, strict=True) for i in picked]
-        logprobs = self.packer.logprobs(wanted) if wanted else []
-        total = self.settings.sparsity / self.passes * self.variables.strengths.mean()
-        for (factor, stand_in, _, whole), picked in zip(batches, parts, strict=True):
-            if picked:
-                own, logprobs = logprobs[: len(picked)], logprobs[len(picked) :]
-                share = factor * (len(picked) / len(whole))  # its loss is a mean over rows
-                total = total + share * stand_in.loss(picked, own).to(total.device)
-        return total
+    def _terms(self, weight: float, targets: int, baselines: int, step: int) -> list[Term]:
+        """The objective on one batch."""
+        return [
+            Term(0, weight, self._refusing_batch(targets, step)),
+            Term(1, 1 / UNIT, self._batch(1, baselines, step)),
+            *(Term(which, own, self._batch(which, targets, step)) for which, (own, _) in enumerate(self.also, start=2)),
+        ]
 
     def _refusing_batch(self, size: int, step: int) -> list[int]:
         """Half of the batch are refusals in other words, where there are any."""
@@ -341,7 +305,7 @@ class _Job:
         return known + [self.known + i for i in _draw(other, share, step, self.settings.seed, 7)]
 
     def _batch(self, which: int, size: int, step: int) -> list[int]:
-        count = self.known if which == 0 else len(self.rows[which])
+        count = self.known if which == 0 else len(self.goal.stand_ins[which].rows)
         return _draw(count, min(size, count), step, self.settings.seed, which)
 
     def look_for_other_refusals(self, reporter: Reporter) -> int:
@@ -386,7 +350,7 @@ class _Job:
     def _take_in_more(self, prompts: list[list[int]], answers: Sequence[Answer]) -> None:
         openings = [a.whole[:REFUSAL_TOKENS] for a in answers][: len(prompts)]
         self.state.others.append((prompts, openings))
-        self.rows[0] += self.packer.add(self.refusing.add(prompts, openings))
+        self.goal = self.goal.with_more(prompts, openings)
 
 
 def _draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:

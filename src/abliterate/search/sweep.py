@@ -21,6 +21,7 @@ from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.outputs import adding, changed
+from abliterate.models.replicas import alone
 from abliterate.models.writers import SITES, find_writers, layout
 from abliterate.search import objectives
 from abliterate.search.first_token import first_token, first_token_divergence, refusal_log_odds, refusal_weights
@@ -270,7 +271,7 @@ def _added(handle: Handle, place: Place, vector: Float[Tensor, " d_model"]) -> I
     before = place.layer - (place.site == "pre")
     after = handle.blocks[before] if before >= 0 else handle.embedding
     # at `mid`, what reads the stream there sees the vector, and the block hands it on
-    with changed([(after, plus)], [(reader, plus)] if reader is not None else []):
+    with alone(handle), changed([(after, plus)], [(reader, plus)] if reader is not None else []):
         yield
 
 

@@ -58,6 +58,11 @@ class VariableEdit:
         if blocks is not None:
             self.strengths[[w.layer not in blocks for w in self.writers]] = 0.0
 
+    @torch.no_grad()
+    def put_values(self, vectors: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Variables at these values; returns the variables."""
+        return self.vectors.copy_(vectors), self.strengths.copy_(strengths)
+
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
         """The edit as hooks whose directions and strengths carry gradients."""

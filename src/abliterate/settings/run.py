@@ -169,6 +169,15 @@ class RunSettings(Stage):
         "What must not change: a file of prompts, or a recipe or safetensors file of directions.",
         panel=SearchSettings.panel,
     )
+    # no part of what a run says of itself: any number of workers gives the same
+    workers: int | None = option(
+        None, "Processes with a replica of the model each that share the work, here or on the cluster of --ray.",
+        panel=LoadSettings.panel, ge=1, exclude=True,
+    )  # fmt: skip
+    ray: str | None = option(
+        None, "HOST:PORT of a Ray cluster that this machine belongs to; workers run there (docs/scale.md).",
+        panel=LoadSettings.panel, exclude=True,
+    )  # fmt: skip
     load: LoadSettings = Field(default_factory=LoadSettings)
     prompts: PromptSettings = Field(default_factory=PromptSettings)
     collect: CollectSettings = Field(default_factory=CollectSettings)
