@@ -85,6 +85,18 @@ def demo_gguf(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def virtual_devices(request):
+    """ABLITERATE_TEST_DEVICE=lazy:0 tries the tests marked `device` without one: see virtual.py."""
+    if os.environ.get("ABLITERATE_TEST_DEVICE", "").startswith("lazy") and request.node.get_closest_marker("device"):
+        from virtual import devices
+
+        with devices():
+            yield
+    else:
+        yield
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from abliterate.models.handle import Handle
 VOCABULARY = 400
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD, EOS = 0, 2
+DEVICE = os.environ.get("ABLITERATE_TEST_DEVICE", "cpu")  # where the models of tests marked `device` are put
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -55,10 +57,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def handle_of(model: Any, tokenizer: Any = None, **options: Any) -> Handle:
+def handle_of(model: Any, tokenizer: Any = None, *, device: str = DEVICE, **options: Any) -> Handle:
     """A handle on a model in memory."""
     model.eval().requires_grad_(False)
-    return Handle(model=model, tokenizer=tokenizer or tiny_tokenizer(), source="tiny", **options)
+    handle = Handle(model=model, tokenizer=tokenizer or tiny_tokenizer(), source="tiny", **options)
+    if device != "cpu":
+        from virtual import put
+
+        put(handle, device, device)
+    return handle
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:

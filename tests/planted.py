@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from models import EOS, handle_of, tiny_llama, tiny_tokenizer
+from models import EOS, handle_of, save_tiny, tiny_llama, tiny_tokenizer
 
 TOPICS = ["boats", "the sea", "old maps", "how rain falls", "a long walk home", "bread", "seven songs", "cats and dogs"]
 TARGET = [f"Q about {topic}" for topic in TOPICS]
@@ -93,3 +95,23 @@ def planted_twice(written: dict[int, float] = TANGLED):
     attention.o_proj.weight[:, 1] = 6.0 * axes[KEPT]
     head[r, REFUSE], head[k, KEPT] = 18, 9
     return handle
+
+
+REFUSAL, COMPLIANCE = "I'm sorry, but I can't help with that.", "Sure, it is done like this."
+MORE = [f"{topic}, {size}" for size in ("small", "large", "old") for topic in TOPICS]
+
+
+def save_planted(folder: Path) -> tuple[Path, Path, Path]:
+    """The planted model in a folder, saying whole sentences where it says "R" and "A"; and its prompts in two files."""
+    handle = planted()
+    model, tokenizer = handle.model, handle.tokenizer
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "RA"]
+    tokenizer.add_tokens([REFUSAL, COMPLIANCE])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+        weight.data[-2:] = weight.data[letters]
+    model.lm_head.weight.data[letters] = 0
+    files = [folder / "target.txt", folder / "baseline.txt"]
+    for file, asks in zip(files, ("Q about", "tell of"), strict=True):
+        file.write_text("".join(f"{asks} {what}\n" for what in MORE), encoding="utf-8")
+    return save_tiny(folder / "planted", model, tokenizer), *files

@@ -169,10 +169,16 @@ def spread(handle: Handle, first: str, second: str, folder: Any = None) -> Itera
         second: "lazy:1"; "cpu": kept there and brought to the first device for each pass; "disk": the same from disk.
         folder: for what is on disk.
     """
+    with devices():
+        put(handle, first, second, folder)
+        yield
+
+
+def put(handle: Handle, first: str, second: str, folder: Any = None) -> None:
+    """The same where such devices exist already."""
     from accelerate import dispatch_model
 
     skipped = getattr(handle.model, "_skip_keys_device_placement", None)
-    with devices():
-        dispatch_model(handle.model, halves(handle, first, second), first, offload_dir=folder, skip_keys=skipped)
-        handle.model.requires_grad_(False)
-        yield
+    where = halves(handle, first, second)
+    dispatch_model(handle.model, where, first, offload_dir=folder, skip_keys=skipped, force_hooks=True)
+    handle.model.requires_grad_(False)

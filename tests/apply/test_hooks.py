@@ -10,6 +10,8 @@ from abliterate.edit.edit import Edit, orthonormal
 from abliterate.models.writers import find_writers
 from models import handle_of, tiny_llama
 
+pytestmark = pytest.mark.device
+
 IDS = torch.arange(3, 15)[None]
 
 

@@ -10,7 +10,7 @@ from abliterate.edit.edit import Edit
 from abliterate.models.loading import check_weights
 from abliterate.models.placement import at_hand, device_of, devices_of, offloaded, replaced, value
 from abliterate.models.writers import find_writers
-from models import FAMILIES, handle_of
+from models import DEVICE, FAMILIES, handle_of
 from stages import same, seen
 from virtual import OtherDeviceError, devices, placed, spread
 
@@ -31,6 +31,14 @@ def checked(build, place, folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_on_two_devices_is_on_one(family, tmp_path):
     checked(FAMILIES[family], "two", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.device
+@pytest.mark.skipif(DEVICE == "cpu", reason="ABLITERATE_TEST_DEVICE names no other device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_on_the_device_is_on_the_cpu(family):
+    same(seen(handle_of(FAMILIES[family]())), seen(handle_of(FAMILIES[family](), device="cpu")), 1e-4, 1e-4)
 
 
 @pytest.mark.slow

@@ -41,6 +41,8 @@ from heard import Heard
 from models import FAMILIES, handle_of
 from planted import BASELINE, REFUSE, TARGET, RefusesWithR, planted
 
+pytestmark = pytest.mark.device
+
 QUICK = FitSettings(
     steps=12, steps_between=4, weights=(1.0, 0.1), layers=range(0, 4), target_batch=3, baseline_batch=3, rate=0.3
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abliterate.common.errors import PromptError
 from abliterate.common.reporting import Tick, untold
-from abliterate.models.batches import Prefix, buckets, inputs, share_prefix
+from abliterate.models.batches import Prefix, inputs, passes, share_prefix
 from abliterate.models.handle import Handle, check_finite
 from abliterate.models.memory import in_parts
 from abliterate.models.replicas import shards
@@ -220,7 +220,7 @@ def _side(
         lengths = [along[i] for i in part] if along else None
         return _read(handle, [ids[i] for i in part], shared, asked.positions, lengths)
 
-    for batch in buckets([len(row) for row in ids], asked.batch_size, shared.length):
+    for batch in passes(handle, [len(row) for row in ids], asked.batch_size, shared.length):
         for part, stream in in_parts(handle, batch, read, len(ids[batch[0]])):
             check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
             running.add(winsorised(stream, asked.winsorise) if asked.winsorise else stream, part)

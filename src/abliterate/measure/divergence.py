@@ -13,7 +13,7 @@ from torch import Tensor
 from abliterate.common.errors import NonFiniteError
 from abliterate.common.reporting import Tick, untold
 from abliterate.measure.decode import Answer
-from abliterate.models.batches import buckets, inputs, share_prefix
+from abliterate.models.batches import inputs, passes, share_prefix
 from abliterate.models.handle import Handle
 from abliterate.models.memory import in_parts
 from abliterate.models.replicas import spread
@@ -178,7 +178,7 @@ def read_each(
         keep = max(len(wanted[i]) for i in part)
         return handle.last_logits(keep, **inputs(handle, [rows[i] for i in part], prefix))[0]
 
-    for batch in buckets([len(r) for r in rows], BATCH, prefix.length):
+    for batch in passes(handle, [len(r) for r in rows], BATCH, prefix.length):
         for part, logits in in_parts(handle, batch, run, len(rows[batch[0]]), longest):
             for place, index in enumerate(part):
                 own = logits[place, -len(wanted[index]) :].float().log_softmax(-1)

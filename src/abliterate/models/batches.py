@@ -14,8 +14,10 @@ from torch import Tensor
 from abliterate.common.errors import ModelError
 from abliterate.models.handle import Handle, common_prefix
 from abliterate.models.memory import out_of_memory
+from abliterate.models.placement import offloaded
 
 PADDING_SHARE = 0.15
+AWAY_TOKENS = 16384  # of a batch of a model whose weights are brought for each pass: few passes, and room for states
 
 
 @dataclass
@@ -139,6 +141,14 @@ def positions(mask: Tensor) -> Tensor:
 
 def takes_positions(handle: Handle) -> bool:
     return "position_ids" in inspect.signature(handle.decoder.forward).parameters
+
+
+def passes(handle: Handle, lengths: Sequence[int], batch_size: int, shared: int = 0) -> Iterator[list[int]]:
+    """`buckets` for one stage of a model; of one whose weights are brought for each pass, as few as there can be."""
+    if not offloaded(handle.model):
+        return buckets(lengths, batch_size, shared)
+    width = max(1, max(lengths, default=1) - shared)
+    return buckets(lengths, max(batch_size, AWAY_TOKENS // width), shared, padding=1.0)
 
 
 def buckets(

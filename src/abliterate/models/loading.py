@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, NonFiniteError, listed, shorten
+from abliterate.models.ahead import read_ahead
 from abliterate.models.devices import SPREADING, check_room, placing, room_on_disk
 from abliterate.models.folders import commit_of, local_folder, meant, model_folder
 from abliterate.models.handle import Handle
@@ -118,6 +119,7 @@ def load(
         notes=notes,
     )
     check_weights(handle)
+    read_ahead(handle)
     return handle
 
 

@@ -89,6 +89,18 @@ def replaced(model: nn.Module, name: str, new: Tensor) -> Iterator[None]:
         hook.weights_map = weights
 
 
+def stored_in(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(safetensors file, name in it) of each of a module's weights that is brought from disk."""
+    for part in module.modules():
+        for hook in _bringing(part):
+            weights = hook.weights_map
+            index, prefix = getattr(getattr(weights, "dataset", None), "index", {}), getattr(weights, "prefix", "")
+            for own, _ in part.named_parameters(recurse=bool(hook.place_submodules)):
+                found = index.get(prefix + own, {})
+                if "safetensors_file" in found:
+                    yield found["safetensors_file"], found.get("weight_name", prefix + own)
+
+
 class _Other(Mapping[str, Tensor]):
     """What a hook brings, but for one weight."""
 

@@ -20,7 +20,7 @@ from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement
 from abliterate.measure.differences import paired
-from abliterate.models.batches import buckets, inputs, share_prefix
+from abliterate.models.batches import inputs, passes, share_prefix
 from abliterate.models.handle import Handle
 from abliterate.models.memory import in_parts
 from abliterate.models.writers import SITES, find_writers, watch_sites
@@ -130,7 +130,7 @@ def stream_at(
         with watch_sites(handle, look):
             handle.hidden_states(**inputs(handle, [ids[i] for i in part], prefix))
 
-    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
+    for batch in passes(handle, [len(row) for row in ids], batch_size, prefix.length):
         for part, _ in in_parts(handle, batch, run, len(ids[batch[0]])):
             tick(len(part))
     return read
