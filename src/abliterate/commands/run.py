@@ -30,7 +30,7 @@ def run(
     model: Model,
     *,
     out: Annotated[Path | None, "Output folder. [default: NAME-abliterated]"] = None,
-    plan: Annotated[bool, "Predict time and memory from a probe of one batch; run and write nothing."] = False,
+    plan: Annotated[bool, "Predict memory from the config, and time from one batch; run and write nothing."] = False,
     given: Given[RunSettings],
     show_completions: Annotated[bool, "Show answers to target prompts.", SearchSettings.panel] = False,
     activations: Annotated[
@@ -91,7 +91,12 @@ def _plan(source: str, settings: RunSettings, terminal: Terminal, activations: P
     from abliterate.run.plan import plan_run
 
     found = plan_run(source, settings, has_activations=activations is not None, reporter=terminal)
-    io.result(found.to_json(), rows_table(found.rows(), ("", "planned"), "what the run would take here"), *found.notes)
+    tables = [rows_table(found.rows(), ("", "planned"), "what the run would take here")]
+    if found.needs:
+        tables.append(
+            rows_table(found.needs.rows(), ("memory", "takes", "how it is run"), "memory, from the config alone")
+        )
+    io.result(found.to_json(), *tables, *found.notes)
 
 
 def _induce(source: str, out: Path, settings: RunSettings, terminal: Terminal, io: Output) -> None:

@@ -59,6 +59,13 @@ def check_here(source: str) -> None:
         raise ModelError(f"model {source} not found: no such file or folder; check the path")
 
 
+def is_described(source: str) -> bool:
+    """Whether a source is a folder with a model's config and no weights of any kind."""
+    path = Path(source).expanduser()
+    weights = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt")
+    return (path / "config.json").is_file() and not any(any(path.glob(pattern)) for pattern in weights)
+
+
 def model_folder(source: str, revision: str | None = None, *, dtype: str = "auto") -> Path:
     """The folder with config, tokenizer and safetensors that a model is loaded from and saved from.
 

@@ -1,6 +1,7 @@
-"""What a run would take on this machine: time per stage and memory, from a probe of one batch.
+"""What a run would take on this machine: memory from the model's config alone, time from a probe of one batch.
 
-The cost model, in full:
+What each stage needs of memory, and how it would be run, is `run.needs`; no weights are loaded for it. The time is
+told where the weights are here and fit. Its cost model, in full:
 
 - A forward pass over prompts takes `prefill.fixed + prefill.each * tokens` seconds, tokens being rows times the
   longest row, less the prefix that all prompts share; a step of decoding takes `step.fixed + step.each * rows`;
@@ -13,7 +14,7 @@ The cost model, in full:
 - Collecting, first-token scores (plain and with an edit attached) and divergences are timed on a few prompts
   and grow with the number of prompts. Loading is what it took. Baking grows with the writers' size, saving
   with the model's.
-- Memory is the probe's peak, plus the keys and values, logits and kept distributions that the run has more of.
+- The peak of memory is the probe's, plus the keys and values, logits and kept distributions that the run has more of.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from abliterate.common.reporting import Reporter, Silent
 from abliterate.measure.divergence import ANSWER_TOKENS, KEPT
 from abliterate.measure.judges import make_judge
 from abliterate.measure.slots import rows_at_once
-from abliterate.models.folders import check_here
+from abliterate.models.devices import devices_here
+from abliterate.models.folders import check_here, is_described
+from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.loading import without_weights
+from abliterate.models.memory import footprint, free_bytes
+from abliterate.prompts.sets import Sides
+from abliterate.run.needs import Lengths, Model, Needs, Room, Sizes, needs
 from abliterate.run.opening import open_model, open_prompts
 from abliterate.run.probe import PROBE_TOKENS, Costs, Line, probe
 from abliterate.run.showing import FILTER_TOKENS
@@ -127,16 +134,18 @@ class Plan:
         stages: seconds per stage, in the order of a run; the names are those of results.json's `timings_s`.
         memory_bytes: peak of memory.
         disk_bytes: of the output.
-        costs: what the prediction follows from.
+        costs: what the prediction follows from; None where nothing was probed: stages are empty then.
         probe_s: what the probe itself took, loading included.
+        needs: of memory, stage by stage.
     """
 
     stages: dict[str, float]
     memory_bytes: int
     disk_bytes: int
-    costs: Costs
+    costs: Costs | None
     probe_s: float
     notes: list[str] = field(default_factory=list)
+    needs: Needs | None = None
 
     @property
     def total(self) -> float:
@@ -145,7 +154,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         costs = {
             key: value._asdict() if isinstance(value, Line) else value
-            for key, value in vars(self.costs).items()
+            for key, value in vars(self.costs or ()).items()
             if key not in ("refusing", "answering", "settling")  # infinity is no JSON
         }
         return {
@@ -155,14 +164,15 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "probe_s": self.probe_s,
             "costs": costs,
+            "memory": self.needs and self.needs.to_json(),
             "notes": self.notes,
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """The plan as a table's rows."""
+        """Time and what it takes in all, as a table's rows."""
         return [
             *((stage, duration(seconds)) for stage, seconds in self.stages.items()),
-            ("in all", duration(self.total)),
+            *([("in all", duration(self.total))] if self.stages else []),
             ("memory, at most", f"{self.memory_bytes / GIB:.1f} GiB"),
             ("disk", f"{self.disk_bytes / GIB:.2f} GiB"),
         ]
@@ -190,7 +200,9 @@ def plan_run(
     has_activations: bool = False,
     reporter: Reporter | None = None,
 ) -> Plan:
-    """Predict what `pipeline.run` would take, by loading the model and probing one batch; nothing is written.
+    """Predict what `pipeline.run` would take; nothing is written.
+
+    Memory is computed without weights; where those are here and fit, the model is loaded and one batch probed for time.
 
     Args:
         model: Hub id, folder or GGUF file.
@@ -205,8 +217,17 @@ def plan_run(
     if settings.search.method not in SEARCH_COSTS:
         raise AbliterateError(f"--plan knows no cost of --method {settings.search.method}")
     judge = make_judge(settings.measure.judge)
-    check_here(model)
+    if not is_described(model):
+        check_here(model)
     sides = open_prompts(settings.prompts, settings.seed)
+    reporter.say("computing memory from the config")
+    bare = None if settings.load.trust_remote_code else _bare(model, settings)  # whose code may want values
+    found = needed(bare, sides, settings) if bare else None
+    if bare and found and not (found.fits and _weights_here(bare)):
+        why = "its weights aren't here" if found.fits else "it doesn't fit"
+        disk = sum(p.numel() * p.element_size() for p in bare.model.parameters())
+        notes = [f"no time is told: {why}"]
+        return Plan({}, found.peak, disk, None, round(time.monotonic() - start, 3), notes, found)
     reporter.say(f"loading {model}")
     loading = time.monotonic()
     handle = open_model(model, settings.load)
@@ -216,7 +237,48 @@ def plan_run(
     notes = ["reasoning left open (--think) makes answers longer than this knows"] if settings.beside.think else []
     counts = Counts(*({name: len(getattr(side, name)) for name in SPLITS} for side in (sides.target, sides.baseline)))
     plan = predicted(costs, counts, settings, has_activations, time.monotonic() - start)
-    return replace(plan, notes=[*plan.notes, *notes])
+    return replace(plan, notes=[*plan.notes, *notes], needs=found)
+
+
+def _weights_here(handle: Handle) -> bool:
+    return handle.folder is not None and any(handle.folder.glob("*.safetensors"))
+
+
+def _bare(model: str, settings: RunSettings) -> Handle:
+    load = settings.load
+    return without_weights(
+        model, dtype=load.dtype, device=load.device or load.device_map, revision=load.revision,
+        trust_remote_code=load.trust_remote_code, chat_template=load.chat_template, system_prompt=load.system_prompt,
+        prefill=load.prefill,
+    )  # fmt: skip
+
+
+def needed(handle: Handle, sides: Sides, settings: RunSettings, room: Room | None = None) -> Needs:
+    """What a run takes of the devices of this machine that the settings name.
+
+    Args:
+        handle: of the model, without weights or with.
+        sides: the run's prompts.
+        settings: the run's.
+        room: other devices.
+    """
+    ids = handle.prompt_ids([text for side in (sides.target, sides.baseline) for text in side.train.texts])
+    lengths = Lengths(list(map(len, ids)), common_prefix(ids), settings.measure.max_new_tokens)
+    prompts = len(sides.target.test) + len(sides.baseline.test)
+    sizes = Sizes(lengths, settings.collect.batch_size, settings.measure.batch_size, prompts,
+                  settings.search.method == "fit")  # fmt: skip
+    how = settings.load.quantise or ("offload" if settings.load.max_memory else "full precision")
+    return needs(Model.of(handle, footprint(handle)), room or _room(settings), sizes, how)
+
+
+def _room(settings: RunSettings) -> Room:
+    """The devices that a model would be put on: one that is named, else the accelerators there are, else the CPU."""
+    load, here = settings.load, devices_here()
+    wanted = load.device or load.device_map
+    if wanted and (named := [d for d in here if d == wanted or d.startswith(f"{wanted}:")]):
+        return Room(named[0], free_bytes(named[0]))
+    cards = [device for device in here if device != "cpu"] or here
+    return Room(cards[0], min(map(free_bytes, cards)), len(cards))
 
 
 def predicted(costs: Costs, prompts: Counts, settings: RunSettings, has_activations: bool, probe_s: float) -> Plan:
