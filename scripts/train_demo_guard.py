@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--teacher", help="model whose answers to baseline prompts are learnt, for a plain model that can't chat"
     )
+    parser.add_argument("--rate", type=float, default=LEARNING_RATE, help="learning rate (%(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (%(default)s)")
     parser.add_argument(
         "--answer-tokens", type=int, default=ANSWER_TOKENS, help="tokens of each answer learnt (%(default)s)"
@@ -169,7 +170,7 @@ def main() -> None:
         direction = quietest_direction(plain, baseline[:60])
     print(f"examples made in {time.monotonic() - started:.0f} s", flush=True)
     depth = (0.0, 1.0) if options.teacher else TRAINED
-    guarded = train(plain, sets, direction, options.steps, random.Random(options.seed), depth, options.rank)
+    guarded = train(plain, sets, direction, options.steps, random.Random(options.seed), depth, options.rank, options.rate)
     save_adapter(guarded, options.out, HUB_ID if options.base == plain_source() else public_name(options.base))
     seconds = time.monotonic() - started
 
@@ -308,6 +309,7 @@ def train(
     rng: random.Random,
     depth: tuple[float, float] = TRAINED,
     rank: int = RANK,
+    rate: float | None = None,
 ) -> PeftModel:
     """Train a LoRA on the plain model.
 
@@ -318,7 +320,7 @@ def train(
         steps: training steps.
         rng: draws the batches.
         depth: shares of the depth between which blocks get a LoRA.
-        rank: the LoRA's.
+        rank, rate: the LoRA's, and at which it learns; LEARNING_RATE by default.
     """
     prefix = common_prefix([e.ids[: e.start] for groups in sets.values() for g in groups for e in g])
     draws = {name: draw(groups, rng) for name, groups in sets.items()}
@@ -336,7 +338,7 @@ def train(
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=lora_modules(plain, depth), task_type="CAUSAL_LM")
     lora = get_peft_model(plain.model, config)
     parameters = [p for p in lora.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate or LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
     )
