@@ -170,7 +170,8 @@ def main() -> None:
         direction = quietest_direction(plain, baseline[:60])
     print(f"examples made in {time.monotonic() - started:.0f} s", flush=True)
     depth = (0.0, 1.0) if options.teacher else TRAINED
-    guarded = train(plain, sets, direction, options.steps, random.Random(options.seed), depth, options.rank, options.rate)
+    rng, sizes = random.Random(options.seed), (options.rank, options.rate)
+    guarded = train(plain, sets, direction, options.steps, rng, depth, *sizes)
     save_adapter(guarded, options.out, HUB_ID if options.base == plain_source() else public_name(options.base))
     seconds = time.monotonic() - started
 
