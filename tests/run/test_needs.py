@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from itertools import cycle, islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,11 @@ def test_a_plan_tells_memory_without_weights(tiny_folder, tmp_path, monkeypatch)
     tight = abliterate("run", tiny_folder, "--plan", *SMALL)
     assert tight.code == 0 and "it doesn't fit" in tight.out
     assert list(tmp_path.iterdir()) == [bare]
+
+
+@pytest.mark.slow
+def test_the_table_of_docs_is_what_is_computed():
+    path = Path(__file__).parents[2] / "scripts" / "plan_table.py"
+    script = runpy.run_path(str(path))
+    page = script["PAGE"].read_text(encoding="utf-8")
+    assert script["page"](page) == page
