@@ -234,4 +234,4 @@ def test_a_footprint_without_weights_is_that_of_a_run(family):
 def test_a_model_without_a_twin_is_guessed(handle, monkeypatch):
     monkeypatch.setattr(memory, "twin", lambda _handle: 1 / 0)
     guessed = footprint(handle)
-    assert guessed.passing > 0 and guessed.logits == 400 * 12
+    assert guessed.passing > 0 and guessed.logits == 400 * 8

@@ -30,7 +30,7 @@ from abliterate.models.placement import devices_of
 
 USABLE = 0.8  # of what is free; the rest is for what isn't counted, such as buffers of matrix products
 ROWS, WIDTH = 2, 64  # of the passes measured: their tokens are few, and their difference is what a token takes
-LOGITS = 8  # bytes of a logit besides the model's own: widened to float32, and as log-probabilities
+WIDE = 4  # bytes of a float32
 SMALLER = "--quantise 4bit, a smaller --batch-size, or --max-memory, which brings weights from disk"
 _SAID = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 Item = TypeVar("Item")
@@ -201,7 +201,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _logit_bytes(handle: Handle) -> float:
-    return handle.vocabulary * (handle.dtype.itemsize + LOGITS)
+    item = handle.dtype.itemsize
+    return handle.vocabulary * (item + (WIDE if item < WIDE else 0) + WIDE)  # widened, and as log-probabilities
 
 
 def free_bytes(device: torch.device | str) -> float:

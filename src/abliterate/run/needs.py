@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from abliterate.directions.activations import MOST_POSITIONS
 from abliterate.measure.decode import BATCH, PREFILL_TOKENS
 from abliterate.measure.divergence import ANSWER_TOKENS
 from abliterate.measure.divergence import BATCH as COMPARED
@@ -20,6 +21,7 @@ from abliterate.measure.slots import rows_at_once
 from abliterate.models.batches import buckets
 from abliterate.models.handle import Handle
 from abliterate.models.memory import USABLE, Footprint, measured
+from abliterate.models.writers import SITES
 from abliterate.search.fit_settings import FitSettings
 from abliterate.search.packed import KEEPING, ROW_TOKENS
 
@@ -173,7 +175,9 @@ def _needs(model: Model, room: Room, sizes: Sizes, how: str) -> Needs:
     free, token, lengths = room.free - weights, model.footprint, sizes.lengths
     along = [length + ANSWER_TOKENS - 1 for length in lengths.prompts]
     shared = token._replace(cached=token.cached / room.count)
-    stages = {"collect": _batched(free, sizes.collected, lengths.prompts, lengths.shared, shared),
+    streams = len(SITES) * MOST_POSITIONS * model.state * model.blocks
+    read = streams if room.device == "cpu" else 0  # where they are put aside
+    stages = {"collect": _batched(free, sizes.collected, lengths.prompts, lengths.shared, shared, read=read),
               "decode": _decoding(free, sizes, shared),
               "divergence": _batched(free, COMPARED, along, lengths.shared, shared, ANSWER_TOKENS)}  # fmt: skip
     if sizes.fits:
@@ -182,12 +186,17 @@ def _needs(model: Model, room: Room, sizes: Sizes, how: str) -> Needs:
     return Needs(room, weights, stages, fits, how)
 
 
-def _batched(free: float, rows: int, lengths: Sequence[int], shared: int, token: Footprint, outputs: int = 0) -> Stage:
-    """The largest of the batches in which prompts of these lengths go through, or as much of it as fits."""
+def _batched(
+    free: float, rows: int, lengths: Sequence[int], shared: int, token: Footprint, outputs: int = 0, read: float = 0
+) -> Stage:
+    """The largest of the batches in which prompts of these lengths go through, or as much of it as fits.
+
+    Logits are wanted at `outputs` tokens of a row, and `read` bytes of it are put aside.
+    """
     taken = []
     for batch in buckets(lengths, rows, shared):
         width = lengths[batch[0]]
-        each = (width - shared) * token.passing + width * token.cached + outputs * token.logits
+        each = (width - shared) * token.passing + width * token.cached + outputs * token.logits + read
         most = max(1, min(len(batch), int(USABLE * max(0.0, free) // each)))
         taken.append((most * each, most))
     largest, most = max(taken)

@@ -154,7 +154,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         costs = {
             key: value._asdict() if isinstance(value, Line) else value
-            for key, value in vars(self.costs or ()).items()
+            for key, value in (vars(self.costs) if self.costs else {}).items()
             if key not in ("refusing", "answering", "settling")  # infinity is no JSON
         }
         return {
