@@ -44,7 +44,7 @@ def settings(folder: Path, **more: object) -> AuditRunSettings:
 
 @pytest.fixture
 def model(monkeypatch):
-    monkeypatch.setattr(opening, "open_model", lambda source, options: planted())
+    monkeypatch.setattr(opening, "open_model", lambda *_: planted())
     return "planted"
 
 

@@ -300,10 +300,13 @@ def reference_of(
     """The original's distributions on the baseline prompts it answers: undoing an over-refusal is not damage.
 
     Args:
-        refused: of each answer; None where all of them are answers.
+        refused: of each answer; None where all of them are answers, those that end at once too.
         tokens: how many of each answer count.
     """
-    kept = [i for i, answer in enumerate(answers) if answer.whole and not (refused and refused[i])]
+    if refused is None:
+        kept = [i for i, answer in enumerate(answers) if answer.whole]
+    else:
+        kept = [i for i, answer in enumerate(answers) if answer.ids and not refused[i]]
     if not kept:
         return None
     ids = handle.prompt_ids([baseline[i] for i in kept])
