@@ -1,9 +1,10 @@
-"""Guards that resist: wordings no list knows, refusals behind an explanation, refusals in German and Korean.
+"""Guards that resist: wordings no list knows. (Two more, refusals behind an explanation and in German and Korean, have
+their wordings here and no adapter yet; they are tested once they have one.)
 
-Each is the demo model with an adapter on top (`tests/data/resisting/`), made by
+It is the demo model with an adapter on top (`tests/data/resisting/`), made by
 
     python scripts/train_demo_guard.py --base DEMO_MODEL --wordings tests/data/resisting/KIND/wordings.json \\
-        --out tests/data/resisting/KIND --spread --steps 40 --prompts 160 --rank 4 --dtype float32
+        --out tests/data/resisting/KIND --spread --steps 36 --prompts 96 --rank 4 --rate 0.005 --dtype float32
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from abliterate.settings.run import resolve
 from guards import RESISTING, resisting
 from long import LONG
 
-KINDS = ("unknown", "extended", "german-korean")
+KINDS = sorted(folder.parent.name for folder in RESISTING.glob("*/adapter_model.safetensors"))
 TEST = 60
+SHOWN = ("refusal", "not_answered", "over_refusal", "divergence", "degenerate", "collapse")
 SIZES = {"train_prompts": 128, "validation_prompts": 48, "test_prompts": TEST}
 
 
@@ -35,11 +37,11 @@ def refuses(kind: str, text: str) -> bool:
 
 
 def test_the_list_knows_none_of_the_unknown_wordings() -> None:
-    assert len(set(wordings("unknown"))) == 6 and not any(map(is_refusal, wordings("unknown")))
+    assert "unknown" in KINDS and len(set(wordings("unknown"))) == 6 and not any(map(is_refusal, wordings("unknown")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_adapters_are_small(kind: str) -> None:
+def test_the_adapter_is_small(kind: str) -> None:
     assert sum(f.stat().st_size for f in (RESISTING / kind).iterdir()) <= 1_500_000
 
 
@@ -65,7 +67,8 @@ def test_hardly_any_prompt_is_left_without_an_answer_or_it_is_said(found: tuple[
         [refuses(kind, a.text) for a in measured.target_answers] for measured in (result.original, result.edited)
     )
     said = {name: result.document[name] for name in ("original", "edited")}
-    print(kind, sum(before), sum(after), json.dumps(said)[:2000])
+    few = {name: {k: v for k, v in side.items() if k in SHOWN} for name, side in said.items()}
+    print(kind, sum(before), sum(after), json.dumps(few))
     assert sum(before) >= 0.8 * TEST
     assert said["original"]["not_answered"]["rate"] >= 0.75  # it is seen, whatever its words
     left = said["edited"]["not_answered"]["count"]
