@@ -10,6 +10,7 @@ import threading
 from copy import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from abliterate.common.errors import AbliterateError, NonFiniteError
 from abliterate.directions.activations import collect, collect_rows, merged
 from abliterate.directions.means import difference_of_means
 from abliterate.edit.edit import Edit
+from abliterate.edit.recipe import load_recipe
 from abliterate.measure import judged, measure
 from abliterate.models.loading import load
 from abliterate.models.replicas import LARGEST, alone, shards
@@ -28,7 +30,7 @@ from abliterate.search.fit import fit
 from abliterate.search.fit_settings import FitSettings
 from abliterate.workers import pool
 from abliterate.workers.pool import Pool, cards_each
-from command import SMALL, fails
+from command import SMALL, fails, succeeds
 from in_workers import failing, process
 from models import save_tiny
 from planted import RefusesWithR, planted
@@ -194,6 +196,22 @@ def test_a_cluster_loses_a_node_and_then_its_head(folder):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--resume goes on" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_command_starts_workers_of_its_own_whatever_cluster_was_here(tiny_folder, tmp_path):
+    pytest.importorskip("ray")
+    few = [*SMALL, "--no-filter", "--force", "--method", "sweep", "--quiet"]
+    command = [sys.executable, "-m", "abliterate", "run", tiny_folder, "--out", "two", "--workers", "2", *few]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"RAY_ADDRESS": "127.0.0.1:9"}  # a cluster that isn't there any more
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ray" not in (done.stdout + done.stderr).lower()
+    succeeds("run", tiny_folder, "--out", tmp_path / "none", *few)
+    two, none = (load_recipe(tmp_path / name / "recipe.safetensors").edit for name in ("two", "none"))
+    assert two.writers == none.writers
+    np.testing.assert_allclose(two.strengths, none.strengths, atol=1e-5)
 
 
 # --- bad input ---

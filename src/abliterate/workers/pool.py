@@ -227,10 +227,11 @@ def _started(count: int | None, address: str | None) -> Any:
         import ray
     except ImportError as error:
         raise AbliterateError("--workers and --ray need Ray: pip install 'abliterate[ray]'") from error
-    where: dict[str, Any] = {"address": address} if address else {"num_cpus": count, "include_dashboard": False}
+    # "local": not the cluster that the environment or an earlier session names
+    here: dict[str, Any] = {"address": "local", "num_cpus": count, "include_dashboard": False}
     try:
         if not ray.is_initialized():
-            ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
+            ray.init(**({"address": address} if address else here), log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of many kinds, none of them Ray's own
         raise AbliterateError(f"Ray can't be started: {shorten(str(error), 300)}") from error
     # that a worker died and is started again: Ray prints it among our results, whatever it is told of logs
