@@ -174,6 +174,9 @@ def test_a_bar_moves_in_a_notebook_that_has_widgets(monkeypatch):
         def clear_output(self, wait):
             shown.clear()
 
+        def close(self):
+            pass
+
     widgets = types.ModuleType("ipywidgets", "")
     widgets.Output, widgets.__spec__ = Output, importlib.machinery.ModuleSpec("ipywidgets", None)
     monkeypatch.setattr(IPython.display, "display", lambda *found: shown.extend(found))
