@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.apply.hooks import attached
+from abliterate.directions.activations import watched
 from abliterate.directions.means import Directions, Place, at
 from abliterate.edit.edit import Edit
 from abliterate.measure import judged
 from abliterate.measure.divergence import Reference, compare_each, make_reference
 from abliterate.measure.judges import Judge
 from abliterate.measure.rates import Rate
-from abliterate.models.batches import buckets, inputs, share_prefix
 from abliterate.models.handle import Handle
-from abliterate.models.memory import in_parts
-from abliterate.models.writers import SITES, Writer, find_writers, watch_sites
+from abliterate.models.writers import SITES, Writer, find_writers
 from abliterate.search.first_token import first_token, first_token_divergence, refusal_log_odds, refusal_weights
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
 
@@ -30,7 +28,6 @@ SCREEN_PROMPTS = 12
 DECODED_PLACES = 3
 RESAMPLES = 1000
 SITE, POSITION = "pre", -1
-Look = Callable[[list[int], int, str, Tensor], None]
 
 
 @dataclass
@@ -146,21 +143,6 @@ def best_place(jury: Jury, screen: Screen, directions: Directions, basis: Sequen
     return min(best, key=lambda p: (left[p].rate, scores[p][1]))
 
 
-@torch.inference_mode()
-def _watched(handle: Handle, prompts: Sequence[str], look: Look, *, keep: int = 1, batch_size: int = 32) -> None:
-    """Run prompts, showing `look` each layer's streams of each batch: (indices of its prompts, layer, site, stream)."""
-    ids = handle.prompt_ids(prompts)
-    prefix = share_prefix(handle, ids, keep=keep)
-
-    def run(part: Sequence[int]) -> None:
-        with watch_sites(handle, partial(look, list(part))):
-            handle.hidden_states(**inputs(handle, [ids[i] for i in part], prefix))
-
-    for batch in buckets([len(row) for row in ids], batch_size, prefix.length):
-        for _ in in_parts(handle, batch, run, len(ids[batch[0]])):
-            pass
-
-
 def stream_at(
     handle: Handle, prompts: Sequence[str], place: Place, *, batch_size: int = 32
 ) -> Float[Tensor, "prompt d_model"]:
@@ -171,7 +153,7 @@ def stream_at(
         if (layer, site) == (place.layer, place.site):
             found[batch] = stream[:, place.position].double().cpu()
 
-    _watched(handle, prompts, look, keep=-place.position, batch_size=batch_size)
+    watched(handle, prompts, look, keep=-place.position, batch_size=batch_size)
     return found
 
 
@@ -187,7 +169,7 @@ def separations(
             if site == SITE:
                 found[layer, batch] = stream[:, POSITION].double().cpu() @ units[layer]
 
-        _watched(handle, prompts, look)
+        watched(handle, prompts, look)
     separation = directions.separation[:, SITES.index(SITE), POSITION].tolist()
     return [
         {"auc": area_under_curve(*rows), "separation": apart if math.isfinite(apart) else None}

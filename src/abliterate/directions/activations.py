@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from abliterate.common.errors import PromptError
 from abliterate.common.reporting import Tick, untold
-from abliterate.models.batches import Prefix, inputs, passes, share_prefix
+from abliterate.models.batches import Prefix, in_passes, inputs, share_prefix
 from abliterate.models.handle import Handle, check_finite
-from abliterate.models.memory import in_parts
 from abliterate.models.replicas import shards
 from abliterate.models.writers import SITES, layout, watch_sites
 from abliterate.prompts.chat import instruction_suffix_length
 
 MOST_POSITIONS = 5
+Look = Callable[[list[int], int, str, Tensor], None]
 
 
 @dataclass
@@ -220,11 +221,10 @@ def _side(
         lengths = [along[i] for i in part] if along else None
         return _read(handle, [ids[i] for i in part], shared, asked.positions, lengths)
 
-    for batch in passes(handle, [len(row) for row in ids], asked.batch_size, shared.length):
-        for part, stream in in_parts(handle, batch, read, len(ids[batch[0]])):
-            check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
-            running.add(winsorised(stream, asked.winsorise) if asked.winsorise else stream, part)
-            tick(len(part))
+    for part, stream in in_passes(handle, ids, asked.batch_size, shared.length, read):
+        check_finite(stream.transpose(0, 1)[:, :, ::2], f"model {handle.source}")
+        running.add(winsorised(stream, asked.winsorise) if asked.winsorise else stream, part)
+        tick(len(part))
     return running.done()
 
 
@@ -269,6 +269,32 @@ def _read(
         handle.hidden_states(**arguments)
     assert read is not None
     return read
+
+
+@torch.inference_mode()
+def watched(
+    handle: Handle, prompts: Sequence[str], look: Look, *, keep: int = 1, batch_size: int = 32, tick: Tick = untold
+) -> None:
+    """Run prompts and show their streams.
+
+    Args:
+        handle: the model.
+        prompts: texts.
+        look: look(indices of prompts, layer, site, their stream [prompt token d_model]), for every site. It may see
+            prompts again, where memory didn't hold the first try.
+        keep: how many last tokens of each prompt the streams have at least.
+        batch_size: most prompts at a time.
+        tick: told how many prompts are done.
+    """
+    ids = handle.prompt_ids(prompts)
+    prefix = share_prefix(handle, ids, keep=keep)
+
+    def run(part: Sequence[int]) -> None:
+        with watch_sites(handle, partial(look, list(part))):
+            handle.hidden_states(**inputs(handle, [ids[i] for i in part], prefix))
+
+    for part, _ in in_passes(handle, ids, batch_size, prefix.length, run):
+        tick(len(part))
 
 
 def _means(stream: Float[Tensor, "prompt token d_model"], along: Sequence[int]) -> Float[Tensor, "prompt one d_model"]:

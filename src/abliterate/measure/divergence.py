@@ -13,9 +13,8 @@ from torch import Tensor
 from abliterate.common.errors import NonFiniteError
 from abliterate.common.reporting import Tick, untold
 from abliterate.measure.decode import Answer
-from abliterate.models.batches import inputs, passes, share_prefix
+from abliterate.models.batches import in_passes, inputs, share_prefix
 from abliterate.models.handle import Handle
-from abliterate.models.memory import in_parts
 from abliterate.models.replicas import spread
 
 KEPT = 1024  # likeliest tokens kept of each of the original's distributions
@@ -178,14 +177,13 @@ def read_each(
         keep = max(len(wanted[i]) for i in part)
         return handle.last_logits(keep, **inputs(handle, [rows[i] for i in part], prefix))[0]
 
-    for batch in passes(handle, [len(r) for r in rows], BATCH, prefix.length):
-        for part, logits in in_parts(handle, batch, run, len(rows[batch[0]]), longest):
-            for place, index in enumerate(part):
-                own = logits[place, -len(wanted[index]) :].float().log_softmax(-1)
-                if not own.isfinite().any(-1).all() or own.isnan().any():
-                    raise NonFiniteError(f"model {handle.source}: logits are NaN or infinite; try --dtype float32")
-                found[index] = read(own, wanted[index], beside[index])
-            tick(len(part))
+    for part, logits in in_passes(handle, rows, BATCH, prefix.length, run, longest):
+        for place, index in enumerate(part):
+            own = logits[place, -len(wanted[index]) :].float().log_softmax(-1)
+            if not own.isfinite().any(-1).all() or own.isnan().any():
+                raise NonFiniteError(f"model {handle.source}: logits are NaN or infinite; try --dtype float32")
+            found[index] = read(own, wanted[index], beside[index])
+        tick(len(part))
     return [found[i] for i in range(len(rows))]
 
 

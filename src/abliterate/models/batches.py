@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from abliterate.common.errors import ModelError
 from abliterate.models.handle import Handle, common_prefix
-from abliterate.models.memory import out_of_memory
+from abliterate.models.memory import in_parts, out_of_memory
 from abliterate.models.placement import offloaded
 
 PADDING_SHARE = 0.15
 AWAY_TOKENS = 16384  # of a batch of a model whose weights are brought for each pass: few passes, and room for states
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -143,12 +144,33 @@ def takes_positions(handle: Handle) -> bool:
     return "position_ids" in inspect.signature(handle.decoder.forward).parameters
 
 
-def passes(handle: Handle, lengths: Sequence[int], batch_size: int, shared: int = 0) -> Iterator[list[int]]:
-    """`buckets` for one stage of a model; of one whose weights are brought for each pass, as few as there can be."""
-    if not offloaded(handle.model):
-        return buckets(lengths, batch_size, shared)
-    width = max(1, max(lengths, default=1) - shared)
-    return buckets(lengths, max(batch_size, AWAY_TOKENS // width), shared, padding=1.0)
+def in_passes(
+    handle: Handle, ids: Sequence[Sequence[int]], batch_size: int, shared: int,
+    run: Callable[[Sequence[int]], Result], outputs: int = 0,
+) -> Iterator[tuple[Sequence[int], Result]]:  # fmt: skip
+    """Run all rows of a stage, batch by batch, and in parts where memory doesn't hold a batch.
+
+    Of a model whose weights are brought for each pass, batches are as few as there can be.
+
+    Args:
+        handle: the model.
+        ids: token ids of the rows.
+        batch_size, shared: as for `buckets`.
+        run: runs the rows of some indices.
+        outputs: at how many tokens of a row logits are wanted.
+
+    Yields:
+        Indices of rows, and what running these gave.
+
+    Raises:
+        ModelError: when memory doesn't hold one row.
+    """
+    lengths, padding = [len(row) for row in ids], PADDING_SHARE
+    if offloaded(handle.model):
+        width = max(1, max(lengths, default=1) - shared)
+        batch_size, padding = max(batch_size, AWAY_TOKENS // width), 1.0
+    for batch in buckets(lengths, batch_size, shared, padding):
+        yield from in_parts(handle, batch, run, lengths[batch[0]], outputs)
 
 
 def buckets(

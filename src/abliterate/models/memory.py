@@ -237,7 +237,10 @@ def _allowed(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs
 
 def free_for(handle: Handle) -> float:
     """What a pass may take: the least that is free on a device that the model computes on."""
-    return min(map(free_bytes, devices_of(handle.model)), default=math.inf)
+    devices = handle.__dict__.get("_devices")
+    if devices is None:  # all modules are gone through for it, and this is asked before every batch
+        devices = handle.__dict__["_devices"] = devices_of(handle.model)
+    return min(map(free_bytes, devices), default=math.inf)
 
 
 def out_of_memory(error: BaseException) -> bool:

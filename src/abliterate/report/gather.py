@@ -16,13 +16,12 @@ from torch import Tensor
 from abliterate.common.errors import shorten
 from abliterate.common.files import whole_file
 from abliterate.common.reporting import Tick, untold
+from abliterate.directions.activations import watched
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement
 from abliterate.measure.differences import paired
-from abliterate.models.batches import inputs, passes, share_prefix
 from abliterate.models.handle import Handle
-from abliterate.models.memory import in_parts
 from abliterate.models.writers import SITES, find_writers, watch_sites
 from abliterate.report.geometry import aligned_planes, auc, cosine, silhouette
 
@@ -119,20 +118,12 @@ def stream_at(
     handle: Handle, prompts: Sequence[str], position: int, *, batch_size: int = 32, tick: Tick = untold
 ) -> Float[Tensor, "prompt layer site d_model"]:
     """Every prompt's stream at one position (-1 the last) of every site, float32; NaN where a block has no `mid`."""
-    ids = handle.prompt_ids(prompts)
-    prefix = share_prefix(handle, ids, keep=-position)
-    read = torch.full((len(ids), handle.layers, len(SITES), handle.d_model), float("nan"))
+    read = torch.full((len(prompts), handle.layers, len(SITES), handle.d_model), float("nan"))
 
-    def run(part: Sequence[int]) -> None:
-        def look(layer: int, site: str, stream: Tensor) -> None:
-            read[list(part), layer, SITES.index(site)] = stream[:, position].float().cpu()
+    def look(part: list[int], layer: int, site: str, stream: Tensor) -> None:
+        read[part, layer, SITES.index(site)] = stream[:, position].float().cpu()
 
-        with watch_sites(handle, look):
-            handle.hidden_states(**inputs(handle, [ids[i] for i in part], prefix))
-
-    for batch in passes(handle, [len(row) for row in ids], batch_size, prefix.length):
-        for part, _ in in_parts(handle, batch, run, len(ids[batch[0]])):
-            tick(len(part))
+    watched(handle, prompts, look, keep=-position, batch_size=batch_size, tick=tick)
     return read
 
 

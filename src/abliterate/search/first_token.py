@@ -9,9 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.reporting import untold
-from abliterate.models.batches import inputs, passes, share_prefix
+from abliterate.models.batches import in_passes, inputs, share_prefix
 from abliterate.models.handle import Handle
-from abliterate.models.memory import in_parts
 from abliterate.models.replicas import spread
 
 
@@ -30,10 +29,9 @@ def first_token(handle: Handle, ids: Sequence[Sequence[int]], *, batch_size: int
         logits, _ = handle.last_logits(**inputs(handle, [ids[i] for i in part], prefix))
         return logits[:, -1].float().log_softmax(-1).cpu()
 
-    for batch in passes(handle, [len(row) for row in ids], batch_size, prefix.length):
-        for part, logprobs in in_parts(handle, batch, run, len(ids[batch[0]]), 1):
-            for place, index in enumerate(part):
-                rows[index] = logprobs[place]
+    for part, logprobs in in_passes(handle, ids, batch_size, prefix.length, run, 1):
+        for place, index in enumerate(part):
+            rows[index] = logprobs[place]
     return torch.stack([row for row in rows if row is not None])
 
 

@@ -25,9 +25,8 @@ from abliterate.measure import judged
 from abliterate.measure.decode import Answer
 from abliterate.measure.judges import Judge, LexicalJudge
 from abliterate.measure.rates import Rate
-from abliterate.models.batches import Prefix, buckets, inputs
+from abliterate.models.batches import Prefix, in_passes, inputs
 from abliterate.models.handle import Handle
-from abliterate.models.memory import in_parts
 from abliterate.models.writers import SITES, watch_sites
 from abliterate.search import objectives
 from abliterate.search.examples import Examples
@@ -339,7 +338,6 @@ def _mean_along(handle: Handle, pairs: Sequence[tuple[list[int], list[int]]], ba
             handle.hidden_states(**inputs(handle, [rows[i] for i in part], Prefix(0)))
         return means
 
-    for batch in buckets([len(row) for row in rows], batch_size, 0):
-        for _, means in in_parts(handle, batch, run, len(rows[batch[0]])):
-            total += means
+    for _, means in in_passes(handle, rows, batch_size, 0, run):
+        total += means
     return total / len(rows)
