@@ -32,7 +32,6 @@ from abliterate.workers import pool
 from abliterate.workers.pool import Pool, cards_each
 from command import SMALL, fails, succeeds
 from in_workers import failing, process
-from long import LONG
 from models import save_tiny
 from planted import RefusesWithR, planted
 
@@ -188,7 +187,6 @@ def test_two_workers_one_of_them_killed(folder, here, ray, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@LONG  # it passed once, and once it didn't end
 @pytest.mark.slow
 def test_a_cluster_loses_a_node_and_then_its_head(folder):
     pytest.importorskip("ray")

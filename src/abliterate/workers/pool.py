@@ -62,8 +62,13 @@ class Pool:
         name = str(handle.dtype).removeprefix("torch.")
         if name in DTYPES and not handle.quantised:
             options["dtype"] = name
+        # no cores of its own: one that is lost with its machine must find a place on those that are left
         actor = self.ray.remote(Replica).options(
-            num_gpus=self.cards, max_restarts=RESTARTS, max_task_retries=RESTARTS, scheduling_strategy="SPREAD"
+            num_cpus=0,
+            num_gpus=self.cards,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+            scheduling_strategy="SPREAD",
         )
         self.actors = [actor.remote(handle.source, options, self.threads) for _ in range(self.count)]
         check_versions(self._results([one.versions.remote() for one in self.actors]))
