@@ -142,7 +142,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     """With few prompts and the layers about the one found; everything else as it stands there."""
     few = {"limit_train": 16, "limit_validation": 8, "limit_test": 8}
     load_sides, measure, sweep = ab.load_sides, ab.measure, ab.sweep
-    near = SweepSettings(layers=range(14, 18))
+    near = SweepSettings(layers=range(15, 17), decoded=2, decode_tokens=24)
     monkeypatch.setattr(ab, "sweep", lambda *given, **named: sweep(*given, **named, settings=near))
     monkeypatch.setattr(ab, "load_sides", lambda *sources, **limits: load_sides(*sources, **{**limits, **few}))
     monkeypatch.setattr(ab, "measure", lambda *given, **named: measure(*given, **{**named, "max_new_tokens": 24}))

@@ -223,7 +223,7 @@ class Bar:
         handle = ab.load(self.source)
         train = showing(handle, self.prompts.target.train.texts, self.prompts.baseline.train.texts, LexicalJudge())
         directions = ab.difference_of_means(ab.collect(handle, train.target, train.baseline, positions=1))
-        settings = InduceSettings(most_layers=8)
+        settings = InduceSettings(layers=range(11, 12), decoded=1)  # where the search over all of them ends, pinned
         validation = self.prompts.baseline.validation.texts
         assert train.examples is not None
         self.edit = induce(handle, directions, train.examples, validation, settings=settings).edit
