@@ -41,6 +41,8 @@ def table_rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
             rows.append((name, f"more than {counted[-1][0]}", rate(counted[-1][1])))
         else:
             rows.append((name, str(count), rate(dict(reversed(counted))[count])))
+    for kind, n in found["kinds"].items():
+        rows.append((f"refusals {kind}, {n['original']} at first", "the edit that leaves fewest", f"{n['left']} left"))
     return rows
 
 
@@ -54,6 +56,12 @@ def markdown(document: dict[str, Any], *, picture: bool = False) -> str:
         *_table(("", "", "refused"), table_rows(document)), "",
         MEANING, "",
         *(["![refusals against divergence, directions, layers and prompts](audit.png)", ""] if picture else []),
+        "## Kinds of refusal", "",
+        resisting(document["summary"]["kinds"]), "",
+        *_table(
+            ("how it refuses", "the original", "left by the edit that leaves fewest"),
+            [(kind, str(n["original"]), str(n["left"])) for kind, n in document["summary"]["kinds"].items()],
+        ), "",
         "## Refusals against divergence", "",
         *_table(
             ("edit", "refused", "divergence, first token", "divergence, along answers"),
@@ -105,6 +113,15 @@ def markdown(document: dict[str, Any], *, picture: bool = False) -> str:
         ), "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def resisting(kinds: dict[str, dict[str, int]]) -> str:
+    """In a sentence, the kind of refusal that the edits tried take out least of."""
+    left = {kind: n["left"] for kind, n in kinds.items() if n["left"]}
+    if not left:
+        return "No kind of refusal resists: the edit that leaves fewest leaves none."
+    worst = max(left, key=lambda kind: (left[kind] / max(1, kinds[kind]["original"]), left[kind]))
+    return f"What resists most is refusing {worst}: {left[worst]} left, of {kinds[worst]['original']} before."
 
 
 def rate(found: dict[str, Any]) -> str:
