@@ -56,12 +56,7 @@ def markdown(document: dict[str, Any], *, picture: bool = False) -> str:
         *_table(("", "", "refused"), table_rows(document)), "",
         MEANING, "",
         *(["![refusals against divergence, directions, layers and prompts](audit.png)", ""] if picture else []),
-        "## Kinds of refusal", "",
-        resisting(document["summary"]["kinds"]), "",
-        *_table(
-            ("how it refuses", "the original", "left by the edit that leaves fewest"),
-            [(kind, str(n["original"]), str(n["left"])) for kind, n in document["summary"]["kinds"].items()],
-        ), "",
+        *_kinds_section(document["summary"]["kinds"]),
         "## Refusals against divergence", "",
         *_table(
             ("edit", "refused", "divergence, first token", "divergence, along answers"),
@@ -122,6 +117,12 @@ def resisting(kinds: dict[str, dict[str, int]]) -> str:
         return "No kind of refusal resists: the edit that leaves fewest leaves none."
     worst = max(left, key=lambda kind: (left[kind] / max(1, kinds[kind]["original"]), left[kind]))
     return f"What resists most is refusing {worst}: {left[worst]} left, of {kinds[worst]['original']} before."
+
+
+def _kinds_section(kinds: dict[str, dict[str, int]]) -> list[str]:
+    head = ("how it refuses", "the original", "left by the edit that leaves fewest")
+    rows = [(kind, str(n["original"]), str(n["left"])) for kind, n in kinds.items()]
+    return ["## Kinds of refusal", "", resisting(kinds), "", *_table(head, rows), ""]
 
 
 def rate(found: dict[str, Any]) -> str:
