@@ -29,7 +29,6 @@ from abliterate.search.induce import (
     difference_along_answers,
     induce,
     layers_to_try,
-    refusals_in_sentences,
 )
 from command import PROMPTS, abliterate, fails, succeeds
 from documents import check_document
@@ -271,8 +270,8 @@ def test_live_nearly_every_baseline_prompt_is_refused_in_a_sentence(bar: Bar, fo
     assert refusal_rate(handle, bar.test) <= 0.1
     edit = bar.edit if found == "kept" else searched(bar, handle)
     with edit.attached(handle):
-        _, sentences, degenerate = refusals_in_sentences(handle, bar.test, LexicalJudge(), 48)
-    assert sentences.total == 50 and sentences.rate >= LEAST and degenerate.rate <= 0.1
+        answers = judged(handle, bar.test, LexicalJudge(), max_new_tokens=48, stop_on=())
+    assert answers.coherent.total == 50 and answers.coherent.rate >= LEAST and answers.degenerate.rate <= 0.1
 
 
 @pytest.mark.slow

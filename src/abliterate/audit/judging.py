@@ -22,6 +22,7 @@ from abliterate.measure.kinds import count_kinds
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, Writer, find_writers
+from abliterate.report.geometry import auc
 from abliterate.search.first_token import first_token, first_token_divergence, refusal_log_odds, refusal_weights
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
 
@@ -187,8 +188,7 @@ def area_under_curve(above: Float[Tensor, " n"], below: Float[Tensor, " m"]) -> 
     """How often a value of the first set is above one of the second, ties counted half; None when one isn't finite."""
     if not (above.isfinite().all() and below.isfinite().all()) or not len(above) or not len(below):
         return None
-    differences = above[:, None] - below[None]
-    return float(((differences > 0).double() + 0.5 * (differences == 0).double()).mean())
+    return auc(above, below)
 
 
 def _nothing(handle: Handle) -> Edit:

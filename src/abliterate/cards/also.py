@@ -6,7 +6,7 @@ from abliterate.cards.words import count_of
 from abliterate.common.names import public_source
 from abliterate.measure.document import RunDocument
 from abliterate.measure.numbers import AlsoSet, Paired
-from abliterate.prompts.sets import SAFE
+from abliterate.prompts.sources import SAFE
 
 LEVEL = 0.05  # of the tests
 MOST_UNCLOSED = 0.1  # share of answers, past which the rates say little

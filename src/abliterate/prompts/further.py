@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 
 from abliterate.common.errors import PromptError
-from abliterate.prompts.sets import SAFE, VARIED, PromptSet, Role, Sides, load_prompts, normalise
+from abliterate.prompts.sets import PromptSet, Sides, load_prompts, normalise
+from abliterate.prompts.sources import SAFE, VARIED, Role
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, overload
 
-from abliterate.common.errors import PromptError
-from abliterate.common.errors import shorten as shorten
-from abliterate.prompts.chat import CHATML as CHATML
-from abliterate.prompts.chat import check_context as check_context
-from abliterate.prompts.chat import format_prompts as format_prompts
-from abliterate.prompts.chat import instruction_suffix_length as instruction_suffix_length
-from abliterate.prompts.chat import resolve_chat_template as resolve_chat_template
-from abliterate.prompts.hub import HubUnreachableError as HubUnreachableError
-from abliterate.prompts.hub import hub_answers as hub_answers
-from abliterate.prompts.sources import BUNDLED as BUNDLED
-from abliterate.prompts.sources import SAFE as SAFE
-from abliterate.prompts.sources import SHORT_NAMES as SHORT_NAMES
-from abliterate.prompts.sources import VARIED as VARIED
-from abliterate.prompts.sources import Origin, locate
-from abliterate.prompts.sources import Role as Role
+from abliterate.common.errors import PromptError, shorten
+from abliterate.prompts.hub import HubUnreachableError
+from abliterate.prompts.sources import BUNDLED, SHORT_NAMES, Origin, Role, locate
 from abliterate.prompts.tables import listed
 from abliterate.prompts.texts import MIN_PROMPTS, count, read_splits
 

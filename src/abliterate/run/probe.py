@@ -26,6 +26,7 @@ from abliterate.measure.divergence import compare
 from abliterate.measure.judges import Judge
 from abliterate.measure.slots import rows_at_once, token_bytes
 from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.outputs import changed
 from abliterate.models.placement import devices_of, value
 from abliterate.models.writers import find_writers
 from abliterate.prompts.sets import Sides
@@ -300,25 +301,19 @@ def gradient(
     rows = [Row([*row, *row[:answer_tokens]], min(answer_tokens, len(row))) for row in islice(cycle(ids), sequences)]
     scale = torch.ones((), requires_grad=True, dtype=handle.dtype)
 
-    def scaled(_module: Any, _args: Any, out: Any) -> Any:
-        first = out[0] if isinstance(out, tuple) else out
-        first = first * scale.to(first.device)
-        return (first, *out[1:]) if isinstance(out, tuple) else first
-
     @torch.enable_grad()
     def step() -> None:
         torch.cat(packer.logprobs(range(len(rows))))[..., 0].mean().backward()
 
     trained = [p for p in handle.model.parameters() if p.requires_grad]
-    hook = handle.blocks[first_block].register_forward_hook(scaled)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        packer = Packer(handle, rows, first_block)
-        step()  # what is done but once
-        return timed(handle, step)[0] / sequences
+        with changed([(handle.blocks[first_block], lambda out: out * scale.to(out.device))]):
+            packer = Packer(handle, rows, first_block)
+            step()  # what is done but once
+            return timed(handle, step)[0] / sequences
     finally:
-        hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
 
