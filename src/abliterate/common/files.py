@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -106,6 +106,19 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
             for folder in missing:
                 with contextlib.suppress(OSError):  # the finished output is in it
                     folder.rmdir()
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A model's folder in the cache, filled by `make` when it isn't there."""
+    config = folder / "config.json"
+    if not config.is_file():
+        try:
+            with whole_folder(folder) as temporary:
+                make(temporary)
+        except OutputError:
+            if not config.is_file():  # else another process was quicker
+                raise
+    return folder
 
 
 def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, overload
 
-from abliterate.common.errors import PromptError, shorten
+from abliterate.common.errors import PromptError, counted, shorten
 from abliterate.prompts.hub import HubUnreachableError
 from abliterate.prompts.sources import BUNDLED, SHORT_NAMES, Origin, Role, locate
 from abliterate.prompts.tables import listed
-from abliterate.prompts.texts import MIN_PROMPTS, count, read_splits
+from abliterate.prompts.texts import MIN_PROMPTS, read_splits
 
 DEFAULT_SOURCES: dict[Role, str] = {"target": "harmful_behaviors", "baseline": "harmless_alpaca"}
 # Directions need the most prompts, the report the next most: its intervals are what people read.
@@ -266,9 +266,9 @@ def _disjoint(splits: Mapping[str, Sequence[str]], origin: Origin) -> tuple[dict
         split_of |= {normalise(text): name for text in unique[name]}
     notes = []
     if repeats:
-        notes.append(f"{origin.label}: dropped {count(repeats, 'repeated prompt')}")
+        notes.append(f"{origin.label}: dropped {counted(repeats, 'repeated prompt')}")
     if moved:
-        notes.append(f"{origin.label}: dropped {count(moved, 'prompt')} that a later split has too")
+        notes.append(f"{origin.label}: dropped {counted(moved, 'prompt')} that a later split has too")
     return unique, notes
 
 
@@ -277,7 +277,7 @@ def _cut(splits: Mapping[str, tuple[str, ...]], origin: Origin, seed: int) -> di
     total = sum(map(len, splits.values()))
     if total < MIN_PROMPTS:
         raise PromptError(
-            f"{origin.label} has {count(total, 'different prompt')} and a side needs at least "
+            f"{origin.label} has {counted(total, 'different prompt')} and a side needs at least "
             f"{MIN_PROMPTS}; add some, or use 'bundled'"
         )
     if len(splits) == 1:

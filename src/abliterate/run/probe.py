@@ -30,6 +30,7 @@ from abliterate.models.outputs import changed
 from abliterate.models.placement import devices_of, value
 from abliterate.models.writers import find_writers
 from abliterate.prompts.sets import Sides
+from abliterate.run.needs import bytes_of
 from abliterate.run.opening import set_prefill
 from abliterate.search.first_token import first_token
 from abliterate.settings.run import RunSettings, layer_range
@@ -194,11 +195,10 @@ def probe(handle: Handle, sides: Sides, judge: Judge, settings: RunSettings, loa
 
 def _shape(handle: Handle) -> dict[str, Any]:
     """What the costs say of the model's shape."""
-    size = sum(p.numel() * p.element_size() for p in handle.model.parameters())
     embedding: Any = handle.embedding.weight
     return {
         "kv_bytes": token_bytes(handle),
-        "weight_bytes": int(size),
+        "weight_bytes": bytes_of(handle.model),
         "vocabulary": handle.vocabulary,
         "tied_bytes": embedding.numel() * embedding.element_size() if handle.tied else 0,
         "layers": handle.layers,
@@ -351,6 +351,6 @@ def peak_bytes(handle: Handle) -> int:
     try:
         import resource
     except ImportError:  # Windows: what the weights take, for want of better
-        return sum(p.numel() * p.element_size() for p in handle.model.parameters())
+        return bytes_of(handle.model)
     unit = 1 if sys.platform == "darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
