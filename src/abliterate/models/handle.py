@@ -49,6 +49,7 @@ class Handle:
         at_stream: an edit is one of the stream itself, at every site, in the place of what writes to it.
         notes: what loading found that people should know.
         folder: the folder, snapshot or converted GGUF that its weights were read from; None of one made in memory.
+        before: turns of a conversation that prompts are asked behind (`behind`).
         workers: where stages send their rows (`replicas`); None where this model runs them all.
         edits: those attached to it, as they were attached.
     """
@@ -69,6 +70,7 @@ class Handle:
     at_stream: bool = False
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
+    before: Sequence[Message] = ()
     workers: Any = None
     edits: list[Edit] = field(default_factory=list)
 
@@ -175,6 +177,7 @@ class Handle:
             chat_template=self.chat_template,
             prefill=self.prefill,
             switches=self.template_switches,
+            before=self.before,
         )
         self.check_known(ids)
         if self.context_length:
@@ -305,6 +308,16 @@ def reasoning_open(handle: Handle, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         handle.prefill, handle.thinks = before
+
+
+@contextmanager
+def behind(handle: Handle, turns: Sequence[Message]) -> Iterator[None]:
+    """While this lasts prompts are asked behind these turns of a conversation."""
+    was, handle.before = handle.before, turns
+    try:
+        yield
+    finally:
+        handle.before = was
 
 
 def check_finite(activations: Tensor, what: str) -> None:

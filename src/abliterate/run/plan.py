@@ -337,6 +337,7 @@ def _besides(costs: Costs, settings: RunSettings, target: Sequence[float]) -> fl
     further, own = min(settings.beside.also_prompts, most), settings.beside.also_target is not None
     sets = [*([target] * (1 + own)), costs.settling]
     seconds = sum(costs.decoding(lengths, further, limit, batch) for lengths in sets if further)
+    seconds += costs.decoding(target, min(settings.beside.second_turn, most), limit, batch)
     return seconds + costs.decoding(costs.answering, min(settings.beside.obligations, most), limit, batch)
 
 
