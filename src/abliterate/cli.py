@@ -22,6 +22,8 @@ COMMANDS = (
 
 # Before torch: threads that wait don't keep a core busy, which made a piped chat four times slower beside other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Large pages for large tensors: widening a weight that is brought from disk takes a quarter of the time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 for _name in COMMANDS:
     importlib.import_module(f"abliterate.commands.{_name}")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abliterate.models import batches
 from abliterate.models.batches import attention_window, buckets, continues_from_cache, inputs, positions, share_prefix
 from models import FAMILIES, handle_of, tiny_llama
 
@@ -16,9 +17,9 @@ ROWS = [[*SHARED, 74, 75, 265], [*SHARED, 3, 4, 5, 6, 7, 8, 9, 10], [*SHARED, 74
 
 @given(st.lists(st.integers(6, 200), min_size=1, max_size=80), st.integers(1, 16), st.integers(0, 5))
 def test_every_row_is_in_one_batch_with_little_padding(lengths, batch_size, shared):
-    batches = list(buckets(lengths, batch_size, shared))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
+    found = list(buckets(lengths, batch_size, shared))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    for batch in found:
         assert len(batch) <= batch_size
         own = [lengths[i] - shared for i in batch]
         assert own[0] == max(own)  # longest first
@@ -34,6 +35,12 @@ def test_the_shared_prefix_leaves_the_tokens_to_be_read(tiny_handle):
     assert share_prefix(tiny_handle, ROWS, keep=3).length == 4
     assert share_prefix(tiny_handle, ROWS, keep=4).length == 0  # three tokens aren't worth a run
     assert share_prefix(tiny_handle, [[1, 2, 3, 4, 5, 6], [2, 2, 3, 4, 5, 6]]).length == 0
+
+
+def test_a_prefix_is_no_pass_of_its_own_where_weights_are_brought_for_it(tiny_handle, monkeypatch):
+    monkeypatch.setattr(batches, "offloaded", lambda _model: True)
+    assert share_prefix(tiny_handle, ROWS).length == 0
+    assert share_prefix(tiny_handle, ROWS * 4).length == 6  # 66 tokens more would be computed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

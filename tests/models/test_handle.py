@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from abliterate.common.errors import ModelError, NonFiniteError, PromptError
 from abliterate.models import loading
+from abliterate.models.devices import largest_block
 from abliterate.models.handle import check_finite, common_prefix, config_hash
 from abliterate.models.loading import load
 from models import EOS, FAMILIES, handle_of, save_tiny, tiny_llama, tiny_tokenizer
@@ -40,9 +40,11 @@ def test_a_cpu_without_instructions_for_bfloat16_takes_float32_where_there_is_ro
     monkeypatch.setattr(loading, "_multiplies_bfloat16", lambda: False)
     assert load(tiny_folder).dtype == torch.float32
     assert load(tiny_folder, dtype="bfloat16").dtype == torch.bfloat16
-    little = 4 * (tiny_folder / "model.safetensors").stat().st_size - 1
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(total=little))
+    monkeypatch.setattr(loading, "_memory", lambda: 4 * (tiny_folder / "model.safetensors").stat().st_size - 1)
     assert load(tiny_folder).dtype == torch.bfloat16
+    largest = largest_block(tiny_folder, 4)[1]  # in float32, which is what must fit where weights come from disk
+    assert load(tiny_folder, max_memory=f"cpu={largest}B").dtype == torch.float32
+    assert load(tiny_folder, max_memory=f"cpu={largest - 1}B").dtype == torch.bfloat16
 
 
 def test_what_overflows_in_float16_says_where_and_what_to_do(tmp_path, monkeypatch):

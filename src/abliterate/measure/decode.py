@@ -11,9 +11,18 @@ from torch import Tensor
 
 from abliterate.common.reporting import Tick, untold
 from abliterate.measure.refusal import split_reasoning
-from abliterate.models.batches import Prefix, buckets, inputs, positions, share_prefix, takes_positions
+from abliterate.models.batches import (
+    PADDING_SHARE,
+    Prefix,
+    buckets,
+    inputs,
+    positions,
+    share_prefix,
+    takes_positions,
+)
 from abliterate.models.handle import Handle
 from abliterate.models.memory import fitting, footprint, halved, in_parts
+from abliterate.models.placement import offloaded
 from abliterate.models.replicas import spread
 from abliterate.prompts.reasoning import block_at, open_at_end
 
@@ -212,12 +221,14 @@ def _decode_in_slots(
 
     slots: Slots | None = None
     enough = max(1, int(batch_size * REFILL))
+    padding = 1.0 if offloaded(handle.model) else PADDING_SHARE  # a pass more costs more than padding
     while waiting or rows:
         free = batch_size - len(rows)
         if waiting and free >= min(enough, len(waiting)):
             coming, waiting = waiting[:free], waiting[free:]
             own = max(1, max(len(ids[i]) for i in coming) - prefix.length)
-            for batch in buckets([len(ids[i]) for i in coming], max(1, PREFILL_TOKENS // own), prefix.length):
+            lengths = [len(ids[i]) for i in coming]
+            for batch in buckets(lengths, max(1, PREFILL_TOKENS // own), prefix.length, padding):
                 part = [coming[i] for i in batch]
                 for new, (logits, cache) in in_parts(handle, part, prefill, len(ids[part[0]]), 1):
                     slots = slots or Slots(cache, batch_size, capacity)

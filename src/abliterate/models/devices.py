@@ -102,19 +102,24 @@ def check_room(source: str, folder: Path, limits: Mapping[int | str, int], item:
         limits: the bytes allowed on each device.
         item: bytes a weight will take.
     """
+    largest, size = largest_block(folder, item)
+    main = min(limits, key=lambda name: (isinstance(name, str), str(name)))  # the first GPU, else the CPU
+    if size > limits[main]:
+        raise ModelError(
+            f"--max-memory: {main} is given {limits[main] / 2**20:,.0f} MiB, and {largest} of {source} alone takes "
+            f"{size / 2**20:,.0f} MiB; give it more"
+        )
+
+
+def largest_block(folder: Path, item: int) -> tuple[str, int]:
+    """The name and bytes of the largest block, or weight outside of them, of a folder's safetensors."""
     sizes: dict[str, int] = {}
     for shard in open_checkpoint(folder).shards.values():
         for name, tensor in shard.tensors.items():
             block = re.match(r".*?\.\d+(?=\.)", name)
             key = block[0] if block else name
             sizes[key] = sizes.get(key, 0) + math.prod(tensor.shape) * item
-    largest = max(sizes, key=lambda key: sizes[key])
-    main = min(limits, key=lambda name: (isinstance(name, str), str(name)))  # the first GPU, else the CPU
-    if sizes[largest] > limits[main]:
-        raise ModelError(
-            f"--max-memory: {main} is given {limits[main] / 2**20:,.0f} MiB, and {largest} of {source} alone takes "
-            f"{sizes[largest] / 2**20:,.0f} MiB; give it more"
-        )
+    return max(sizes.items(), key=lambda entry: entry[1])
 
 
 def room_on_disk(folder: str | None) -> tempfile.TemporaryDirectory[str]:

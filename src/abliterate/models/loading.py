@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from abliterate.common.errors import ModelError, NonFiniteError, listed, shorten
 from abliterate.models.ahead import read_ahead
-from abliterate.models.devices import SPREADING, check_room, placing, room_on_disk
+from abliterate.models.devices import SPREADING, check_room, largest_block, placing, room_on_disk
 from abliterate.models.folders import commit_of, local_folder, meant, model_folder
 from abliterate.models.handle import Handle
 from abliterate.models.memory import SMALLER, no_room, out_of_memory
-from abliterate.models.outputs import changed
-from abliterate.models.placement import value
+from abliterate.models.placement import device_of, value
 from abliterate.models.pretrained import auto_class, from_config, from_pretrained, wants_own_code
 from abliterate.models.quantised import (
     WAY_ROUND,
@@ -143,7 +141,7 @@ def without_weights(
     is_gguf = Path(source).expanduser().is_file()
     folder = model_folder(source, dtype=dtype) if is_gguf else local_folder(source, revision, weights=False)
     config = load_config(source, folder, trust_remote_code)
-    wanted = DTYPES[dtype] if dtype in DTYPES else _auto_dtypes(folder, device)[0]
+    wanted = DTYPES[dtype] if dtype in DTYPES else _auto_dtypes(folder, {"device_map": device})[0]
     with torch.device("meta"):
         model = from_config(auto_class(config), config, dtype=wanted).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder, trust_remote_code)
@@ -224,7 +222,7 @@ def _load_weights(
     if dtype != "auto":
         candidates: tuple[torch.dtype, ...] = (DTYPES[dtype],)
     else:
-        candidates = AUTO_DTYPES if quantise else _auto_dtypes(folder, where.get("device_map"))
+        candidates = AUTO_DTYPES if quantise else _auto_dtypes(folder, where)
     for candidate in candidates:
         room = room_on_disk(offload_folder) if where.get("device_map") in SPREADING else None
         extra = {"offload_folder": room.name} if room else {}
@@ -243,18 +241,28 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _auto_dtypes(folder: Path, device_map: str | None) -> tuple[torch.dtype, ...]:
+def _auto_dtypes(folder: Path, where: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
     """In which dtypes a model is tried: bfloat16 first, but on a CPU without instructions for it, which multiplies
-    float32 several times as fast, float32 where a local model then takes at most half of the memory."""
-    if device_map not in (None, "cpu") or torch.accelerator.is_available() or _multiplies_bfloat16():
+    float32 several times as fast, float32 where a local model then takes at most half of the memory, or a block of
+    it what is allowed where weights are brought for each pass."""
+    limits = where.get("max_memory", {})
+    on_cpu = where.get("device_map") in (None, "cpu") or limits.keys() == {"cpu"}
+    if not on_cpu or torch.accelerator.is_available() or _multiplies_bfloat16():
         return AUTO_DTYPES
+    if limits:
+        return (torch.float32,) if largest_block(folder, 4)[1] <= limits["cpu"] else AUTO_DTYPES
     widened = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return (torch.float32,) if 0 < widened <= psutil.virtual_memory().total / 2 else AUTO_DTYPES
+    return (torch.float32,) if 0 < widened <= _memory() / 2 else AUTO_DTYPES
 
 
 def _multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for it; True where that can't be told."""
     return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine; 0 where that can't be told."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def _from_pretrained(source: str, folder: Path, options: dict[str, Any]) -> tuple[Any, list[str]]:
@@ -282,29 +290,32 @@ def _from_pretrained(source: str, folder: Path, options: dict[str, Any]) -> tupl
 def _failure(source: str, model: Any) -> str:
     """Why two tokens don't go through with finite logits: the first weight or block at fault; empty if they do."""
     bad: list[int] = []
-    handle = Handle(model, None, source)
-    blocks = list(enumerate(handle.blocks))
+    hooks = []
+    for layer, block in enumerate(Handle(model, None, source).blocks):
 
-    def look(layer: int, stream: Tensor) -> Tensor:
-        # squared, because the next norm squares it: what overflows there comes out as zeros, not as NaN
-        if isinstance(stream, Tensor) and not bool(stream.float().square().sum(-1).isfinite().all()):
-            bad.append(layer)
-        return stream
+        def look(_module: nn.Module, _args: Any, out: Any, layer: int = layer) -> None:
+            stream = out[0] if isinstance(out, tuple) else out
+            # squared, because the next norm squares it: what overflows there comes out as zeros, not as NaN
+            if isinstance(stream, Tensor) and not bool(stream.float().square().sum(-1).isfinite().all()):
+                bad.append(layer)
 
+        hooks.append(block.register_forward_hook(look))
     try:
-        _ = handle.d_model  # a config without one is of a class that reads no tokens
-        ids = torch.zeros(1, 2, dtype=torch.long, device=handle.device)
-        with changed((block, partial(look, layer)) for layer, block in blocks):
-            logits = model(input_ids=ids).logits
+        _ = Handle(model, None, source).d_model  # a config without one is of a class that reads no tokens
+        device = device_of(model.get_input_embeddings())
+        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits
     except Exception as error:
         if out_of_memory(error):
-            raise no_room(handle, "a pass over two tokens") from error
+            raise no_room(Handle(model, None, source), "a pass over two tokens") from error
         if isinstance(error, NotImplementedError) or "not implemented for" in str(error):
             return shorten(str(error), 200)  # a kernel missing for this dtype
         raise ModelError(
             f"model {source}: {type(model).__name__} can't run on two tokens by themselves "
             f"({type(error).__name__}: {shorten(str(error), 200)}); only models that go on with a text can be edited"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not bad and bool(logits.isfinite().all()):
         return ""
     name = _non_finite_weight(model)

@@ -13,21 +13,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.common.errors import AbliterateError, shorten
-from abliterate.common.files import write_text
+from abliterate.common.errors import shorten
+from abliterate.common.files import whole_file
 from abliterate.common.reporting import Tick, untold
 from abliterate.directions.activations import watched
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement
 from abliterate.measure.differences import paired
-from abliterate.measure.document import read_object
 from abliterate.models.handle import Handle
-from abliterate.models.writers import SITES, find_writers, watch_sites
-from abliterate.report.document import DATA as NAME
-from abliterate.report.document import DATA_SCHEMA as SCHEMA
+from abliterate.models.writers import SITES, find_writers
 from abliterate.report.geometry import aligned_planes, auc, cosine, silhouette
 
+SCHEMA = 1
+NAME = "report-data.json"
 MOST_PROMPTS = 200  # a side
 TOKEN_PROMPTS = 2  # a side
 MOST_TOKENS = 64
@@ -63,7 +62,9 @@ class Gathered:
 
     def save(self, folder: Path) -> None:
         """Write report-data.json into a run's folder."""
-        write_data(self.document, folder)
+        with whole_file(folder / NAME) as temporary:
+            text = json.dumps(self.document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def gather(
@@ -191,22 +192,22 @@ def direction_by_layer(edit: Edit, handle: Handle) -> Float[Tensor, "layer d_mod
 def _read_tokens(gathered: Gathered, handle: Handle, state: str) -> None:
     """Put r.h/|h| at every token and layer of a few prompts under `tokens`, as `original` or `edited`."""
     shown = gathered.document.setdefault("tokens", [{"side": s, "prompt": p} for s, p in gathered.prompts])
-    site = gathered.place.site
-    for entry in shown:
-        (ids,) = handle.prompt_ids([entry["prompt"]])
-        rows: dict[int, list[float | None]] = {}
-
-        def look(layer: int, where: str, stream: Tensor, rows: dict[int, list[float | None]] = rows) -> None:
-            if where == site:
-                h = stream[0, -MOST_TOKENS:].double().cpu()
-                share = (h @ gathered.along[layer].double()) / h.norm(dim=-1).clamp_min(1e-30)
-                rows[layer] = [_number(value, 4) for value in share.tolist()]
-
-        with watch_sites(handle, look):
-            handle.hidden_states(input_ids=torch.tensor([ids], device=handle.device), use_cache=False)
-        entry["tokens"] = [handle.tokenizer.decode([i]) for i in ids[-MOST_TOKENS:]]
+    site, prompts = gathered.place.site, [entry["prompt"] for entry in shown]
+    ids = [row[-MOST_TOKENS:] for row in handle.prompt_ids(prompts)]
+    for entry, row in zip(shown, ids, strict=True):
+        entry["tokens"] = [handle.tokenizer.decode([i]) for i in row]
         entry["site"] = site
-        entry[state] = [rows.get(layer) for layer in range(handle.layers)]
+        entry[state] = [None] * handle.layers
+
+    def look(part: list[int], layer: int, where: str, stream: Tensor) -> None:
+        if where == site:
+            h = stream[:, -MOST_TOKENS:].double().cpu()
+            shares = (h @ gathered.along[layer].double()) / h.norm(dim=-1).clamp_min(1e-30)
+            for index, share in zip(part, shares.tolist(), strict=True):
+                shown[index][state][layer] = [_number(value, 4) for value in share[-len(ids[index]) :]]
+
+    if prompts:
+        watched(handle, prompts, look, keep=max(map(len, ids)))
 
 
 def _projection(
@@ -248,18 +249,13 @@ def compared(sides: Any, measured: Mapping[str, Measurement], *, show_completion
     }
 
 
-def write_data(document: dict[str, Any], folder: Path) -> None:
-    """Write report-data.json into a run's folder."""
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    write_text(folder / NAME, text + "\n")
-
-
 def read_data(folder: str | Path) -> dict[str, Any] | None:
     """The report-data.json of a run's folder; None where there is none that this version reads."""
     try:
-        return read_object(Path(folder) / NAME, SCHEMA)
-    except AbliterateError:
+        document = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    return document if isinstance(document, dict) and document.get("schema") == SCHEMA else None
 
 
 def _paired_tests(measured: Mapping[str, Measurement]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from abliterate.cards.tables import Table
 from abliterate.cards.words import number, percent
-from abliterate.common.errors import shorten
 from abliterate.measure.numbers import PlaceOf
 from abliterate.report.charts import Figure, Frame, Trace, axis, digits, heat, layer_axis, scatter, stars
 from abliterate.report.document import Loaded
@@ -110,8 +109,7 @@ def tokens(loaded: Loaded) -> Figure | None:
     reach = max((abs(v) for e in found for s in READ for _, _, v in _cells(e.get(s) or ())), default=1.0) or 1.0
     frames, rows = [], []
     for entry in found:
-        labels = [_visible(token) for token in entry["tokens"]]
-        prompt = f"{entry['side']}: {shorten(entry['prompt'], 48)}"
+        labels, prompt = [_visible(token) for token in entry["tokens"]], f"{entry['side']}: {_cut(entry['prompt'])}"
         ticks = {"tickvals": list(range(len(labels))), "ticktext": labels}
         across = {"xaxis": axis("token", tickangle=-60, showgrid=False, zeroline=False, **ticks)}
         for state in READ:
@@ -226,3 +224,8 @@ def _token_words(rows: Sequence[Any], labels: Sequence[str]) -> str:
 def _visible(token: str) -> str:
     shown = token.replace("\n", "⏎").replace("\t", "⇥")
     return ("␣" if shown.startswith(" ") and not shown.strip() else "") + (shown.strip() or ("" if shown else "∅"))
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 48 else line[:47] + "…"

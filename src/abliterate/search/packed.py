@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.models.handle import Handle, common_prefix
 from abliterate.models.memory import free_for, out_of_memory, saved
-from abliterate.models.outputs import changed
 from abliterate.models.placement import devices_of, offloaded
 from abliterate.models.writers import layout
 
@@ -310,9 +309,12 @@ def _seen(block: nn.Module) -> Iterator[list[Tensor]]:
     """The stream that enters a block; the pass ends there."""
     seen: list[Tensor] = []
 
-    def look(states: Tensor) -> Tensor:
-        seen.append(states.detach())
+    def look(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
         raise _EnoughError
 
-    with changed([], [(block, look)]):
+    hook = block.register_forward_pre_hook(look, with_kwargs=True)
+    try:
         yield seen
+    finally:
+        hook.remove()
