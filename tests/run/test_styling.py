@@ -10,20 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from abliterate.common.errors import AbliterateError, NothingToDoError
-from abliterate.directions.means import Directions
 from abliterate.edit.recipe import load_recipe
-from abliterate.measure import measurement
-from abliterate.measure.judges import StyleJudge
 from abliterate.models.loading import load
 from abliterate.prompts.behaviour import load_behaviour
-from abliterate.prompts.style import Style
 from abliterate.run import styling
 from abliterate.run.measuring import measure_models
 from abliterate.run.pipeline import collect_to_file, run
-from abliterate.search.styles import StyleSettings, add_style, remove_style, shifted
+from abliterate.search.styles import StyleSettings
 from abliterate.settings.run import RunSettings
 from documents import check_document
-from models import handle_of, save_tiny, tiny_llama
+from models import save_tiny, tiny_llama
 
 FORMAL = Path(__file__).parents[1] / "data" / "formal.toml"
 FEW = {"train_prompts": 8, "validation_prompts": 8, "test_prompts": 8}
@@ -54,8 +50,10 @@ def loose(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """A search of a few candidates."""
-    quick = StyleSettings(most_layers=2, sizes=(1.0, 2.0), screen_prompts=4, screen_tokens=6, prompts=8, finalists=2)
+    """A fit of a few steps."""
+    quick = StyleSettings(steps=2, steps_between=1, rounds=1, weights=(1.0,), batch=4, answer_tokens=8, prompts=8)
+    monkeypatch.setattr(styling, "MOST_ASKED", 8)
+    monkeypatch.setattr(styling, "DRIFT_PROMPTS", 8)
     monkeypatch.setattr(styling, "StyleSettings", lambda **named: type(quick)(**{**vars(quick), **named}))
 
 
@@ -129,58 +127,6 @@ def test_a_behaviour_of_two_prompt_sets_runs_as_refusal_does(tmp_path, tiny_fold
 def test_collect_along_answers(tmp_path, tiny_folder):
     found = collect_to_file(str(tiny_folder), tmp_path / "acts.safetensors", settings("slop"))
     assert (found["positions"], found["target"], found["baseline"]) == (1, 60, 60)
-
-
-def planted_style():
-    """Directions of which one, added anywhere, makes a tiny model say one token: its unembedding."""
-    handle = handle_of(tiny_llama(layers=4, tied=False))
-    letter = handle.tokenizer.convert_tokens_to_ids("Q")
-    row = handle.model.lm_head.weight[letter].float()
-    unit = (row / row.norm()).expand(4, 3, 1, -1).clone()
-    length = torch.full((4, 3, 1), 40.0, dtype=torch.float64)
-    return handle, Directions(unit, length, torch.ones(4, 3, 1, dtype=torch.float64))
-
-
-class SaysQ(StyleJudge):
-    def __init__(self):
-        super().__init__(Style(patterns=("q",), threshold=1, distinct=1, least_words=1), "says Q")
-
-
-PROMPTS = ["How are you?", "What is rain?", "Tell me of the sea.", "Why do birds sing?"]
-
-
-def test_adding_finds_the_size_at_which_it_shows(monkeypatch):
-    # "QQQQ" is what was planted
-    monkeypatch.setattr(measurement, "is_degenerate", lambda text, finished: False)
-    handle, directions = planted_style()
-    asked = StyleSettings(sizes=(0.01, 4.0), screen_prompts=4, screen_tokens=4, prompts=4, tokens=4)
-    choice = add_style(handle, directions, PROMPTS, SaysQ(), asked)
-    assert choice.winner.strength == 4.0 and choice.winner.refusals.count == 4
-    assert len(choice.candidates) > 2 and choice.edit.shifts and not choice.edit.writers
-
-
-def test_removing_undoes_what_was_added(monkeypatch):
-    """A model shifted towards a style is shifted back by the search."""
-    monkeypatch.setattr(measurement, "is_degenerate", lambda text, finished: False)
-    handle, directions = planted_style()
-    with shifted(directions, [1], 4.0).attached(handle):
-        asked = StyleSettings(sizes=(0.5, 4.0), screen_prompts=4, screen_tokens=4, prompts=4, tokens=4, finalists=4)
-        choice = remove_style(handle, directions, PROMPTS, PROMPTS, SaysQ(), asked)
-    assert choice.winner.refusals.count == 0
-
-
-def test_a_shift_is_shared_by_its_blocks():
-    _, directions = planted_style()
-    edit = shifted(directions, range(1, 3), -2.0)
-    assert [shift.layer for shift in edit.shifts] == [1, 2]
-    assert all(shift.size == pytest.approx(-40.0) for shift in edit.shifts)
-
-
-def test_answers_that_loop_do_not_count(monkeypatch):
-    handle, directions = planted_style()
-    monkeypatch.setattr(measurement, "is_degenerate", lambda text, finished: True)
-    with pytest.raises(AbliterateError, match="no coherent answer"):
-        add_style(handle, directions, PROMPTS, SaysQ(), StyleSettings(sizes=(4.0,), prompts=4, tokens=4))
 
 
 def test_the_bundled_persona_asks_its_own_prompts():

@@ -25,8 +25,8 @@ from abliterate.models.writers import find_writers
 from abliterate.search import packed
 from abliterate.search.examples import Examples
 from abliterate.search.fit import (
-    _draw,
     _Job,
+    draw,
     fit,
     next_scaled,
     next_weight,
@@ -280,9 +280,9 @@ def test_live_factors_are_the_factors_of_apply(rank, strength, gained, centred, 
 
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 50))
 @settings(max_examples=60, deadline=None)
-def test_epochs_are_drawn_whole(count, size, seed):
+def test_epochs_aredrawn_whole(count, size, seed):
     size = min(size, count)
-    drawn = [i for step in range(3 * count) for i in _draw(count, size, step, seed, 0)]
+    drawn = [i for step in range(3 * count) for i in draw(count, size, step, seed, 0)]
     for epoch in range(3):
         assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
 

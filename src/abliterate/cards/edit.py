@@ -13,6 +13,7 @@ from abliterate.common.names import public_name, public_source
 from abliterate.measure.document import HealFacts, RecipeFacts, Removed, RunDocument
 from abliterate.measure.numbers import Candidate, PlaceOf
 
+FEW_SHIFTS = 3
 TIED = {
     "kept": "embedding and head stay tied, so the head is edited with the embedding",
     "untied": "the embedding, tied to the head in the base model, is untied: it is edited and the head is not",
@@ -68,7 +69,14 @@ def what_changed(recipe: RecipeFacts) -> list[str]:
         strength = f", strength {span(recipe.strength)}" if recipe.strength else ""
         said.append(f"{what}{recipe.writers} writers{_where(recipe.removed)}{strength}")
     held = f", which `{recipe.switch}` in config.json gives the class" if recipe.switch else ""
-    for shift in recipe.shifts:
+    if len(recipe.shifts) > FEW_SHIFTS:
+        layers, sizes = [s.layer for s in recipe.shifts], [s.size for s in recipe.shifts]
+        biases = f"; biases hold them{held}" if recipe.weights_hold_it else ""
+        said.append(
+            f"a vector each added at the outputs of {len(layers)} blocks from {min(layers)} to {max(layers)} at every "
+            f"token, of norms {min(sizes):.4g} to {max(sizes):.4g}{biases}"
+        )
+    for shift in recipe.shifts if len(recipe.shifts) <= FEW_SHIFTS else ():
         bias = f"; a bias holds it{held}" if recipe.weights_hold_it else ""
         where = f"the output of block {shift.layer} at every token"
         said.append(f"{shift.size:.4g} along one direction, added at {where}{bias}")

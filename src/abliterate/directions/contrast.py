@@ -29,11 +29,18 @@ class Rows:
     Attributes:
         target, baseline: token ids of each row: the prompt, and the answer if there is one.
         answers: how many of each row's last tokens are its answer, per side; None where there is none.
+        prompts: what the rows of both sides answer, where it is one prompt for both.
     """
 
     target: list[list[int]]
     baseline: list[list[int]]
     answers: tuple[list[int], list[int]] | None = None
+    prompts: tuple[str, ...] = ()
+
+    def said(self, side: int) -> list[list[int]]:
+        """The answers of a side (0 target, 1 baseline) without their prompts; none where there are none."""
+        rows = (self.target, self.baseline)[side]
+        return [row[-n:] for row, n in zip(rows, self.answers[side], strict=True)] if self.answers else []
 
 
 @contextlib.contextmanager
@@ -65,7 +72,7 @@ def contrast(
     Args:
         handle: the loaded original.
         behaviour: what contrasts.
-        prompts: of the training split, where the behaviour brings none of its own.
+        prompts: of the training split; asked besides those that the behaviour brings.
         judge: the behaviour's.
         filter: keep only pairs of the model's answers that differ as they should.
         reporter: told how many are kept.
@@ -78,13 +85,13 @@ def contrast(
         return pair_rows(handle, split_pairs(behaviour.pairs)[0])
     systems = behaviour.definition.system_prompts
     assert systems is not None
-    prompts = systems.prompts or prompts
+    prompts = [*systems.prompts, *prompts]
     sides = []
     for system in (systems.target, systems.baseline):
         with under(handle, system):
             sides.append(handle.prompt_ids(prompts))
     if not behaviour.along_answers:
-        return Rows(sides[0], sides[1])
+        return Rows(sides[0], sides[1], prompts=tuple(prompts))
     tick = reporter.progress("answering under both system prompts", 2 * len(prompts))
     answers = [decode(handle, ids, max_new_tokens=ANSWER_TOKENS, tick=tick) for ids in sides]
     shown = [judge.judge(prompts, [a.text for a in side]) for side in answers]
@@ -103,7 +110,7 @@ def contrast(
         )
     rows = [[[*sides[k][i], *answers[k][i].ids] for i in kept] for k in (0, 1)]
     lengths = tuple([len(answers[k][i].ids) for i in kept] for k in (0, 1))
-    return Rows(rows[0], rows[1], (lengths[0], lengths[1]))
+    return Rows(rows[0], rows[1], (lengths[0], lengths[1]), tuple(prompts[i] for i in kept))
 
 
 def pair_rows(handle: Handle, pairs: Sequence[Pair]) -> Rows:
@@ -115,6 +122,7 @@ def pair_rows(handle: Handle, pairs: Sequence[Pair]) -> Rows:
         [[*p, *a] for p, a in zip(prompts, target, strict=True)],
         [[*p, *a] for p, a in zip(prompts, baseline, strict=True)],
         ([len(a) for a in target], [len(a) for a in baseline]),
+        tuple(pair.prompt for pair in pairs),
     )
 
 

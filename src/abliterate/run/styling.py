@@ -6,21 +6,24 @@ from typing import Any
 
 from abliterate.common.errors import NothingToDoError
 from abliterate.directions.activations import Activations
-from abliterate.directions.contrast import Rows, collect_contrast, contrast
+from abliterate.directions.contrast import ANSWER_TOKENS, Rows, collect_contrast, contrast
 from abliterate.directions.keep import Kept
 from abliterate.directions.means import Directions
 from abliterate.measure import judged
+from abliterate.measure.decode import decode
 from abliterate.measure.rates import Rate
 from abliterate.run.opening import Job
 from abliterate.run.stages import decoding
 from abliterate.run.strategy import Strategy
-from abliterate.search.styles import StyleSettings, add_style, remove_style
+from abliterate.search.styles import StyleSettings, Taught, fit_style
 from abliterate.search.sweep import Choice
 from abliterate.settings.run import layer_range
 
 LEAST_TO_REMOVE = 0.15
 MOST_TO_ADD = 0.85
 CHECK_PROMPTS = 48
+DRIFT_PROMPTS = 64  # training prompts along whose answers drifting counts
+MOST_ASKED = 80  # training prompts that the edited model is asked
 
 
 class Styling(Strategy):
@@ -65,18 +68,35 @@ class Styling(Strategy):
         return collect_contrast(handle, self.rows, job.settings.collect, reporter=job.reporter)
 
     def search(self, job: Job, directions: Directions, kept: Kept | None) -> Choice:
-        search = job.settings.search
+        search, adds = job.settings.search, job.behaviour.adds
         options = StyleSettings(
             layers=layer_range(search.layers) if search.layers else None,
             tokens=job.settings.measure.max_new_tokens,
             max_rate=None if search.max_divergence is not None else search.max_refusal_rate,
             max_divergence=search.max_divergence,
+            seed=job.settings.seed,
         )
         # a behaviour that is added has to show where it doesn't: on baseline prompts, which may be the only ones
         target, baseline = job.sides.target.validation.texts, job.sides.baseline.validation.texts
-        if job.behaviour.adds:
-            return add_style(job.handle, directions, baseline, job.judge, options, reporter=job.reporter)
-        return remove_style(job.handle, directions, target, baseline, job.judge, options, reporter=job.reporter)
+        return fit_style(
+            job.handle, directions, self._taught(job), baseline if adds else target, baseline, job.judge, options,
+            adds=adds, kept=kept.span if kept else None, reporter=job.reporter,
+        )  # fmt: skip
+
+    def _taught(self, job: Job) -> Taught:
+        """Answers in the style and plain ones, behind the same prompts as they stand."""
+        handle, adds, rows = job.handle, job.behaviour.adds, self.rows
+        target, baseline = job.sides.target.train.texts, job.sides.baseline.train.texts[:DRIFT_PROMPTS]
+        asked = [*job.behaviour.own_prompts, *(baseline if adds else target)]
+        if rows.answers:
+            prompts, shown, plain = handle.prompt_ids(rows.prompts), rows.said(0), rows.said(1)
+        else:  # prompts alone contrast: the model's own answers to them
+            shown, plain = ([a.whole for a in decode(handle, ids, max_new_tokens=ANSWER_TOKENS)]
+                            for ids in (rows.target, rows.baseline))  # fmt: skip
+            prompts = handle.prompt_ids(rows.prompts or baseline)
+            shown, plain = ([side[i % len(side)] for i in range(len(prompts))] for side in (shown, plain))
+        wanted, unwanted = (shown, []) if adds else (plain, shown)
+        return Taught(prompts, wanted, unwanted, list(dict.fromkeys(asked))[:MOST_ASKED], list(baseline))
 
     def prompt_facts(self) -> dict[str, Any]:
         return {

@@ -40,6 +40,7 @@ from abliterate.search.goal import Goal, Term
 from abliterate.search.points import PointJudge, panel_of
 from abliterate.search.stand_ins import Refusing, StandIn, Staying
 from abliterate.search.starts import Start, starts, wider
+from abliterate.search.variable_edit import VariableEdit
 
 UNIT = 0.05  # nats of divergence that count as much as one unit of the stand-in for refusing
 STARTING_STRENGTH = 0.9  # of a start in few blocks
@@ -211,6 +212,7 @@ class _Job:
             self.handle, [self.refusing, self.staying, *(stand_in for _, stand_in in self.also)], self.known, blocks,
             settings.rank, self.kept, settings.seed, [len(prompts) for prompts, _ in state.others],
         )  # fmt: skip
+        assert isinstance(self.goal.variables, VariableEdit)
         self.variables = self.goal.variables
         vectors, strengths = self.variables.vectors, self.variables.strengths
         self.optimiser = torch.optim.Adam(
@@ -302,11 +304,11 @@ class _Job:
         other = len(self.refusing.rows) - self.known
         share = min(other, size // 2)
         known = self._batch(0, size - share, step)
-        return known + [self.known + i for i in _draw(other, share, step, self.settings.seed, 7)]
+        return known + [self.known + i for i in draw(other, share, step, self.settings.seed, 7)]
 
     def _batch(self, which: int, size: int, step: int) -> list[int]:
         count = self.known if which == 0 else len(self.goal.stand_ins[which].rows)
-        return _draw(count, min(size, count), step, self.settings.seed, which)
+        return draw(count, min(size, count), step, self.settings.seed, which)
 
     def look_for_other_refusals(self, reporter: Reporter) -> int:
         """Decode answers to training targets; refusals that are left, in other words, are lowered too from now on.
@@ -353,7 +355,7 @@ class _Job:
         self.goal = self.goal.with_more(prompts, openings)
 
 
-def _draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:
+def draw(count: int, size: int, step: int, seed: int, which: int) -> list[int]:
     """`size` of `count` indices for a step: shuffled epochs one after the other, a function of the step alone."""
     picked = []
     for place in range(step * size, (step + 1) * size):

@@ -21,7 +21,7 @@ from abliterate.models.handle import Handle
 from abliterate.models.memory import halved, out_of_memory
 from abliterate.search.packed import Packer
 from abliterate.search.stand_ins import Refusing, StandIn
-from abliterate.search.variable_edit import VariableEdit
+from abliterate.search.variable_edit import VariableEdit, VariableShift
 
 PARTS = 4  # of a step's rows
 
@@ -43,11 +43,12 @@ class Goal:
 
     Attributes:
         handle: the loaded original; left out where the goal is sent to workers, as is what is made of it.
-        stand_ins: the first is refusing, which takes in rows as the fit goes.
+        stand_ins: the first is what takes in rows as the fit goes, refusing.
         known: how many rows of the first were there at the beginning.
         blocks, rank, kept, seed: of the variables; see `VariableEdit`.
         groups: how many rows the first took in each time.
         passes: that a step is cut into; more where memory doesn't hold it whole.
+        units: [block] where vectors are added at blocks' outputs, the unit of each (`VariableShift`).
     """
 
     handle: Handle
@@ -59,12 +60,15 @@ class Goal:
     seed: int
     groups: list[int] = field(default_factory=list)
     passes: int = 1
+    units: Float[Tensor, " block"] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "handle"}
 
     @cached_property
-    def variables(self) -> VariableEdit:
+    def variables(self) -> VariableEdit | VariableShift:
+        if self.units is not None:
+            return VariableShift(self.handle, self.blocks, self.units, self.kept)
         return VariableEdit(self.handle, self.blocks, self.rank, self.kept, self.seed)
 
     @cached_property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from abliterate.search.packed import Row
 
 OPENING_TOKENS = 8  # of a refusal: enough to tell one that opens with everyday words
 TOLD_APART = 10.0  # how much more common a start is among refusals than among answers to stand for one
+ENOUGH = 1.0  # nats per token by which an answer is to become likelier, or less likely
+SHARP = 4.0
 MARGIN = 3.0  # a refusal of probability below exp(-3) is not worth more
 
 
@@ -108,6 +110,59 @@ def told_apart(
         if among_refusals >= TOLD_APART * among_answers:
             return start
     return list(opening)
+
+
+class Lesson(NamedTuple):
+    """An answer that is to become likely behind its prompt, or unlikely.
+
+    Attributes:
+        prompt, answer: token ids.
+        counted: which of the answer's tokens count, by index.
+        wanted: whether it is to become likely.
+        before: the original's mean log-probability of the tokens that count, in nats.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    counted: list[int]
+    wanted: bool
+    before: float = 0.0
+
+
+@dataclass
+class Saying:
+    """How far the model is from giving some answers, and from no longer giving others.
+
+    For each, softplus(4 x) / 4 of what the mean log-probability x of its tokens, in nats, lacks to the original's plus
+    or minus a nat: a plain likelihood that ends where there is enough, so that what is to vanish doesn't draw the fit
+    without end.
+
+    Attributes:
+        lessons: the answers.
+    """
+
+    lessons: list[Lesson]
+    name: str = "saying"
+
+    def __post_init__(self) -> None:
+        self.rows = [Row([*lesson.prompt, *lesson.answer[:-1]], len(lesson.answer)) for lesson in self.lessons]
+
+    def loss(self, picked: Sequence[int], logprobs: Sequence[Float[Tensor, "output vocab"]]) -> Float[Tensor, ""]:
+        """Mean over the rows picked."""
+        lacking = []
+        for index, own in zip(picked, logprobs, strict=True):
+            lesson = self.lessons[index]
+            gained = mean_logprob(own, lesson.answer, lesson.counted) - lesson.before
+            lacking.append(ENOUGH - gained if lesson.wanted else ENOUGH + gained)
+        return F.softplus(SHARP * torch.stack(lacking)).mean() / SHARP
+
+
+def mean_logprob(
+    logprobs: Float[Tensor, "token vocab"], answer: Sequence[int], counted: Sequence[int]
+) -> Float[Tensor, ""]:
+    """The mean over some of an answer's tokens."""
+    tokens = torch.tensor(answer, device=logprobs.device)
+    return logprobs.gather(-1, tokens[:, None])[list(counted), 0].mean()
 
 
 @dataclass

@@ -1,310 +1,342 @@
-"""Choosing an edit for a style by whole decoded answers: openings tell nothing of how the rest is written.
+"""Fitting an edit for a style by gradients: vectors added at blocks' outputs (`Edit.shifts`), learnt along answers.
 
-Adding: h <- h + c/n d_l at the outputs of n blocks on end, d_l the difference of means at each (`Edit.shifting`), c the
-whole size in norms of it; a quarter of the blocks carries more of a style than one does before answers begin to loop;
-activation addition, Turner et al. 2023 (arXiv 2308.10248) and Rimsky et al. 2024 (arXiv 2312.06681), made permanent.
-Negative strengths in the weights, W <- W + a r (r^T W), only amplify what is there already: a model that isn't
-melancholic has next to none. Removing: r out of every writer, and, tried beside it, the shift the other way,
-h <- h - c d.
+As in `fit`, a few steps through the frozen model: answers in the style become likelier behind plain prompts, or less
+likely and plain ones likelier (`stand_ins.Saying`), while the original's answers to other prompts stay as they are
+(`Staying`). Between, the edited model is asked, and its own answers are learnt from: those that came out as they
+should, or should not, up to where they begin to repeat themselves, and repetitions, which are to become unlikely.
+
+A shift starts at the difference of means along answers (activation addition, Turner et al. 2023, arXiv 2308.10248;
+Rimsky et al. 2024, arXiv 2312.06681); trained, it is a steering vector as in Cao et al. 2024 (arXiv 2406.00045), one a
+block. Points are judged by whole decoded answers: openings tell nothing of how the rest is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from abliterate.common.errors import AbliterateError
-from abliterate.common.reporting import SILENT, Reporter, each
-from abliterate.directions.means import Directions, Place, at
-from abliterate.edit.edit import Edit, Shift
-from abliterate.measure import mean_score
-from abliterate.measure.divergence import Reference
+from abliterate.common.errors import AbliterateError, NonFiniteError
+from abliterate.common.reporting import SILENT, Reporter
+from abliterate.directions.means import Directions, Place
+from abliterate.edit.edit import Edit
+from abliterate.measure import Judged, mean_score, reference_of
+from abliterate.measure.decode import decode
+from abliterate.measure.divergence import read_each
 from abliterate.measure.judges import Judge
-from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
-from abliterate.models.writers import SITES, find_writers
+from abliterate.models.writers import SITES
 from abliterate.search import objectives
+from abliterate.search.fit import UNIT, draw
 from abliterate.search.frontier import FrontierPoint, choose, non_dominated
+from abliterate.search.goal import Goal, Term
 from abliterate.search.objectives import original_reference
+from abliterate.search.stand_ins import Lesson, Saying, Staying, mean_logprob
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT, Candidate, Choice
+from abliterate.search.variable_edit import VariableShift
 
-SITE, POSITION = "post", -1
+SITE = "post"
 DIVERGENCE_TOKENS = 24
-SCREEN_DIVERGENCE_TOKENS = 8
-GONE = 0.25  # of the original's mean score, up to which a style counts as gone when screening
-RUINED = 0.5  # share of degenerate answers, beyond the original's, at which larger sizes aren't tried
+DRIFT_TOKENS = 12  # of them, along which drifting counts in a step
+RUN = 4  # tokens: a run of so many that an answer has had already is a repetition
+FEWEST = 6  # tokens of an answer that can be learnt from
+MORE_DEGENERATE = 0.03  # of answers, beyond the original's share, that a point may have
 
 
 @dataclass(frozen=True)
 class StyleSettings:
-    """Sizes of the search.
+    """Sizes of the fit.
 
     Attributes:
-        layers: blocks tried; by default all but the first and the last fifth.
-        most_layers: how many of them, evenly spaced.
-        sizes: of shifts, in norms of the difference of means, smallest first; shared by the blocks shifted.
-        spread: share of the model's blocks that an added shift is spread over, from the layer tried on.
-        strengths: of removals from every writer, weakest first.
-        screen_prompts, screen_tokens: answers decoded for every candidate.
-        finalists: candidates judged on more.
-        prompts, tokens: answers decoded for these.
+        layers: blocks that may be shifted; by default all but the first sixth and the last fifth.
+        start: what is added at first, in differences of means over all blocks.
+        steps, steps_between: gradient steps to the first answers, and from each point to the next.
+        rounds: for adding: how often the edited model's own answers are learnt from.
+        weights: for removing: of the answers against drifting, one per point.
+        factors: for adding, of the last fit's shifts; `lighter` for removing, of the chosen point's.
+        batch: answers per step, and baseline prompts.
+        answer_tokens: of each answer that are learnt from.
+        rate: size of a step, in shares of what is added at first.
+        prompts, tokens: answers decoded to judge a point.
         max_rate, max_divergence: for removing, how the point is chosen; see `frontier.choose`.
     """
 
     layers: range | None = None
-    most_layers: int = 8
-    sizes: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.4, 3.0, 4.0)
-    spread: float = 0.27
-    strengths: tuple[float, ...] = (0.6, 1.0)
-    screen_prompts: int = 12
-    screen_tokens: int = 40
-    finalists: int = 4
+    start: float = 1.0
+    steps: int = 12
+    steps_between: int = 8
+    rounds: int = 2
+    weights: tuple[float, ...] = (3.0, 1.0, 0.3)
+    factors: tuple[float, ...] = (0.85, 1.15)
+    lighter: tuple[float, ...] = (0.75,)
+    batch: int = 8
+    answer_tokens: int = 40
+    rate: float = 0.3
     prompts: int = 48
     tokens: int = 64
     max_rate: float | None = None
     max_divergence: float | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
-class Tried:
-    """An edit and what it does to answers.
+class Taught:
+    """What a style is learnt from at first: token ids of prompts and of the answers behind them.
 
     Attributes:
-        edit: shift or removal.
-        candidate: where its direction was found, at which strength, and the rate of answers that show the style.
-        coherent: answers that show it and are not degenerate.
-        degenerate: answers that are.
-        score: the judge's mean score; 0 where it gives none.
+        prompts: of each pair of answers.
+        wanted: answers that are to become likely: in the style where it is added, plain ones where it is removed.
+        unwanted: answers that are to become unlikely; none, or one for each prompt.
+        asked: training prompts whose answers by the edited model are learnt from.
+        baseline: training prompts whose answers are to stay, where a style is removed.
     """
 
-    edit: Edit
-    candidate: Candidate
-    shown: Rate
-    coherent: Rate
-    degenerate: Rate
-    score: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.candidate.place}, {'size' if self.edit.shifts else 'strength'} {self.candidate.strength:g}: "
-            f"{self.shown.count} of {self.shown.total} show it, {self.degenerate.count} degenerate"
-        )
+    prompts: list[list[int]]
+    wanted: list[list[int]]
+    unwanted: list[list[int]]
+    asked: list[str]
+    baseline: list[str]
 
 
-def add_style(
-    handle: Handle,
-    directions: Directions,
-    prompts: Sequence[str],
-    judge: Judge,
-    settings: StyleSettings | None = None,
-    *,
-    reporter: Reporter = SILENT,
-) -> Choice:
-    """The block and the size of a shift by which most answers show a style and stay coherent.
+def fit_style(
+    handle: Handle, directions: Directions, taught: Taught, target: Sequence[str], baseline: Sequence[str],
+    judge: Judge, settings: StyleSettings | None = None, *, adds: bool,
+    kept: Float[Tensor, "k d_model"] | None = None, reporter: Reporter = SILENT,
+) -> Choice:  # fmt: skip
+    """Fit shifts that add a style to answers, or remove one, and choose a point by decoded answers.
 
-    1. Screen: at blocks evenly spaced, growing sizes on a few prompts, until too many answers are degenerate.
-    2. Decode: the best few on more prompts; most coherent answers that show the style win, of equals the least size.
+    Adding: a point after the first fit and after each round of own answers, then a little more and less of the last
+    one; most whole answers in style win. Removing: a point a weight, and a gentler one; of their frontier one is chosen
+    as in every search. Either way only points count that make no more than 3% more answers degenerate than the
+    original, if there are any.
 
     Args:
         handle: the loaded original; it is not changed.
         directions: of the contrast.
-        prompts: validation prompts.
-        judge: decides which answers show it.
-        settings: sizes of the search.
-        reporter: told about stages and progress.
-
-    Raises:
-        AbliterateError: when no block is left to try, or no size makes any answer show it.
-    """
-    search = _Search(handle, directions, prompts, judge, settings or StyleSettings(), reporter)
-    screened = search.screen(shifts=1.0, removals=False, spread=search.settings.spread)
-    finalists = sorted(screened, key=_most)[: search.settings.finalists]
-    decoded = [search.decoded(t) for t in each(reporter, "decoding the best", finalists)]
-    best = min(decoded, key=_most)
-    if not best.coherent.count:
-        raise AbliterateError(
-            f"adding the direction makes no coherent answer of {handle.source} show the behaviour, at any layer and "
-            "size tried; give other prompts or system prompts, or --layers"
-        )
-    why = (
-        f"{best.coherent.count} of {best.coherent.total} answers show it and are coherent, the most of the "
-        f"{len(decoded)} decoded; {best.degenerate.count} degenerate"
-    )
-    return search.choice(best, why, [*screened, *decoded])
-
-
-def remove_style(
-    handle: Handle,
-    directions: Directions,
-    target: Sequence[str],
-    baseline: Sequence[str],
-    judge: Judge,
-    settings: StyleSettings | None = None,
-    *,
-    reporter: Reporter = SILENT,
-) -> Choice:
-    """The edit that makes fewest answers show a style: the direction out of every writer, or a shift away from it.
-
-    1. Screen: at blocks evenly spaced, both on a few target prompts, and the divergence on a few baseline prompts;
-       first come those that leave little of the judge's mean score, by divergence.
-    2. Decode: the best few on more prompts, and the divergence on baseline prompts; a point of their frontier is
-       chosen as in every search.
-
-    Args:
-        handle: the loaded original; it is not changed.
-        directions: of the contrast.
-        target: validation prompts whose answers tend to show it.
+        taught: what is learnt from.
+        target: validation prompts whose answers are judged.
         baseline: validation prompts on which divergence counts.
-        judge: decides which answers show it.
-        settings: sizes of the search.
+        judge: decides which answers show the style.
+        settings: sizes of the fit.
+        adds: whether the style is put in.
+        kept: orthonormal directions that every shift stays orthogonal to.
         reporter: told about stages and progress.
 
     Raises:
-        AbliterateError: when no block is left to try.
+        AbliterateError: when no block is left, the model answers no validation prompt, or nothing makes an answer show
+            what is added.
+        NonFiniteError: when the loss isn't finite.
     """
-    settings = settings or StyleSettings()
-    search = _Search(handle, directions, target, judge, settings, reporter)
-    few = original_reference(handle, baseline[: settings.screen_prompts], answer_tokens=SCREEN_DIVERGENCE_TOKENS)
-    screened = search.screen(shifts=-1.0, removals=True, spread=settings.spread, reference=few)
-    bearable = [t for t in screened if t.degenerate.rate <= search.plain.degenerate.rate + RUINED / 2]
-    ranked = sorted(bearable or screened, key=_cheapest_of(GONE * search.plain.score))
-    removals, shifts = ([t for t in ranked if bool(t.edit.shifts) is kind] for kind in (False, True))
-    half = (settings.finalists + 1) // 2  # some of each: which is cheaper shows only now
-    finalists = [*removals[:half], *shifts[: settings.finalists - half]]
-    reference = original_reference(handle, baseline[: settings.prompts], answer_tokens=DIVERGENCE_TOKENS)
-    decoded = [search.decoded(t, reference) for t in each(reporter, "decoding the best", finalists)]
-    points = [
-        FrontierPoint(
-            t.edit, t.shown, t.candidate.divergence or 0.0, {"score": t.score, "degenerate": t.degenerate.to_json()}
-        )
-        for t in decoded
-    ]
-    front = non_dominated(points)
-    chosen, why = choose(front, settings.max_rate, settings.max_divergence)
-    best = next(t for t in decoded if t.edit is chosen.edit)
-    return search.choice(best, why.replace("refused", "show it").replace("refusals", "answers that show it"),
-                         [*screened, *decoded], front)  # fmt: skip
+    job = _Job(handle, directions, taught, judge, settings or StyleSettings(), adds, kept, reporter)
+    job.look_at_original(target, baseline)
+    if adds:
+        job.add()
+    else:
+        job.remove(Staying(original_reference(handle, taught.baseline, answer_tokens=DRIFT_TOKENS)))
+    return job.choice()
 
 
-class _Search:
-    """What doesn't change between candidates, and how one is tried."""
+class _Job:
+    """The variables, the lessons and the optimiser of one fit, and the points it gave."""
 
     def __init__(
-        self, handle: Handle, directions: Directions, prompts: Sequence[str], judge: Judge, settings: StyleSettings,
-        reporter: Reporter,
+        self, handle: Handle, directions: Directions, taught: Taught, judge: Judge, settings: StyleSettings,
+        adds: bool, kept: Float[Tensor, "k d_model"] | None, reporter: Reporter,
     ) -> None:  # fmt: skip
         self.handle, self.directions, self.judge, self.settings = handle, directions, judge, settings
-        self.prompts, self.reporter = list(prompts), reporter
-        self.layers = _layers(directions, settings)
-        if not self.layers:
-            raise AbliterateError("no layer left to search; widen --layers (the first and the last fifth are left out)")
-        self.writers = find_writers(handle, settings.layers)
-        nothing = Edit((), torch.zeros(0, handle.d_model), torch.zeros(0, 0))
-        self.plain = self._tried(nothing, Candidate(Place(0, SITE, POSITION), 0.0), settings.screen_prompts,
-                                 settings.screen_tokens)  # fmt: skip
+        self.taught, self.adds, self.reporter, self.step = taught, adds, reporter, 0
+        self.blocks = blocks_of(directions, settings.layers)
+        row, unit = SITES.index(SITE), directions.unit
+        self.place = Place(max(self.blocks, key=lambda b: float(directions.separation[b, row, -1])), SITE, -1)
+        at = slice(self.blocks.start, self.blocks.stop)
+        units = (directions.length[at, row, -1] * settings.start / len(self.blocks)).float()
+        self.variables = VariableShift(handle, self.blocks, units, kept)
+        self.variables.put_values(unit[at, row, -1:] * (1.0 if adds else -1.0), torch.ones(len(self.blocks), 1))
+        rates = (settings.rate / handle.d_model**0.5, settings.rate / 2)
+        groups = zip((self.variables.vectors, self.variables.strengths), rates, strict=True)
+        self.optimiser = torch.optim.Adam([{"params": [v], "lr": lr} for v, lr in groups], betas=(0.9, 0.95))
+        self.rates, self.lessons = rates, list[Lesson]()
+        self.points: list[tuple[FrontierPoint, Judged]] = []
+        self.take_in([*self._taught(taught.wanted, True), *self._taught(taught.unwanted, False)])
 
-    def screen(
-        self, *, shifts: float, removals: bool, spread: float = 0.0, reference: Reference | None = None
-    ) -> list[Tried]:
-        """Every candidate on a few prompts; `shifts` is their sign, `spread` the share of blocks they are at."""
-        settings, tried = self.settings, []
-        for layer in each(self.reporter, "screening layers", self.layers):
-            place = Place(layer, SITE, POSITION)
-            row = SITES.index(SITE)
-            candidate = Candidate(place, float(self.directions.separation[layer, row, POSITION]))
-            direction = at(self.directions, place)
-            blocks = range(layer, min(layer + max(1, int(spread * self.handle.layers)), self.handle.layers))
-            for strength in settings.strengths if removals else ():
-                edit = Edit.uniform(self.writers, direction, strength)
-                tried.append(self._screened(edit, replace(candidate, strength=strength), reference))
-            for size in settings.sizes:
-                edit = shifted(self.directions, blocks, shifts * size)
-                tried.append(self._screened(edit, replace(candidate, strength=shifts * size), reference))
-                if tried[-1].degenerate.rate > self.plain.degenerate.rate + RUINED:
-                    break
-        return tried
+    def _taught(self, answers: list[list[int]], wanted: bool) -> list[Lesson]:
+        found = []
+        for prompt, answer in zip(self.taught.prompts, answers, strict=bool(answers)):
+            own = answer[: self.settings.answer_tokens]
+            own = own[: (repeats(own) or [len(own)])[0]] if wanted else own
+            found += [Lesson(prompt, own, list(range(len(own))), wanted)] if len(own) >= FEWEST else []
+        return found
 
-    def decoded(self, tried: Tried, reference: Reference | None = None) -> Tried:
-        """A candidate on more prompts and longer answers, with its divergence if there is a reference."""
-        found = self._tried(tried.edit, tried.candidate, self.settings.prompts, self.settings.tokens, reference)
-        note = f"{found.degenerate.count} of {found.degenerate.total} degenerate, mean score {found.score:.2f}"
-        kept = replace(found.candidate, stage="decoded", note=note)
-        return replace(found, candidate=kept)
+    def take_in(self, lessons: list[Lesson]) -> None:
+        """Learn from these too, measured by what the original makes of them."""
+        rows = [[*lesson.prompt, *lesson.answer[:-1]] for lesson in lessons]
+        answers, counted = [x.answer for x in lessons], [x.counted for x in lessons]
+        before = read_each(self.handle, rows, answers, _mean_logprob, counted)
+        self.lessons += [x._replace(before=b) for x, b in zip(lessons, before, strict=True)]
 
-    def choice(self, best: Tried, why: str, tried: Sequence[Tried], frontier: Sequence[FrontierPoint] = ()) -> Choice:
-        """The result, every candidate at its latest."""
-        self.reporter.say(f"chose {best.candidate.place}, {_how(best)}: {why}")
-        winner = replace(best.candidate, note=why)
-        latest = {(t.candidate.place, bool(t.edit.shifts), t.candidate.strength): t.candidate for t in tried}
-        latest[(winner.place, bool(best.edit.shifts), winner.strength)] = winner
-        return Choice(best.edit, winner, list(latest.values()), list(frontier))
+    def look_at_original(self, target: Sequence[str], baseline: Sequence[str]) -> None:
+        """What points are compared with: the original on the same prompts."""
+        settings = self.settings
+        self.target, asked = list(target)[: settings.prompts], list(baseline)[: settings.prompts]
+        before = self._answers(None, self.target, settings.tokens)
+        answers = before.answers if asked == self.target else decode(
+            self.handle, self.handle.prompt_ids(asked), max_new_tokens=DIVERGENCE_TOKENS
+        )  # fmt: skip
+        found = reference_of(self.handle, asked, answers)
+        if found is None:
+            raise AbliterateError(f"{self.handle.source} answers none of the validation prompts")
+        self.reference, self.most_degenerate = found, before.degenerate.rate + MORE_DEGENERATE
 
-    def _screened(self, edit: Edit, candidate: Candidate, reference: Reference | None) -> Tried:
-        return self._tried(edit, candidate, self.settings.screen_prompts, self.settings.screen_tokens, reference)
+    def add(self) -> None:
+        self.descend(self.settings.steps, 1.0)
+        self.judged(weight=1.0)
+        for _ in range(self.settings.rounds):
+            self.learn_from_own_answers()
+            self.descend(self.settings.steps_between, 1.0)
+            self.judged(weight=1.0)
+        for factor in self.settings.factors:
+            self.judged(weight=1.0, scaled=factor)
 
-    def _tried(
-        self, edit: Edit, candidate: Candidate, count: int, tokens: int, reference: Reference | None = None
-    ) -> Tried:
-        """A candidate's answers to so many prompts; its divergence, along the original's answers, with a reference."""
-        found, drift = objectives.tried(
-            self.handle, edit, self.prompts[:count], self.judge, reference, max_new_tokens=tokens, stop_on=()
+    def remove(self, staying: Staying) -> None:
+        self.learn_from_own_answers(original=True)
+        for number, weight in enumerate(self.settings.weights):
+            self.descend(self.settings.steps_between if number else self.settings.steps, weight, staying)
+            self.judged(weight=weight)
+            if not number:
+                self.learn_from_own_answers()
+        for factor in self.settings.lighter:
+            self.judged(weight=self.settings.weights[-1], scaled=factor)
+
+    def learn_from_own_answers(self, *, original: bool = False) -> None:
+        """Ask training prompts; answers in style become likelier, or less likely, and repetitions less likely."""
+        asked, settings, lessons = self.taught.asked, self.settings, list[Lesson]()
+        found = self._answers(None if original else self.variables.edit(), asked, settings.answer_tokens)
+        rows = zip(self.handle.prompt_ids(asked), found.answers, found.shown, strict=True)
+        for prompt, answer, shown in rows:
+            own = answer.whole[: settings.answer_tokens]
+            again = repeats(own)
+            sound = (again or [len(own)])[0]
+            if shown and sound >= FEWEST:
+                lessons.append(Lesson(prompt, own[:sound], list(range(sound)), self.adds))
+            if len(again) >= RUN and not original:
+                lessons.append(Lesson(prompt, own, again, False))
+        wanted = sum(x.wanted for x in lessons)
+        self.reporter.say(
+            f"{found.rate.count} of {found.rate.total} answers to training prompts show it; {wanted} answers become "
+            f"likelier, {len(lessons) - wanted} answers or repetitions less likely"
         )
-        candidate = replace(candidate, refusals=found.rate, divergence=drift.answer if drift else None)
-        score = mean_score(self.judge, found.answers)
-        return Tried(edit, candidate, found.rate, found.coherent, found.degenerate, score)
+        self.take_in(lessons)
+
+    def descend(self, steps: int, weight: float, staying: Staying | None = None) -> None:
+        """Gradient steps at one weight of the answers."""
+        settings = self.settings
+        sides: list[Saying | Staying] = [Saying(self.lessons), *([staying] if staying else [])]
+        seed, kept = settings.seed, self.variables.kept
+        goal = Goal(self.handle, sides, len(self.lessons), self.blocks, 1, kept, seed, units=self.variables.units)
+        goal.__dict__["variables"] = self.variables
+        total = settings.steps + settings.steps_between * max(settings.rounds, len(settings.weights))
+        tick = self.reporter.progress("fitting", steps)
+        for _ in range(steps):
+            for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+                group["lr"] = rate * (1 - 0.7 * self.step / total)
+            terms = []
+            for which, (side, own) in enumerate(zip(sides, (weight, 1 / UNIT), strict=False)):
+                count = len(side.rows)
+                terms.append(Term(which, own, draw(count, min(settings.batch, count), self.step, seed, which)))
+            if not math.isfinite(goal.descend(terms, 0.0)):
+                raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
+            self.optimiser.step()
+            self.step += 1
+            tick(1)
+
+    def judged(self, scaled: float | None = None, **found: Any) -> None:
+        """The next point: what the edit as it is now, or so many times of it, does to validation prompts."""
+        edit = self.variables.edit() * (scaled or 1.0)
+        settings = self.settings
+        answers, drift = objectives.tried(
+            self.handle, edit, self.target, self.judge, self.reference, max_new_tokens=settings.tokens, stop_on=()
+        )
+        assert drift is not None
+        note = {"score": mean_score(self.judge, answers.answers), "degenerate": answers.degenerate.to_json()}
+        point = FrontierPoint(edit, answers.rate, drift.answer, note, step=self.step, scaled=scaled, **found)
+        self.points.append((point, answers))
+        which = f"{scaled:g} times the shifts" if scaled else f"step {self.step}"
+        self.reporter.say(
+            f"{which}: {answers.rate.count} of {answers.rate.total} show it, {answers.degenerate.count} degenerate, at "
+            f"divergence {drift.answer:.3f}"
+        )
+
+    def choice(self) -> Choice:
+        """The point to take, with every one as a candidate."""
+        sound = [p for p in self.points if p[1].degenerate.rate <= self.most_degenerate] or self.points
+        points = [point for point, _ in sound]
+        if self.adds:
+            chosen, answers = max(sound, key=lambda p: (p[1].coherent.count, -p[0].divergence))
+            if not answers.coherent.count:
+                raise AbliterateError(
+                    f"no shift fitted makes a coherent answer of {self.handle.source} show the behaviour; give other "
+                    "prompts or system prompts, or --layers"
+                )
+            why = (
+                f"{answers.coherent.count} of {answers.coherent.total} answers show it and are coherent, the most of "
+                f"{len(sound)} points; {answers.degenerate.count} degenerate"
+            )
+        else:
+            points = non_dominated(points)
+            chosen, why = choose(points, self.settings.max_rate, self.settings.max_divergence)
+            why = why.replace("refused", "show it").replace("refusals", "answers that show it")
+        self.reporter.say(f"chose {why}")
+        candidates = [self._candidate(point, why if point is chosen else "") for point, _ in self.points]
+        winner = next(c for c, (point, _) in zip(candidates, self.points, strict=True) if point is chosen)
+        return Choice(chosen.edit, winner, candidates, [] if self.adds else points)
+
+    def _candidate(self, point: FrontierPoint, why: str) -> Candidate:
+        separation = float(self.directions.separation[self.place.layer, SITES.index(SITE), -1])
+        note = why or f"step {point.step}, {point.note['degenerate']['count']} degenerate"
+        return Candidate(
+            self.place, separation, strength=point.scaled or 1.0, divergence=point.divergence, refusals=point.refused,
+            stage="fitted", note=note,
+        )  # fmt: skip
+
+    def _answers(self, edit: Edit | None, prompts: Sequence[str], tokens: int) -> Judged:
+        handle = self.handle
+        nothing = Edit((), torch.zeros(0, handle.d_model), torch.zeros(0, 0))
+        return objectives.tried(handle, edit or nothing, prompts, self.judge, max_new_tokens=tokens, stop_on=())[0]
 
 
-def shifted(directions: Directions, blocks: Sequence[int], size: float) -> Edit:
-    """Add `size` differences of means in all, an equal share at the output of each block, each along its own.
+def repeats(tokens: Sequence[int]) -> list[int]:
+    """Where a run of four tokens ends that was there before: what a loop is made of.
 
-    Args:
-        directions: from `difference_of_means`.
-        blocks: their indices.
-        size: in norms of the difference of means; negative takes away.
+    Example:
+        >>> repeats([1, 2, 3, 4, 5, 1, 2, 3, 4])
+        [8]
     """
-    row = SITES.index(SITE)
-    shifts = []
-    for layer in blocks:
-        length = float(directions.length[layer, row, POSITION])
-        shifts.append(Shift(layer, at(directions, Place(layer, SITE, POSITION)), size / len(blocks) * length))
-    d_model = directions.unit.shape[-1]
-    return Edit((), torch.zeros(0, d_model), torch.zeros(0, 0), tuple(shifts))
+    runs = [tuple(tokens[i : i + RUN]) for i in range(len(tokens) - RUN + 1)]
+    seen, found = set[tuple[int, ...]](), []
+    for end, run in enumerate(runs, start=RUN - 1):
+        found += [end] if run in seen else []
+        seen.add(run)
+    return found
 
 
-def _layers(directions: Directions, settings: StyleSettings) -> list[int]:
-    """The layers to try, at most so many, evenly spaced."""
+def blocks_of(directions: Directions, layers: range | None) -> range:
+    """Blocks that may be shifted, in a row: not the first sixth, where a prompt isn't read yet, nor the last fifth.
+
+    Raises:
+        AbliterateError: when none is left.
+    """
     count = directions.unit.shape[0]
-    finite = directions.unit[:, SITES.index(SITE), POSITION].isfinite().all(-1)
-    last = max(2, int(count * (1 - LAST_LAYERS_LEFT_OUT)))
-    allowed = settings.layers or range(1, last)
-    inside = [i for i in range(1, min(last, count)) if bool(finite[i]) and i in allowed]
-    most = settings.most_layers
-    if len(inside) <= most:
-        return inside
-    return [inside[round(k * (len(inside) - 1) / (most - 1))] for k in range(most)]
+    allowed = layers or range(count // 6, count)
+    first, last = max(1, allowed.start), min(allowed.stop, max(2, int(count * (1 - LAST_LAYERS_LEFT_OUT))))
+    if first >= last:
+        raise AbliterateError("no layer left to fit; widen --layers (the first and the last fifth are left out)")
+    return range(first, last)
 
 
-def _most(tried: Tried) -> tuple[float, float]:
-    """Sorts most coherent answers that show the style first, of equals the least size."""
-    return -tried.coherent.rate, abs(tried.candidate.strength)
-
-
-def _cheapest_of(score: float) -> Callable[[Tried], tuple[bool, float]]:
-    """Sorts those with at most this mean score first, by divergence; then the others, by score."""
-
-    def key(tried: Tried) -> tuple[bool, float]:
-        much = tried.score > score
-        return much, tried.score if much else tried.candidate.divergence or 0.0
-
-    return key
-
-
-def _how(tried: Tried) -> str:
-    strength = tried.candidate.strength
-    if not tried.edit.shifts:
-        return f"out of every writer at {strength:g}"
-    first, last = tried.edit.shifts[0].layer, tried.edit.shifts[-1].layer
-    where = f"block {first}" if first == last else f"blocks {first} to {last}"
-    return f"{where} shifted by {strength:g} of the difference"
+def _mean_logprob(logprobs: Tensor, answer: Sequence[int], counted: Sequence[int]) -> float:
+    return float(mean_logprob(logprobs, answer, counted))

@@ -1,4 +1,4 @@
-"""An edit whose directions and strengths are variables that gradients reach: what a fit fits."""
+"""An edit whose directions and strengths, or shifts, are variables that gradients reach: what a fit fits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.common.errors import AbliterateError
-from abliterate.edit.edit import Edit
+from abliterate.edit.edit import Edit, Shift
 from abliterate.models.handle import Handle
-from abliterate.models.outputs import Change, changed
-from abliterate.models.writers import Writer, find_writers
+from abliterate.models.outputs import Change, adding, changed
+from abliterate.models.writers import Writer, find_writers, layout
 
 PRUNED = 0.02  # a strength below it is none
 
@@ -103,6 +103,57 @@ class VariableEdit:
         used = strengths.any(0)
         directions = (unit / unit.norm(dim=-1, keepdim=True)).flatten(0, 1).float()
         return Edit(tuple(self.writers[i].name for i in kept), directions[used], strengths[:, used])
+
+
+class VariableShift:
+    """A vector added at the output of each of some blocks, in `VariableEdit`'s place: what a style is fitted in.
+
+    Args:
+        handle: the loaded original; it is not changed.
+        blocks: at whose outputs vectors are added.
+        units: [block] the norm that a vector of length 1 and strength 1 adds.
+        kept: orthonormal directions that every vector stays orthogonal to.
+
+    Attributes:
+        vectors: [block, 1, d_model] float32, not normalised.
+        strengths: [block, 1] float32; of either sign.
+    """
+
+    def __init__(
+        self, handle: Handle, blocks: range, units: Float[Tensor, " block"], kept: Float[Tensor, "k d_model"] | None
+    ) -> None:
+        self.handle, self.blocks, self.units, self.kept = handle, blocks, units.float(), kept
+        layout(handle)  # looked for now: with vectors added it isn't found
+        self.vectors = torch.zeros(len(blocks), 1, handle.d_model, requires_grad=True)
+        self.strengths = torch.ones(len(blocks), 1, requires_grad=True)
+
+    @torch.no_grad()
+    def put_values(self, vectors: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Variables at these values; returns the variables."""
+        return self.vectors.copy_(vectors), self.strengths.copy_(strengths)
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """The shifts as hooks whose vectors carry gradients."""
+        added = zip(self.blocks, self.added(), strict=True)
+        with changed([(self.handle.blocks[block], adding(vector)) for block, vector in added]):
+            yield
+
+    def added(self) -> Float[Tensor, "block d_model"]:
+        """What is added at each block's output."""
+        vectors = self.vectors
+        if self.kept is not None:
+            vectors = vectors - (vectors @ self.kept.T) @ self.kept
+        return (self.strengths * self.units[:, None]) * vectors[:, 0]
+
+    @torch.no_grad()
+    def edit(self) -> Edit:
+        """The shifts as they are now."""
+        wide = self.added().double()
+        sizes = wide.norm(dim=-1)
+        shifts = [Shift(b, v / n, float(n)) for b, v, n in zip(self.blocks, wide, sizes, strict=True) if n > 0]
+        d_model = self.handle.d_model
+        return Edit((), torch.zeros(0, d_model), torch.zeros(0, 0), shifts)
 
 
 def editable(writers: Sequence[Writer]) -> list[Writer]:
