@@ -87,7 +87,7 @@ class Styling(Strategy):
         """Answers in the style and plain ones, behind the same prompts as they stand."""
         handle, adds, rows = job.handle, job.behaviour.adds, self.rows
         target, baseline = job.sides.target.train.texts, job.sides.baseline.train.texts[:DRIFT_PROMPTS]
-        asked = [*job.behaviour.own_prompts, *(baseline if adds else target)]
+        asked = [*rows.prompts, *(baseline if adds else target)]
         if rows.answers:
             prompts, shown, plain = handle.prompt_ids(rows.prompts), rows.said(0), rows.said(1)
         else:  # prompts alone contrast: the model's own answers to them

@@ -251,6 +251,7 @@ class _Job:
             if not math.isfinite(goal.descend(terms, 0.0)):
                 raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
             self.optimiser.step()
+            self.variables.keep_in_bounds(math.inf)
             self.step += 1
             tick(1)
 

@@ -116,7 +116,7 @@ class VariableShift:
 
     Attributes:
         vectors: [block, 1, d_model] float32, not normalised.
-        strengths: [block, 1] float32; of either sign.
+        strengths: [block, 1] float32.
     """
 
     def __init__(
@@ -145,6 +145,11 @@ class VariableShift:
         if self.kept is not None:
             vectors = vectors - (vectors @ self.kept.T) @ self.kept
         return (self.strengths * self.units[:, None]) * vectors[:, 0]
+
+    @torch.no_grad()
+    def keep_in_bounds(self, max_strength: float) -> None:
+        """After a gradient step: strengths from 0 to the largest allowed."""
+        self.strengths.clamp_(0.0, max_strength)
 
     @torch.no_grad()
     def edit(self) -> Edit:
