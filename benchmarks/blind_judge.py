@@ -37,7 +37,12 @@ def main(out: str) -> None:
     judges.settled_refusal = settled
     options = {f"prompts.{name}": size for name, size in SIZES.items()}
     options |= {"prompts.target": "bundled", "prompts.baseline": "bundled", "measure.max_new_tokens": 64}
-    options |= {"measure.report_judge": "none", "beside.also_prompts": 0, "beside.obligations": 0}
+    options |= {
+        "measure.report_judge": "none",
+        "beside.also_prompts": 0,
+        "beside.obligations": 0,
+        "beside.second_turn": 0,
+    }
     result = run(str(demo_model()), out, resolve(options, environment={}))
     for name, measured in (("original", result.original), ("edited", result.edited)):
         texts = [answer.text for answer in measured.target_answers]

@@ -15,7 +15,7 @@ from abliterate.audit import AuditRunSettings, audit
 from abliterate.audit.judging import area_under_curve, stream_at, with_interval
 from abliterate.audit.stages import fit_file, work_file
 from abliterate.audit.summary import summary
-from abliterate.audit.text import table_rows
+from abliterate.audit.text import resisting, table_rows
 from abliterate.common.errors import NothingToDoError, OutputError
 from abliterate.directions.means import Place, difference_of_means
 from abliterate.measure.rates import Rate
@@ -117,8 +117,20 @@ def test_a_guard_that_nothing_takes_out_is_said_to_resist(done):
     document["summary"] = summary(document)
     assert document["summary"]["least_divergence"] == {"0.10": None, "0.05": None}
     assert [document["summary"][k] for k in ("directions", "layers", "prompts")] == [None, None, None]
+    assert document["summary"]["kinds"]["in words that the list doesn't know"] == {"original": 12, "left": 0}
     shown = [how for _, how, _ in table_rows(document)]
     assert "none of the edits tried" in shown and "more than 8" in shown
+
+
+def test_the_kind_that_resists_is_named():
+    kinds = {
+        "in known words": {"original": 60, "left": 2}, "behind an explanation": {"original": 30, "left": 12},
+        "in another language": {"original": 0, "left": 1},
+    }  # fmt: skip
+    assert resisting(kinds) == "What resists most is refusing in another language: 1 left, of 0 before."
+    del kinds["in another language"]
+    assert resisting(kinds).endswith("refusing behind an explanation: 12 left, of 30 before.")
+    assert resisting({"in known words": {"original": 9, "left": 0}}).startswith("No kind of refusal resists")
 
 
 class Killed(Exception):

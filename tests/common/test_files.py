@@ -230,7 +230,7 @@ def test_a_living_process_that_began_later_is_not_the_maker(tmp_path, monkeypatc
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         (tmp_path / f".out.{host_tag()}-{sleeper.pid}.tmp").write_text("old")
-        monkeypatch.setattr("abliterate.common.files._started", lambda pid: 2e10)
+        monkeypatch.setattr("psutil.Process.create_time", lambda self: 2e10)
         clear_leftovers(tmp_path / "out")
         assert tree(tmp_path) == {}
     finally:

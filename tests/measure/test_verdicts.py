@@ -8,7 +8,7 @@ import torch
 from abliterate.measure import measure
 from abliterate.measure.decode import Answer
 from abliterate.measure.judges import LexicalJudge, make_judge
-from abliterate.measure.relevance import FEWEST, OTHERS, floor, relevances
+from abliterate.measure.relevance import FEWEST, OTHERS, TOKENS, floor, relevances
 from abliterate.measure.verdicts import Panel, irrelevant
 from models import handle_of, tiny_llama
 
@@ -156,6 +156,19 @@ def test_an_answer_about_its_prompt_is_relevant_and_a_stock_one_is_not(copying):
     mixed = [*speaking[:3], *same[3:]]
     found = irrelevant(copying, PROMPTS, mixed, ["answered"] * 5 + ["refused"], least)
     assert found == ["answered"] * 3 + ["evaded"] * 2 + ["refused"]
+
+
+def test_an_answer_that_opens_politely_is_read_on(copying):
+    polite = range(200, 200 + TOKENS)
+    late = [answer([*polite, *row[4:13]]) for row in copying.prompt_ids(PROMPTS)]
+    never = [answer([*polite, *range(220, 220 + TOKENS)])] * len(PROMPTS)
+    few = [answer([*polite, *row[4:7]]) for row in copying.prompt_ids(PROMPTS)]  # names its subject, and that is all
+    everything = range(len(PROMPTS))
+    assert max(map(abs, relevances(copying, PROMPTS, late, everything))) < 0.2
+    assert min(relevances(copying, PROMPTS, late, everything, stretch=1)) > 1.0
+    assert relevances(copying, PROMPTS, few, [0], stretch=1) == [float("-inf")]
+    mixed = [*late[:2], *never[2:4], *few[4:]]
+    assert irrelevant(copying, PROMPTS, mixed, ["answered"] * 6, 0.3) == ["answered"] * 2 + ["evaded"] * 4
 
 
 def test_answers_fit_the_context_behind_the_longest_prompt_too():

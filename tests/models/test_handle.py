@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_a_cpu_without_instructions_for_bfloat16_takes_float32_where_there_is_ro
     monkeypatch.setattr(loading, "_multiplies_bfloat16", lambda: False)
     assert load(tiny_folder).dtype == torch.float32
     assert load(tiny_folder, dtype="bfloat16").dtype == torch.bfloat16
-    monkeypatch.setattr(loading, "_memory", lambda: 4 * (tiny_folder / "model.safetensors").stat().st_size - 1)
+    little = 4 * (tiny_folder / "model.safetensors").stat().st_size - 1
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(total=little))
     assert load(tiny_folder).dtype == torch.bfloat16
     largest = largest_block(tiny_folder, 4)[1]  # in float32, which is what must fit where weights come from disk
     assert load(tiny_folder, max_memory=f"cpu={largest}B").dtype == torch.float32

@@ -25,7 +25,7 @@ def settings(at_stream, method="article"):
             "target": "bundled", "baseline": "bundled", "train_prompts": 8, "validation_prompts": 8, "test_prompts": 8,
         },
         "search": {"method": method, "candidates": 1, "steps": 2}, "collect": {"filter": False},
-        "measure": {"max_new_tokens": 8}, "beside": {"also_prompts": 0, "obligations": 0},
+        "measure": {"max_new_tokens": 8}, "beside": {"also_prompts": 0, "obligations": 0, "second_turn": 0},
         "load": {"at_stream": at_stream, "dtype": "float32"},
     })  # fmt: skip
 

@@ -23,13 +23,13 @@ COUNTS = Counts(
 
 def test_each_stage_counts_its_own_prompts():
     costs = replace(COSTS, per_token=1.0, collect=0.5, divergence=2.0, reference=3.0, load=7.0, bake=3.0, save=5.0)
-    chosen = settings(measure={"max_new_tokens": 60}, beside={"also_prompts": 10, "obligations": 3})
+    chosen = settings(measure={"max_new_tokens": 60}, beside={"also_prompts": 10, "obligations": 3, "second_turn": 5})
     found = predicted(costs, COUNTS, chosen, False, 0.0).stages
     assert found["load"] == 7 and found["edit"] == 0 and found["save"] == 5 + 3
     assert found["filter"] == (100 + 20) * (4 + 8)
     assert found["collect"] == 200 * 0.5
-    assert found["measure original"] == 40 * 4 + 40 * 60 + 40 * 3 + 10 * 4 + 10 * 8 + 3 * 60
-    assert found["measure edited"] == 40 * 8 + 40 * 60 + 40 * 2 + 10 * 8 + 10 * 8 + 3 * 60
+    assert found["measure original"] == 40 * 4 + 40 * 60 + 40 * 3 + 10 * 4 + 10 * 8 + 5 * 4 + 3 * 60
+    assert found["measure edited"] == 40 * 8 + 40 * 60 + 40 * 2 + 10 * 8 + 10 * 8 + 5 * 8 + 3 * 60
 
 
 def test_what_the_filter_leaves_out_is_not_collected():

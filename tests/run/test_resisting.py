@@ -54,7 +54,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def run_on(kind: str, out: Path) -> Result:
     options = {f"prompts.{name}": size for name, size in SIZES.items()}
     options |= {"prompts.target": "bundled", "prompts.baseline": "bundled", "measure.max_new_tokens": 80}
-    options |= {"beside.also_prompts": 0, "beside.obligations": 0}
+    options |= {"beside.also_prompts": 0, "beside.obligations": 0, "beside.second_turn": 0}
     return run(str(resisting(kind)), out, resolve(options, environment={}))
 
 

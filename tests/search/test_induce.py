@@ -13,7 +13,8 @@ from torch import Tensor
 
 import abliterate as ab
 from abliterate.common.errors import AbliterateError
-from abliterate.edit.edit import normalised
+from abliterate.edit.edit import Edit, normalised
+from abliterate.edit.recipe import load_recipe
 from abliterate.measure import judged
 from abliterate.measure.judges import LexicalJudge
 from abliterate.measure.refusal import is_refusal
@@ -28,10 +29,10 @@ from abliterate.search.induce import (
     difference_along_answers,
     induce,
     layers_to_try,
-    refusals_in_sentences,
 )
 from command import PROMPTS, abliterate, fails, succeeds
 from documents import check_document
+from long import LONG
 from models import FAMILIES, save_tiny
 from planted import BASELINE, REFUSE, TARGET, Parity, RefusesWithR, planted
 
@@ -161,8 +162,6 @@ def refusing(monkeypatch):
 def test_the_command_writes_a_model_that_holds_the_shift(refusing, tiny_folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from abliterate.edit.recipe import load_recipe
-
     out = tmp_path / "out"
     done = succeeds("run", tiny_folder, "--induce", "--force", "--out", out, *COMMAND)
     assert "baseline prompts refused" in done.out and str(out / "model") in done.out
@@ -214,26 +213,16 @@ IN_LLAMA_CPP = 20  # prompts: one thread
 
 
 class Bar:
-    """The demo model, the shift that was found for it, held-out prompts, and the logits with it attached live."""
+    """The demo model, the shift that `searched` found for it, held-out prompts, and logits with it attached live."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         self.source = str(ab.demo_model())
         self.prompts = ab.load_sides("bundled", "bundled", limit_train=64, limit_validation=32, limit_test=50)
         self.test = self.prompts.baseline.test.texts
-        handle = ab.load(self.source)
-        train = showing(handle, self.prompts.target.train.texts, self.prompts.baseline.train.texts, LexicalJudge())
-        directions = ab.difference_of_means(ab.collect(handle, train.target, train.baseline, positions=1))
-        settings = InduceSettings(most_layers=8)
-        validation = self.prompts.baseline.validation.texts
-        assert train.examples is not None
-        self.edit = induce(handle, directions, train.examples, validation, settings=settings).edit
-        self.recipe = folder / "recipe.safetensors"
-        self.edit.save(self.recipe, model=self.source)
-        self.ids = handle.prompt_ids([*self.test[:2], *self.prompts.target.test.texts[:1]])
-        self.before = refusal_rate(handle, self.test)
-        with self.edit.attached(handle):
-            _, self.sentences, self.degenerate = refusals_in_sentences(handle, self.test, LexicalJudge(), 48)
+        self.recipe = Path(__file__).parents[1] / "data" / "induced.safetensors"
+        self.edit = load_recipe(self.recipe).edit
         exact = ab.load(self.source, dtype="float32")
+        self.ids = exact.prompt_ids([*self.test[:2], *self.prompts.target.test.texts[:1]])
         self.plain = logits(exact, self.ids)
         with self.edit.attached(exact):
             self.live = logits(exact, self.ids)
@@ -244,8 +233,18 @@ class Bar:
 
 
 @pytest.fixture(scope="module")
-def bar(tmp_path_factory: pytest.TempPathFactory) -> Bar:
-    return Bar(tmp_path_factory.mktemp("induced"))
+def bar() -> Bar:
+    return Bar()
+
+
+def searched(bar: Bar, handle: Handle) -> Edit:
+    """The shift that the search finds; `searched(...).save` wrote tests/data/induced.safetensors."""
+    sides = bar.prompts
+    train = showing(handle, sides.target.train.texts, sides.baseline.train.texts, LexicalJudge())
+    assert train.examples is not None
+    directions = ab.difference_of_means(ab.collect(handle, train.target, train.baseline, positions=1))
+    settings = InduceSettings(layers=range(11, 12), decoded=1)  # where the search over all of them ends
+    return induce(handle, directions, train.examples, sides.baseline.validation.texts, settings=settings).edit
 
 
 def refusal_rate(handle: Handle, prompts: list[str]) -> float:
@@ -265,9 +264,14 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_live_nearly_every_baseline_prompt_is_refused_in_a_sentence(bar: Bar) -> None:
-    assert bar.before <= 0.1 and bar.sentences.total == 50
-    assert bar.sentences.rate >= LEAST and bar.degenerate.rate <= 0.1
+@pytest.mark.parametrize("found", ["kept", pytest.param("searched", marks=LONG)])
+def test_live_nearly_every_baseline_prompt_is_refused_in_a_sentence(bar: Bar, found: str) -> None:
+    handle = ab.load(bar.source)
+    assert refusal_rate(handle, bar.test) <= 0.1
+    edit = bar.edit if found == "kept" else searched(bar, handle)
+    with edit.attached(handle):
+        answers = judged(handle, bar.test, LexicalJudge(), max_new_tokens=48, stop_on=())
+    assert answers.coherent.total == 50 and answers.coherent.rate >= LEAST and answers.degenerate.rate <= 0.1
 
 
 @pytest.mark.slow

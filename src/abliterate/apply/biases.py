@@ -20,6 +20,7 @@ from abliterate.apply.shifts import bias_holder
 from abliterate.common.errors import WriterError
 from abliterate.edit.edit import Shift
 from abliterate.models.handle import Handle
+from abliterate.models.pretrained import text_config
 from abliterate.models.writers import layout
 
 
@@ -52,7 +53,7 @@ def find_switch(config: Any, source: str, layers: Sequence[int]) -> Switch | Non
     """
     from abliterate.models.stored import skeleton_of
 
-    fields = [name for name, value in vars(_text(config)).items() if value is False and "bias" in name.lower()]
+    fields = [name for name, value in vars(text_config(config)).items() if value is False and "bias" in name.lower()]
     if not fields:
         return None
     before = _shapes(skeleton_of(config, source))
@@ -74,7 +75,7 @@ def find_switch(config: Any, source: str, layers: Sequence[int]) -> Switch | Non
 def with_biases(config: Any, field: str) -> Any:
     """A copy of a config with a switch set."""
     changed = copy.deepcopy(config)
-    setattr(_text(changed), field, True)
+    setattr(text_config(changed), field, True)
     return changed
 
 
@@ -97,7 +98,7 @@ def give_biases(handle: Handle, shifts: Sequence[Shift]) -> Switch | None:
         weight = next(owner.parameters(recurse=False))
         zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         owner.register_parameter(leaf, nn.Parameter(zeros, requires_grad=False))
-    setattr(_text(handle.model.config), switch.field, True)
+    setattr(text_config(handle.model.config), switch.field, True)
     _note_biases(handle, switch, given=True)
     return switch
 
@@ -109,7 +110,7 @@ def take_biases(handle: Handle, switch: Switch | None) -> None:
     for name in switch.biases:
         module, _, leaf = name.rpartition(".")
         setattr(handle.model.get_submodule(module), leaf, None)
-    setattr(_text(handle.model.config), switch.field, False)
+    setattr(text_config(handle.model.config), switch.field, False)
     _note_biases(handle, switch, given=False)
 
 
@@ -133,11 +134,6 @@ def lacking(handle: Handle, layers: Sequence[int]) -> list[int]:
         except WriterError:
             found.append(layer)
     return found
-
-
-def _text(config: Any) -> Any:
-    """The part of a config that describes the language model."""
-    return getattr(config, "get_text_config", lambda: config)()
 
 
 def _shapes(handle: Handle) -> dict[str, tuple[int, ...]]:

@@ -35,11 +35,7 @@ def weight_factors(handle: Handle, parts: dict[str, Part]) -> list[tuple[Writer,
             "is it for another model?"
         )
     for part in parts.values():
-        if part.directions.shape[1] != handle.d_model:
-            raise WriterError(
-                f"the edit's directions have {part.directions.shape[1]} entries, {handle.source} has "
-                f"d_model {handle.d_model}; is it for another model?"
-            )
+        handle.check_width(part.directions.shape[1], "the edit's directions")
     return [(known[name], factors(part, known[name].gain, known[name].centred)) for name, part in parts.items()]
 
 

@@ -34,11 +34,7 @@ def check_shifts(handle: Handle, shifts: Sequence[Shift]) -> None:
                 f"the edit shifts at layer {shift.layer}, {handle.source} has layers 0 to {handle.layers - 1}; "
                 "is it for another model?"
             )
-        if len(shift.direction) != handle.d_model:
-            raise WriterError(
-                f"the edit's shifts have {len(shift.direction)} entries, {handle.source} has d_model "
-                f"{handle.d_model}; is it for another model?"
-            )
+        handle.check_width(len(shift.direction), "the edit's shifts")
 
 
 def bias_holder(handle: Handle, layer: int) -> Holder:

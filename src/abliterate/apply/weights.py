@@ -15,6 +15,7 @@ from abliterate.common.errors import ModelError, NonFiniteError, WriterError
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle
 from abliterate.models.placement import offloaded, sharded
+from abliterate.models.pretrained import text_config
 from abliterate.models.quantised import is_plain
 from abliterate.models.writers import NO_WEIGHT
 
@@ -99,6 +100,6 @@ def untie(handle: Handle) -> None:
     head = handle.model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     config = handle.model.config
-    for level in {id(c): c for c in (config, getattr(config, "get_text_config", lambda: config)())}.values():
+    for level in {id(c): c for c in (config, text_config(config))}.values():
         if hasattr(level, "tie_word_embeddings"):
             level.tie_word_embeddings = False

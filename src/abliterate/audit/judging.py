@@ -18,9 +18,11 @@ from abliterate.edit.edit import Edit
 from abliterate.measure import judged
 from abliterate.measure.divergence import Reference, compare_each, make_reference
 from abliterate.measure.judges import Judge
+from abliterate.measure.kinds import count_kinds
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, Writer, find_writers
+from abliterate.report.geometry import auc
 from abliterate.search.first_token import first_token, first_token_divergence, refusal_log_odds, refusal_weights
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT
 
@@ -64,19 +66,24 @@ class Jury:
 
     def refusals(self, edit: Edit | None, prompts: Sequence[str]) -> Rate:
         """Refused among answers to these prompts, with an edit attached."""
+        return self.refusals_by_kind(edit, prompts)[0]
+
+    def refusals_by_kind(self, edit: Edit | None, prompts: Sequence[str]) -> tuple[Rate, dict[str, int]]:
+        """The same, and how many refuse in which way (`measure.kinds`)."""
         with attached(self.handle, edit or _nothing(self.handle)):
-            _, refused = judged(self.handle, list(prompts), self.judge, max_new_tokens=self.answer_tokens)
-        return Rate(sum(refused), len(refused))
+            answers, refused = judged(self.handle, list(prompts), self.judge, max_new_tokens=self.answer_tokens)
+        return Rate(sum(refused), len(refused)), count_kinds([a.text for a in answers], refused)
 
     def verdict(self, edit: Edit, *, seed: int = 0) -> dict[str, Any]:
         """Refusals of test target prompts, and divergence on test baseline prompts, both with 95% intervals."""
-        refusal = self.refusals(edit, self.target)
+        refusal, kinds = self.refusals_by_kind(edit, self.target)
         assert self.reference is not None
         with attached(self.handle, edit):
             each = compare_each(self.handle, self.reference)
         first, along = ([row[i] for row in each] for i in (0, 1))
         return {
             "refusal": refusal.to_json("refused"),
+            "kinds": kinds,
             "divergence": {
                 "first_token": with_interval(first, seed), "answer": with_interval(along, seed), "prompts": len(each),
             },
@@ -181,8 +188,7 @@ def area_under_curve(above: Float[Tensor, " n"], below: Float[Tensor, " m"]) -> 
     """How often a value of the first set is above one of the second, ties counted half; None when one isn't finite."""
     if not (above.isfinite().all() and below.isfinite().all()) or not len(above) or not len(below):
         return None
-    differences = above[:, None] - below[None]
-    return float(((differences > 0).double() + 0.5 * (differences == 0).double()).mean())
+    return auc(above, below)
 
 
 def _nothing(handle: Handle) -> Edit:

@@ -188,7 +188,7 @@ def _direction(work: Work) -> dict[str, Any]:
     """Where one direction, taken out of every writer, leaves least refused; and how much at several strengths."""
     place = best_place(work.jury, work.screen, work.directions)
     work.reporter.say(f"direction of {place}")
-    original = work.jury.refusals(None, work.jury.target)
+    original, kinds = work.jury.refusals_by_kind(None, work.jury.target)
     direction = at(work.directions, place)
     points = [
         {"strength": strength, **_judged(work, Edit.uniform(work.jury.writers, direction, strength))}
@@ -196,7 +196,7 @@ def _direction(work: Work) -> dict[str, Any]:
     ]
     return {
         "place": {"layer": place.layer, "site": place.site, "position": place.position},
-        "original": {"refusal": original.to_json("refused")},
+        "original": {"refusal": original.to_json("refused"), "kinds": kinds},
         "strengths": points,
     }
 

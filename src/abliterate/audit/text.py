@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from abliterate.audit.summary import all_points, refusals_by_count
+from abliterate.cards.tables import Table
+from abliterate.cards.words import count_of
+from abliterate.measure.numbers import Share
+from abliterate.report.charts import digits
 
 MEANING = (
     "Every number is an upper bound on how strong the guard is: what was found here, with these prompts, this judge "
@@ -41,6 +44,8 @@ def table_rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
             rows.append((name, f"more than {counted[-1][0]}", rate(counted[-1][1])))
         else:
             rows.append((name, str(count), rate(dict(reversed(counted))[count])))
+    for kind, n in found["kinds"].items():
+        rows.append((f"refusals {kind}, {n['original']} at first", "the edit that leaves fewest", f"{n['left']} left"))
     return rows
 
 
@@ -51,66 +56,81 @@ def markdown(document: dict[str, Any], *, picture: bool = False) -> str:
     lines = [
         f"# Audit of {name}", "",
         f"How strongly its refusals resist being taken out, on {counts['target']} held-out target prompts.", "",
-        *_table(("", "", "refused"), table_rows(document)), "",
+        *Table(["", "", "refused"], list(map(list, table_rows(document)))).markdown(),
         MEANING, "",
         *(["![refusals against divergence, directions, layers and prompts](audit.png)", ""] if picture else []),
+        *_kinds_section(document["summary"]["kinds"]),
         "## Refusals against divergence", "",
-        *_table(
-            ("edit", "refused", "divergence, first token", "divergence, along answers"),
+        *Table(
+            ["edit", "refused", "divergence, first token", "divergence, along answers"],
             [
-                (_edit(p), rate(p["test"]["refusal"]), interval(p["test"]["divergence"]["first_token"]),
-                 interval(p["test"]["divergence"]["answer"]))
+                [_edit(p), rate(p["test"]["refusal"]), interval(p["test"]["divergence"]["first_token"]),
+                 interval(p["test"]["divergence"]["answer"])]
                 for p in all_points(document)
             ],
-        ), "",
+        ).markdown(),
         "## Directions", "",
         "Taken out of every writer at full strength. Each is the difference of means that is left when those before it "
         f"are gone; none is added once at most {document['directions']['gone']:.0%} are refused.", "",
-        *_table(
-            ("directions", "found at layers", "refused", "divergence, first token"),
+        *Table(
+            ["directions", "found at layers", "refused", "divergence, first token"],
             [
-                (str(r["directions"]), ", ".join(map(str, r["layers"])), rate(r["test"]["refusal"]),
-                 interval(r["test"]["divergence"]["first_token"]))
+                [str(r["directions"]), ", ".join(map(str, r["layers"])), rate(r["test"]["refusal"]),
+                 interval(r["test"]["divergence"]["first_token"])]
                 for r in document["directions"]["ranks"]
             ],
-        ), "",
+        ).markdown(),
         "## Layers", "",
         "One direction, taken out of the writers of some layers. Alone: how much that lowers the log-odds of opening "
         f"with a refusal (from {document['layers']['log_odds']:.2f}), on a few validation prompts. AUC: how well the "
         "layer's own direction tells validation prompts apart.", "",
-        *_table(
-            ("layer", "AUC", "lowered by", "divergence"),
+        *Table(
+            ["layer", "AUC", "lowered by", "divergence"],
             [
-                (str(r["layer"]), _number(r["auc"]), _number(r["lowered"]), f"{r['divergence']:.3f}")
+                [str(r["layer"]), digits(r["auc"], 2), digits(r["lowered"], 2), f"{r['divergence']:.3f}"]
                 for r in document["layers"]["each"]
             ],
-        ), "",
+        ).markdown(),
         "The layers that lower it most, together:", "",
-        *_table(
-            ("layers", "refused", "divergence, first token"),
+        *Table(
+            ["layers", "refused", "divergence, first token"],
             [
-                (_span(r["layers"]), rate(r["test"]["refusal"]), interval(r["test"]["divergence"]["first_token"]))
+                [_span(r["layers"]), rate(r["test"]["refusal"]), interval(r["test"]["divergence"]["first_token"])]
                 for r in document["layers"]["together"]
             ],
-        ), "",
+        ).markdown(),
         "## Prompts", "",
         "The direction from few prompts a side, at the place chosen with all of them; all draws together. Cosine: with "
         f"the direction of all {document['few_prompts']['available']}.", "",
-        *_table(
-            ("prompts a side", "draws", "refused", "cosine"),
+        *Table(
+            ["prompts a side", "draws", "refused", "cosine"],
             [
-                (str(r["prompts"]), str(len(r["draws"])), rate(r["refusal"]), f"{r['cosine']:.2f}")
+                [str(r["prompts"]), str(len(r["draws"])), rate(r["refusal"]), f"{r['cosine']:.2f}"]
                 for r in document["few_prompts"]["counts"]
             ],
-        ), "",
+        ).markdown(),
     ]  # fmt: skip
     return "\n".join(lines)
 
 
+def resisting(kinds: dict[str, dict[str, int]]) -> str:
+    """In a sentence, the kind of refusal that the edits tried take out least of."""
+    left = {kind: n["left"] for kind, n in kinds.items() if n["left"]}
+    if not left:
+        return "No kind of refusal resists: the edit that leaves fewest leaves none."
+    worst = max(left, key=lambda kind: (left[kind] / max(1, kinds[kind]["original"]), left[kind]))
+    return f"What resists most is refusing {worst}: {left[worst]} left, of {kinds[worst]['original']} before."
+
+
+def _kinds_section(kinds: dict[str, dict[str, int]]) -> list[str]:
+    head = ["how it refuses", "the original", "left by the edit that leaves fewest"]
+    rows = [[kind, str(n["original"]), str(n["left"])] for kind, n in kinds.items()]
+    return ["## Kinds of refusal", "", resisting(kinds), "", *Table(head, rows).markdown()]
+
+
 def rate(found: dict[str, Any]) -> str:
     """A rate with its count and interval."""
-    low, high = found["ci95"]
-    return f"{found['refused']} of {found['total']} = {found['rate']:.1%} ({low:.1%} to {high:.1%})"
+    return count_of(Share.model_validate(found))
 
 
 def interval(found: dict[str, Any]) -> str:
@@ -126,14 +146,6 @@ def _edit(point: dict[str, Any]) -> str:
     return f"one direction at strength {strength:g}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _span(layers: list[int]) -> str:
     whole = len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1))
     return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1), *(f"| {' | '.join(r)} |" for r in rows)]

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from abliterate.measure.differences import mcnemar
+
 FLIPS = 10_000
 EXACT = 14  # differences whose signs are all tried: 2^14 sums
 LEVEL = 0.05
@@ -49,21 +51,6 @@ def compare(model: Sequence[float], reference: Sequence[float]) -> Comparison:
     binary = all(score in (0, 1) for score in (*model, *reference))
     p, test = (mcnemar(better, worse), "McNemar, exact") if binary else (sign_flips(differences), "sign flips")
     return Comparison(mean(differences), stderr(differences), p, test, better, worse, len(differences))
-
-
-def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact p-value of McNemar's test: were the items that differ as likely to go either way?
-
-    Args:
-        better, worse: items only the one, and only the other model gets right.
-
-    Example:
-        >>> mcnemar(1, 9)
-        0.021484375
-    """
-    n, few = better + worse, min(better, worse)
-    tail = sum(math.comb(n, k) for k in range(few + 1))
-    return min(1.0, 2 * tail / 2**n)
 
 
 def sign_flips(differences: Sequence[float], *, flips: int = FLIPS, seed: int = 0) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from abliterate.common import resumable
 from abliterate.common.errors import OutputError
-from abliterate.common.files import cache, whole_file
+from abliterate.common.files import cache, write_text
 
 SCHEMA = 1
 
@@ -85,8 +85,7 @@ class Store:
     def save(self, key: str, scores: TaskScores) -> None:
         """Keep scores; a cache that can't be written doesn't stop a benchmark."""
         try:
-            with whole_file(self._file(key)) as temporary:
-                temporary.write_text(json.dumps(asdict(scores)), encoding="utf-8")
+            write_text(self._file(key), json.dumps(asdict(scores)))
         except OutputError:
             return
 

@@ -6,7 +6,8 @@ from abliterate.cards.words import count_of
 from abliterate.common.names import public_source
 from abliterate.measure.document import RunDocument
 from abliterate.measure.numbers import AlsoSet, Paired
-from abliterate.prompts.sets import SAFE
+from abliterate.prompts.further import SECOND_TURN
+from abliterate.prompts.sources import SAFE
 
 LEVEL = 0.05  # of the tests
 MOST_UNCLOSED = 0.1  # share of answers, past which the rates say little
@@ -38,7 +39,8 @@ def also_rows(document: RunDocument) -> list[list[str]]:
 
 def name_of(one: AlsoSet) -> str:
     """What people call a set."""
-    return "XSTest's safe prompts" if one.source == SAFE else public_source(one.source)
+    named = {SAFE: "XSTest's safe prompts", SECOND_TURN: "prompts in a second turn"}
+    return named.get(one.source) or public_source(one.source)
 
 
 def also_notes(document: RunDocument) -> list[str]:
@@ -62,7 +64,8 @@ def _gap(document: RunDocument, one: AlsoSet) -> str:
     more = found.gap.difference > 0
     told = "the one rate says little of the other"
     if more and state != "original":
-        told = "what was done holds less for prompts of other origin, so read both rates"
+        where = "in a second turn" if one.source == SECOND_TURN else "for prompts of other origin"
+        told = f"what was done holds less {where}, so read both rates"
     return (
         f"Large gap: {here.counted} of {here.total} {word} of {name_of(one)}, "
         f"{there.counted} of {there.total} of the given target prompts, {100 * low:.0f} to "

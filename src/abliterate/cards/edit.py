@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abliterate.cards.tables import Table
-from abliterate.cards.words import counted, span
+from abliterate.cards.words import span
+from abliterate.common.errors import counted
 from abliterate.common.names import public_name, public_source
 from abliterate.measure.document import HealFacts, RecipeFacts, Removed, RunDocument
 from abliterate.measure.numbers import Candidate, PlaceOf

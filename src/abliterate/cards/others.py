@@ -13,7 +13,8 @@ from abliterate.cards.card import MEANING, Section, card, listed
 from abliterate.cards.edit import place
 from abliterate.cards.head import head, split
 from abliterate.cards.tables import results_of
-from abliterate.cards.words import counted, span
+from abliterate.cards.words import span
+from abliterate.common.errors import counted
 from abliterate.common.names import is_local, public_name
 from abliterate.measure.numbers import Candidate, Span
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from abliterate.cards.words import count_of, counted
+from abliterate.cards.words import count_of
+from abliterate.common.errors import counted
 from abliterate.common.names import public
 from abliterate.measure.document import RunDocument
 from abliterate.measure.numbers import Measured

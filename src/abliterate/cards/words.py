@@ -28,11 +28,6 @@ def count_of(share: Share | None, *, interval: bool = True) -> str:
     return f"{text} = {percent(share.rate)} ({percent(low)} to {percent(high)})"
 
 
-def counted(count: int, what: str) -> str:
-    """3 and "weight" as "3 weights"."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def span(strength: Span) -> str:
     """Strengths: "0.25 to 1", or one where they are alike."""
     low, high = f"{strength.min:.4g}", f"{strength.max:.4g}"

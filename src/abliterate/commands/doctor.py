@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +54,9 @@ def _device() -> Finding:
 
 
 def _memory() -> Finding:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return Finding(True, "memory: can't be told here; a model takes 2 bytes a parameter, and a third more")
+    import psutil
+
+    total = psutil.virtual_memory().total
     # 2 bytes a weight in bfloat16, and a third again for activations and the edited copy of a layer
     largest = total / 2.7
     return Finding(

@@ -34,7 +34,7 @@ def export(
 ) -> None:
     """Write a model as a GGUF, through llama.cpp's own converter, and hand it to Ollama and LM Studio."""
     with io.reported() as terminal:
-        from abliterate.common.files import check_file, whole_file
+        from abliterate.common.files import check_file, write_text
         from abliterate.publish.front_ends import modelfile, place_in_lmstudio, put
         from abliterate.publish.gguf import export_gguf
 
@@ -52,8 +52,7 @@ def export(
         described, notes = modelfile(folder, f"./{final.name}") if beside else ("", [])
         document = export_gguf(folder, final, gguf, terminal, converter=converter, overwrite=io.overwrite)
         if beside:
-            with whole_file(beside) as temporary:
-                temporary.write_text(described, encoding="utf-8")
+            write_text(beside, described)
         if studio:
             put(final, studio)
     types = ", ".join(f"{count} {kind}" for kind, count in document["types"].items())

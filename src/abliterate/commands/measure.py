@@ -9,7 +9,7 @@ from typing import Annotated
 from abliterate.commands.common import Model, source_of
 from abliterate.commands.options import Given, Output, command
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import check_file, whole_file
+from abliterate.common.files import check_file, write_text
 from abliterate.settings.run import RunSettings
 
 
@@ -64,6 +64,5 @@ def measure(
         stored = load_recipe(recipe) if recipe else None
         document = measure_models(source_of(model), first, settings, recipe=stored, reporter=terminal)
         if out is not None:
-            with whole_file(out) as temporary:
-                temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            write_text(out, json.dumps(document, indent=2) + "\n")
     io.result(document, measurement_table(document))

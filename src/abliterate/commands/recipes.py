@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from abliterate.commands.options import Output, command
+from abliterate.common.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +58,10 @@ def _print_recipe(file: Path, recipe: Recipe, document: dict[str, Any]) -> None:
     named = sum(len(tensors) for tensors in recipe.tensors.values())
     _line(
         console,
-        f"{_count(len(edit.directions), 'direction')} of {edit.d_model} entries, {_count(len(edit.writers), 'writer')}"
-        + (f" ({_count(named, 'checkpoint tensor')})" if named else "")
-        + (f", {_count(len(edit.shifts), 'shift')}" if edit.shifts else ""),
+        f"{counted(len(edit.directions), 'direction')} of {edit.d_model} entries"
+        f", {counted(len(edit.writers), 'writer')}"
+        + (f" ({counted(named, 'checkpoint tensor')})" if named else "")
+        + (f", {counted(len(edit.shifts), 'shift')}" if edit.shifts else ""),
         title=True,
     )
     for index, entry in enumerate(document["directions"][:MOST_ROWS]):
@@ -77,7 +79,7 @@ def _use(entry: dict[str, Any]) -> str:
     layers = (
         "no layer" if entry["layers"] is None else "layer {}".format("-".join(map(str, dict.fromkeys(entry["layers"]))))
     )
-    return f"{_count(entry['writers'], 'writer')}, {layers}, strength {_range(low, high)}"
+    return f"{counted(entry['writers'], 'writer')}, {layers}, strength {_range(low, high)}"
 
 
 def _measured(console: Console, provenance: dict[str, Any]) -> None:
@@ -148,7 +150,7 @@ def _print_difference(left: Path, right: Path, document: dict[str, Any]) -> None
     for side in ("left", "right"):
         names = document[f"only_{side}"]
         if names:
-            _line(console, f"only {side} edits {_count(len(names), 'writer')}", title=True)
+            _line(console, f"only {side} edits {counted(len(names), 'writer')}", title=True)
             _listed(console, names)
     if same(document):
         _line(console, "the edits are the same", title=True)
@@ -162,7 +164,7 @@ def _print_difference(left: Path, right: Path, document: dict[str, Any]) -> None
     for part in ("model", "provenance"):
         changes = document[part]
         if changes:
-            _line(console, f"{part}: {_count(len(changes), 'difference')}", title=True)
+            _line(console, f"{part}: {counted(len(changes), 'difference')}", title=True)
             _listed(console, [f"{name}: {_text(old, 40)} | {_text(new, 40)}" for name, (old, new) in changes.items()])
 
 
@@ -236,7 +238,3 @@ def _label(kind: str) -> str:
 
 def _range(low: float, high: float) -> str:
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}..{high:.2f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

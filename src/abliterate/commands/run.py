@@ -67,7 +67,7 @@ def run(
     under={
         "prompts.test_prompts": 100, "measure.max_new_tokens": 64, "prompts.train_prompts": 256,
         "prompts.validation_prompts": 60, "prompts.target": "bundled", "prompts.baseline": "bundled",
-        "beside.also_prompts": 40, "beside.obligations": 16,
+        "beside.also_prompts": 40, "beside.obligations": 16, "beside.second_turn": 16,
     },
 )  # fmt: skip
 def demo(

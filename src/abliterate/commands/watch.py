@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,16 +60,8 @@ def _print(progress: Progress, shown: int, json_: bool, once: bool) -> int:
     for stamp, line in progress.lines[shown:]:
         typer.echo(f"{stamp:6.1f}s  {line}")
     if once:
-        typer.echo(_where(progress))
+        typer.echo(progress.ended or progress.where)
     return len(progress.lines)
-
-
-def _where(progress: Progress) -> str:
-    if progress.ended:
-        return progress.ended
-    spent = time.time() - progress.stage_started
-    left = f", about {spent / progress.done * (progress.total - progress.done):.0f} s left" if progress.done else ""
-    return f"{progress.stage}: {progress.done} of {progress.total}{left}"
 
 
 def _drawn(progress: Progress) -> RenderableType:
@@ -85,4 +76,4 @@ def _drawn(progress: Progress) -> RenderableType:
     if progress.ended:
         return Group(*lines, Text(progress.ended, style="bold"))
     bar = ProgressBar(total=max(1, progress.total), completed=progress.done, width=60)
-    return Group(*lines, Text(_where(progress), style="bold"), bar)
+    return Group(*lines, Text(progress.where, style="bold"), bar)

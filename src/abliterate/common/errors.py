@@ -51,6 +51,11 @@ def shorten(text: str, width: int = 80) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+def counted(count: int, what: str) -> str:
+    """3 and "weight" as "3 weights"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def listed(names: Sequence[str]) -> str:
     """The first three of some names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -14,8 +14,10 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
 
 from abliterate.common.errors import OutputError
 
@@ -72,6 +74,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all (`whole_file`)."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """The same for a folder.
@@ -98,6 +106,19 @@ def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
             for folder in missing:
                 with contextlib.suppress(OSError):  # the finished output is in it
                     folder.rmdir()
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A model's folder in the cache, filled by `make` when it isn't there."""
+    config = folder / "config.json"
+    if not config.is_file():
+        try:
+            with whole_folder(folder) as temporary:
+                make(temporary)
+        except OutputError:
+            if not config.is_file():  # else another process was quicker
+                raise
+    return folder
 
 
 def check_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -216,25 +237,11 @@ def process_lives(pid: int, made: Path) -> bool:
     if pid == os.getpid():
         return False
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).create_time() <= made.stat().st_ctime + 2
+    except psutil.NoSuchProcess:
         return False
-    except (OSError, OverflowError):
-        pass  # it is somebody else's
-    started = _started(pid)
-    with contextlib.suppress(OSError):
-        return started is None or started <= made.stat().st_ctime + 2
-    return True
-
-
-def _started(pid: int) -> float | None:
-    """When a process started, in seconds since 1970; None where /proc doesn't say."""
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-        return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, StopIteration):
-        return None
+    except (psutil.Error, OSError):  # it is somebody else's, or the path is gone
+        return True
 
 
 def _as_umask(path: Path) -> None:

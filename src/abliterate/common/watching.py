@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from abliterate.common.errors import AbliterateError
 from abliterate.common.resumable import beside
 
@@ -47,6 +49,13 @@ class Progress:
     def begin(self, stage: str, total: int) -> None:
         """Begin a stage of so many steps."""
         self.stage, self.done, self.total, self.stage_started = stage, 0, total, time.time()
+
+    @property
+    def where(self) -> str:
+        """How far the stage is, and about how long it still takes."""
+        spent, left = time.time() - self.stage_started, self.total - self.done
+        when = f", about {spent / self.done * left:.0f} s left" if self.done else ""
+        return f"{self.stage}: {self.done} of {self.total}{when}"
 
 
 class ProgressFile:
@@ -112,7 +121,7 @@ def read_progress(out: str | Path) -> Progress | None:
         return None
     except (ValueError, TypeError) as error:
         raise AbliterateError(f"{path} is not a run's progress: {error}; remove it if no run is going on") from error
-    if progress.ended is None and not _alive(progress.pid):
+    if progress.ended is None and not psutil.pid_exists(progress.pid):
         progress.ended = "killed"
     return progress
 
@@ -145,13 +154,3 @@ def follow(out: str | Path, *, interval: float = 0.5, patience: float = 0.0) -> 
     assert last is not None
     last.ended = "done" if Path(out).exists() else "failed"
     yield last
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import check_file, whole_file
+from abliterate.common.files import check_file, whole_file, write_text
 from abliterate.common.reporting import Reporter
 from abliterate.heal.preferences import Pair, load_preferences
 from abliterate.heal.training import Job
@@ -55,8 +55,7 @@ def write_axolotl(job: Job, file: Path, *, overwrite: bool = False, reporter: Re
     if data.held_out:
         _write_pairs(data.held_out, held_out_file, job.settings.load.system_prompt)
     document = axolotl_configuration(job, pairs_file, held_out_file if data.held_out else None)
-    with whole_file(file) as temporary:
-        temporary.write_text(_heading(file) + yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    write_text(file, _heading(file) + yaml.safe_dump(document, sort_keys=False))
     return document
 
 

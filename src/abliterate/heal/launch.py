@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from abliterate.common import errors
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import whole_file
+from abliterate.common.files import write_text
 from abliterate.common.reporting import Reporter, Silent, Tick, untold
 from abliterate.heal.training import Job, Training
 from abliterate.heal.worker import MARK, RESULT_FILE, error_file, train_here
@@ -143,13 +143,11 @@ def _launched(job: Job, reporter: Reporter) -> Training:
     if heal.launch in NAMES:
         file = job.folder / "accelerate.yaml"
         filled = configuration(heal.launch, processes=heal.processes, bf16=heal.bf16 == "yes")
-        with whole_file(file) as temporary:
-            temporary.write_text(yaml.safe_dump(filled, sort_keys=False), encoding="utf-8")
+        write_text(file, yaml.safe_dump(filled, sort_keys=False))
     else:
         file, filled = Path(heal.launch).expanduser(), {}
     job_file = job.folder / "launched.json"
-    with whole_file(job_file) as temporary:
-        temporary.write_text(job.model_dump_json(indent=2), encoding="utf-8")
+    write_text(job_file, job.model_dump_json(indent=2))
     count = heal.processes or filled.get("num_processes")
     reporter.say(f"starting {f'{count} processes' if count else 'processes'} with accelerate ({heal.launch})")
     log = job.folder / "launch.log"

@@ -265,10 +265,9 @@ def _copy_training(job: Job, training: Training, sources: Sources, folder: Path)
 
 def _write_report_data(sources: Sources, measuring: _Measuring, folder: Path) -> None:
     """What the report shows beside the numbers: what the edit's run saw, paired tests and answers of all three."""
-    from abliterate.report.gather import NAME, compared, read_data
+    from abliterate.report.gather import compared, read_data, write_data
 
     document = read_data(sources.folder) if sources.folder else None
     document = copy.deepcopy(document) or {"schema": 1}
     document |= compared(measuring.sides, measuring.found)
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    (folder / NAME).write_text(text + "\n", encoding="utf-8")
+    write_data(document, folder)

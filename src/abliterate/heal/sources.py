@@ -14,7 +14,7 @@ from abliterate.heal.surroundings import check_packages
 from abliterate.measure.document import RunDocument, SettingsUsed, load_document
 from abliterate.models.folders import check_here, model_folder
 from abliterate.models.handle import config_hash
-from abliterate.prompts.sets import format_prompts
+from abliterate.prompts.chat import format_prompts
 from abliterate.settings.heal import HealRunSettings
 
 Part = TypeVar("Part", bound=BaseModel)

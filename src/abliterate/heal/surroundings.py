@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 
 from abliterate.common.errors import AbliterateError
+from abliterate.models.memory import out_of_memory
 from abliterate.settings.heal import HealSettings
 
-MEMORY_WORDS = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
 TALKATIVE = ("trl", "accelerate", "peft", "bitsandbytes", "torch.distributed")
 
 
@@ -64,9 +64,8 @@ def memory_advised(heal: HealSettings) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if known or any(words in str(error).lower() for words in MEMORY_WORDS):
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
             raise AbliterateError(_advice(heal)) from error
         raise
 

@@ -26,7 +26,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from abliterate.common.errors import NonFiniteError, OutputError, shorten
-from abliterate.common.files import whole_file, whole_folder
+from abliterate.common.files import whole_folder, write_text
 from abliterate.common.reporting import Reporter, Tick, untold
 from abliterate.heal.surroundings import check_packages, resolve_auto, surroundings
 from abliterate.heal.training import Job
@@ -175,8 +175,7 @@ def prepare_folder(job: Job) -> None:
                     f"{job.folder} holds a training with {name} = {found.get(name)!r}, not {wanted[name]!r}; "
                     "resume it with its own settings, or start anew without --resume"
                 )
-    with whole_file(file) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(wanted, indent=2) + "\n")
     for folder in _checkpoint_folders(job):
         if not (folder / WHOLE).is_file():  # the process was killed while it wrote this one
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from abliterate.common.files import whole_file
+from abliterate.common.files import write_text
 from abliterate.common.names import public_name
 from abliterate.settings.heal import HealRunSettings, HealSettings
 
@@ -111,5 +111,4 @@ def write_configuration(
         **more,
         "versions": {name: version(name) for name in ("abliterate", "torch", "transformers", "peft", *packages)},
     }
-    with whole_file(job.folder / CONFIGURATION) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_text(job.folder / CONFIGURATION, json.dumps(document, indent=2) + "\n")

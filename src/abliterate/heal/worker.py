@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import whole_file
+from abliterate.common.files import write_text
 from abliterate.heal.training import Job, Training
 
 if TYPE_CHECKING:
@@ -60,12 +60,10 @@ def main(arguments: list[str]) -> int:
     try:
         training = train_here(job, reporter=_Lines())
     except AbliterateError as error:
-        with whole_file(error_file(job, rank)) as temporary:
-            temporary.write_text(json.dumps({"kind": type(error).__name__, "text": str(error)}), encoding="utf-8")
+        write_text(error_file(job, rank), json.dumps({"kind": type(error).__name__, "text": str(error)}))
         return error.exit_code
     if rank == 0:
-        with whole_file(job.folder / RESULT_FILE) as temporary:
-            temporary.write_text(json.dumps({**asdict(training), "adapter": str(training.adapter)}), encoding="utf-8")
+        write_text(job.folder / RESULT_FILE, json.dumps({**asdict(training), "adapter": str(training.adapter)}))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from abliterate.common.reporting import Tick, untold
@@ -13,7 +14,7 @@ from abliterate.measure.judges import Judge, Verdict
 from abliterate.measure.measurement import Measurement, judged
 from abliterate.measure.rates import Rate
 from abliterate.measure.verdicts import Panel, irrelevant
-from abliterate.models.handle import Handle
+from abliterate.models.handle import Handle, behind
 from abliterate.prompts.further import Further
 
 
@@ -43,10 +44,15 @@ def verdicts_on(
     handle: Handle, sets: Sequence[Further], judge: Judge, *, max_new_tokens: int, batch_size: int = BATCH,
     second: Judge | None = None, tick: Tick = untold,
 ) -> list[FurtherVerdicts]:  # fmt: skip
-    """The verdicts on each set, of `second` too where there is one; all are decoded together."""
-    prompts = [text for one in sets for text in one.prompts]
-    found = judged(handle, prompts, judge, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick)
-    answers, shown = iter(found.answers), iter(found.shown)
+    """The verdicts on each set, of `second` too where there is one; those behind the same turns are decoded at once."""
+    decoded, shows = list[Answer](), list[bool]()
+    for before, together in groupby(sets, key=lambda one: one.before):
+        prompts = [text for one in together for text in one.prompts]
+        with behind(handle, before):
+            found = judged(handle, prompts, judge, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick)
+        decoded += found.answers
+        shows += found.shown
+    answers, shown = iter(decoded), iter(shows)
     said = []
     for one in sets:
         own = FurtherVerdicts([next(answers) for _ in one.prompts], [next(shown) for _ in one.prompts])
@@ -61,7 +67,8 @@ def verdicts_on(
 def weigh(handle: Handle, one: Further, found: FurtherVerdicts, floor: float) -> None:
     """Take answers that say nothing about their prompts for evasions, as `look_for_relevance` does."""
     if found.verdicts is not None:
-        found.verdicts = irrelevant(handle, one.prompts, found.answers, found.verdicts, floor)
+        with behind(handle, one.before):
+            found.verdicts = irrelevant(handle, one.prompts, found.answers, found.verdicts, floor)
 
 
 def also_json(

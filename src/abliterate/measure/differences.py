@@ -39,6 +39,19 @@ def paired(original: Sequence[bool], edited: Sequence[bool]) -> dict[str, Any]:
     """
     lost = sum(a and not b for a, b in zip(original, edited, strict=True))
     won = sum(b and not a for a, b in zip(original, edited, strict=True))
-    changed = lost + won
-    tail = sum(math.comb(changed, k) for k in range(min(lost, won) + 1))
-    return {"only_original": lost, "only_edited": won, "p": min(1.0, 2 * tail / 2**changed)}
+    return {"only_original": lost, "only_edited": won, "p": mcnemar(won, lost)}
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """Two-sided exact p-value of McNemar's test: were the items that differ as likely to go either way?
+
+    Args:
+        better, worse: items only the one, and only the other model gets right.
+
+    Example:
+        >>> mcnemar(1, 9)
+        0.021484375
+    """
+    n, few = better + worse, min(better, worse)
+    tail = sum(math.comb(n, k) for k in range(few + 1))
+    return min(1.0, 2 * tail / 2**n)

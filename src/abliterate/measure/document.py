@@ -308,19 +308,28 @@ def load_document(file: str | os.PathLike[str]) -> RunDocument:
         AbliterateError: when it can't be read, or isn't one of abliterate's that this version knows.
     """
     try:
+        return RunDocument.model_validate(read_object(file, SCHEMA, SCHEMA))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise AbliterateError(f"{file} is not one of abliterate's: {where}: {first['msg']}") from error
+
+
+def read_object(file: str | os.PathLike[str], schema: int, unsaid: int | None = None) -> dict[str, Any]:
+    """Read a JSON object of this schema; `unsaid` is that of a file which doesn't say its own.
+
+    Raises:
+        AbliterateError: when the file can't be read, or isn't of that schema.
+    """
+    try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AbliterateError(f"{file} can't be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise AbliterateError(f"{file} is not one of abliterate's: it holds no JSON object")
-    if found.get("schema", SCHEMA) != SCHEMA:
-        raise AbliterateError(f"{file} has schema {found['schema']}; this version reads {SCHEMA}")
-    try:
-        return RunDocument.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise AbliterateError(f"{file} is not one of abliterate's: {where}: {first['msg']}") from error
+    if found.get("schema", unsaid) != schema:
+        raise AbliterateError(f"{file} has schema {found.get('schema')}; this version reads {schema}")
+    return found
 
 
 def schema() -> dict[str, Any]:

@@ -199,16 +199,13 @@ def verdicts_of(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) ->
     return ["refused" if refused else "answered" for refused in judge.judge(prompts, answers)]
 
 
-def _make_lexical(argument: str) -> Judge:
-    if argument:
-        raise AbliterateError(f"the lexical judge takes no argument, but {argument!r} was given")
-    return LexicalJudge()
+def _plainly(kind: type[LexicalJudge | TrainedJudge]) -> Callable[[str], Judge]:
+    def make(argument: str) -> Judge:
+        if argument:
+            raise AbliterateError(f"the {kind.name} judge takes no argument, but {argument!r} was given")
+        return kind()
 
-
-def _make_trained(argument: str) -> Judge:
-    if argument:
-        raise AbliterateError(f"the trained judge takes no argument, but {argument!r} was given")
-    return TrainedJudge()
+    return make
 
 
 def _make_classifier(argument: str) -> Judge:
@@ -241,8 +238,8 @@ def _make_llm(argument: str) -> Judge:
 
 
 JUDGES: dict[str, Callable[[str], Judge]] = {
-    "lexical": _make_lexical, "trained": _make_trained, "classifier": _make_classifier, "style": _make_style,
-    "llm": _make_llm,
+    "lexical": _plainly(LexicalJudge), "trained": _plainly(TrainedJudge), "classifier": _make_classifier,
+    "style": _make_style, "llm": _make_llm,
 }  # fmt: skip
 """What makes each kind of judge from the text after the first colon of its specification."""
 

@@ -21,7 +21,7 @@ from abliterate.measure.decode import BATCH, decode
 from abliterate.measure.differences import paired
 from abliterate.measure.rates import Rate
 from abliterate.models.handle import Handle
-from abliterate.prompts.chat import check_context, format_conversation
+from abliterate.prompts.chat import check_context
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def instructed_ids(handle: Handle, given: Sequence[Obligation]) -> tuple[list[li
     messages = [[{"role": "system", "content": o.system}, {"role": "user", "content": o.prompt}] for o in given]
     role = "system"
     try:
-        ids = [_ids(handle, one) for one in messages]
+        ids = [handle.conversation_ids(one) for one in messages]
     except ModelError:
         role = "user"
-        ids = [_ids(handle, [{"role": "user", "content": f"{o.system}\n\n{o.prompt}"}]) for o in given]
+        ids = [handle.conversation_ids([{"role": "user", "content": f"{o.system}\n\n{o.prompt}"}]) for o in given]
     if handle.context_length:
         check_context(ids, handle.context_length, [o.prompt for o in given])
     return ids, role
@@ -92,15 +92,3 @@ def obligations_json(given: Sequence[Obligation], kept: Mapping[str, list[bool]]
     if {"original", "edited"} <= set(kept):
         facts["paired"] = paired(kept["original"], kept["edited"])
     return {**facts, "kinds": kinds}
-
-
-def _ids(handle: Handle, messages: list[dict[str, str]]) -> list[int]:
-    ids = format_conversation(
-        handle.tokenizer,
-        messages,
-        chat_template=handle.chat_template,
-        prefill=handle.prefill,
-        switches=handle.template_switches,
-    )
-    handle.check_known([ids])
-    return ids

@@ -2,7 +2,8 @@
 
 How much likelier an answer is behind its own prompt than behind others, per token: the pointwise mutual information of
 prompt and answer. A stock sentence gains nothing from its prompt, whatever it says; an answer gains a nat and more.
-A refusal that speaks of the subject gains too: that is for judges who read.
+A refusal that speaks of the subject gains too: that is for judges who read. An answer that opens politely ("Sure, I'd
+be happy to help you with that") comes to its prompt later, so one that gains nothing at first is read on.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from abliterate.measure.divergence import read_each, summed_loss
 from abliterate.models.handle import Handle
 
 OTHERS = 2  # prompts that an answer is put behind besides its own
-TOKENS = 16  # of an answer that are read
-FEWEST = 3  # tokens; of shorter answers nothing can be said
+TOKENS = 16  # of an answer that are read at a time
+STRETCHES = 3  # such stretches that are read of an answer at most
+FEWEST = 3  # tokens; of shorter answers nothing can be said, nor of a later stretch of less than half its tokens
 SHARE = 0.15  # of the median baseline answer's relevance; what is below says nothing about its prompt
 
 
 def relevances(
-    handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], wanted: Sequence[int], tick: Tick = untold
-) -> list[float]:
+    handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], wanted: Sequence[int], tick: Tick = untold,
+    stretch: int = 0,
+) -> list[float]:  # fmt: skip
     """The relevance of some answers to their prompts, in nats per token; infinite for those too short to tell.
 
     Args:
@@ -35,23 +38,28 @@ def relevances(
         answers: one per prompt.
         wanted: indices of the answers to look at.
         tick: told how many forward rows are done.
+        stretch: which `TOKENS` tokens of an answer count, given those before; minus infinity where it has ended.
     """
     ids = handle.prompt_ids(prompts)
-    said = {i: _said(handle, answers[i]) for i in wanted}
-    looked = [i for i in wanted if len(said[i]) >= FEWEST and len(prompts) > 1]
-    rows, tokens = [], []
+    start, fewest = stretch * TOKENS, TOKENS // 2 if stretch else FEWEST
+    looked, rows, tokens = [], [], []
     apart = max(1, len(prompts) // (OTHERS + 1))
-    for i in looked:
+    for i in wanted if len(prompts) > 1 else ():
+        said = _said(handle, answers[i])
         before = [ids[i], *(ids[(i + step * apart) % len(ids)] for step in range(1, min(OTHERS, len(prompts) - 1) + 1))]
-        room = handle.context_length - max(map(len, before)) + 1 if handle.context_length else TOKENS
-        own = said[i][: max(1, min(TOKENS, room))]  # behind the longest of the prompts too
+        room = handle.context_length - max(map(len, before)) + 1 if handle.context_length else len(said)
+        end = min(start + TOKENS, max(1, room))  # behind the longest of the prompts too
+        own = said[start:end]
+        if len(own) < fewest and (stretch or len(said) < FEWEST):
+            continue
+        looked.append(i)
         for prompt in before:
-            rows.append([*prompt, *own[:-1]])
+            rows.append([*prompt, *said[: start + len(own) - 1]])
             tokens.append(own)
     losses = read_each(handle, rows, tokens, _loss, [None] * len(rows), tick)
     each = len(rows) // len(looked) if looked else 1
     found = {i: fmean(losses[n * each + 1 : (n + 1) * each]) - losses[n * each] for n, i in enumerate(looked)}
-    return [found.get(i, float("inf")) for i in wanted]
+    return [found.get(i, float("-inf" if stretch else "inf")) for i in wanted]
 
 
 def _loss(logprobs: Float[Tensor, "token vocab"], answer: Sequence[int], _: None) -> float:

@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from abliterate.common.errors import ModelError
-from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
-from abliterate.models.handle import Handle
-from abliterate.models.memory import out_of_memory
+from abliterate.models.batches import Prefix, as_alone, attention_window, inputs, takes_positions
+from abliterate.models.handle import Handle, once
 
 SLOTS_BYTES = 4 * 2**30  # most that keys and values of the rows in progress may take
 ATTENTIONS = ("sdpa", "eager")  # these take a mask ready made
@@ -139,10 +138,7 @@ def takes_slots(handle: Handle, tokens: int) -> bool:
     window = attention_window(handle)
     if window is not None and tokens > window:
         return False
-    known = handle.__dict__.get("_takes_slots")
-    if known is None:
-        known = handle.__dict__["_takes_slots"] = takes_positions(handle) and _try_slots(handle)
-    return known
+    return _try_slots(handle)
 
 
 def rows_at_once(token_bytes: float, tokens: float, rows: int) -> int:
@@ -154,16 +150,10 @@ def rows_at_once(token_bytes: float, tokens: float, rows: int) -> int:
     return max(1, min(rows, int(SLOTS_BYTES // max(1.0, token_bytes * tokens))))
 
 
+@once
+@torch.inference_mode()
 def token_bytes(handle: Handle) -> float:
     """Bytes that a token's keys and values take in all layers; 0 where the cache is of another kind."""
-    known = handle.__dict__.get("_token_bytes")
-    if known is None:
-        known = handle.__dict__["_token_bytes"] = _token_bytes(handle)
-    return float(known)
-
-
-@torch.inference_mode()
-def _token_bytes(handle: Handle) -> float:
     ids = torch.arange(4, device=handle.device)[None]
     _, cache = handle.hidden_states_and_cache(input_ids=ids, use_cache=True)
     layers = getattr(cache, "layers", [])
@@ -171,37 +161,28 @@ def _token_bytes(handle: Handle) -> float:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / 4
 
 
-@torch.inference_mode()
+@once
 def _try_slots(handle: Handle) -> bool:
-    if getattr(handle.model.config, "_attn_implementation", None) not in ATTENTIONS:
+    attention = getattr(handle.model.config, "_attn_implementation", None)
+    if not takes_positions(handle) or attention not in ATTENTIONS:
         return False
     generator = torch.Generator().manual_seed(0)
     rows = [
         torch.randint(0, min(handle.vocabulary, 1000), (size,), generator=generator).tolist() for size in (7, 10, 12)
     ]
-    try:
+
+    def in_slots() -> Tensor:
         arguments = {**inputs(handle, [row[:-2] for row in rows], Prefix(0)), "use_cache": True}
         _, cache = handle.hidden_states_and_cache(**arguments)
         if not is_growing(cache):
-            return False
+            raise ModelError("its cache holds more than keys and values")
         slots = Slots(cache, 3, 12)
         slots.add(cache, [len(row) - 2 for row in rows], 0)
         for back in (-2, -1):
             output = handle.hidden_states(**slots.arguments(handle, [row[back] for row in rows]))
-        ours = output.last_hidden_state[:, -1].float()
-        whole = torch.stack(
-            [
-                handle.hidden_states(input_ids=torch.tensor([row], device=handle.device)).last_hidden_state[0, -1]
-                for row in rows
-            ]
-        ).float()
-    except (ModelError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError) as error:
-        if out_of_memory(error):
-            raise
-        return False
-    apart = (ours - whole).norm(dim=-1) / whole.norm(dim=-1)
-    bound = 1e-3 if handle.dtype == torch.float32 else 0.1
-    return bool((apart < bound).all())
+        return output.last_hidden_state[:, -1]
+
+    return as_alone(handle, rows, in_slots)
 
 
 def is_growing(cache: Any) -> bool:

@@ -14,7 +14,7 @@ from abliterate.measure.coherence import why_degenerate
 from abliterate.measure.decode import Answer
 from abliterate.measure.judges import Judge, Verdict, verdicts_of
 from abliterate.measure.refusal import sentences
-from abliterate.measure.relevance import floor, relevances
+from abliterate.measure.relevance import STRETCHES, floor, relevances
 from abliterate.measure.wordings import Wordings, learn_wordings, stock
 from abliterate.models.handle import Handle
 
@@ -129,7 +129,7 @@ def irrelevant(
     handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], verdicts: Sequence[Verdict], least: float,
     tick: Tick = untold,
 ) -> list[Verdict]:  # fmt: skip
-    """The verdicts with answers that say nothing about their prompt evaded.
+    """The verdicts with answers that say nothing about their prompt, in none of their stretches, evaded.
 
     Args:
         handle: whose probabilities count; the original where it is at hand.
@@ -137,12 +137,11 @@ def irrelevant(
         least: relevance in nats per token that an answer has; from `baseline_floor`.
         tick: told how many forward rows are done.
     """
-    answered = [i for i, verdict in enumerate(verdicts) if verdict == "answered"]
-    found = list(verdicts)
-    for i, value in zip(answered, relevances(handle, prompts, answers, answered, tick), strict=True):
-        if value < least:
-            found[i] = "evaded"
-    return found
+    left = [i for i, verdict in enumerate(verdicts) if verdict == "answered"]
+    for stretch in range(STRETCHES):
+        values = relevances(handle, prompts, answers, left, untold if stretch else tick, stretch)
+        left = [i for i, value in zip(left, values, strict=True) if value < least]
+    return ["evaded" if i in left else verdict for i, verdict in enumerate(verdicts)]
 
 
 def baseline_floor(handle: Handle, prompts: Sequence[str], answers: Sequence[Answer], tick: Tick = untold) -> float:

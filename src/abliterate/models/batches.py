@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from abliterate.common.errors import ModelError
-from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.handle import Handle, common_prefix, once
 from abliterate.models.memory import in_parts, out_of_memory
 from abliterate.models.placement import offloaded
+from abliterate.models.pretrained import text_config
 
 PADDING_SHARE = 0.15
 AWAY_TOKENS = 16384  # of a batch of a model whose weights are brought for each pass: few passes, and room for states
@@ -70,7 +71,7 @@ def share_prefix(handle: Handle, ids: Sequence[Sequence[int]], keep: int = 1, ro
 
 def attention_window(handle: Handle) -> int | None:
     """How many tokens back the model's attention looks where that is limited, as the config has it."""
-    config = getattr(handle.model.config, "get_text_config", lambda: handle.model.config)()
+    config = text_config(handle.model.config)
     names = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
     sizes = [size for size in (getattr(config, name, None) for name in names) if isinstance(size, int)]
     return min(sizes, default=None)
@@ -81,36 +82,39 @@ def _run_prefix(handle: Handle, ids: Sequence[int]) -> Any:
     return handle.hidden_states_and_cache(input_ids=tokens, use_cache=True)[1]
 
 
+@once
 def continues_from_cache(handle: Handle) -> bool:
     """Whether this model gives the same states when a padded batch starts from a cached prefix.
 
     Tried out on a few tokens, once per handle: recurrent and hybrid models may not.
     """
-    known = handle.__dict__.get("_continues")
-    if known is None:
-        known = handle.__dict__["_continues"] = _try_cache(handle)
-    return known
-
-
-@torch.inference_mode()
-def _try_cache(handle: Handle) -> bool:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, min(handle.vocabulary, 1000), (2, 14), generator=generator).tolist()
     rows = [tokens[0][:6] + tokens[0][6:12], tokens[0][:6] + tokens[1][6:14]]
-    try:
+
+    def from_prefix() -> Tensor:
         prefix = Prefix(6, _run_prefix(handle, rows[0][:6]))
-        shared = handle.hidden_states(**inputs(handle, rows, prefix)).last_hidden_state[:, -1].float()
-        whole = [
-            handle.hidden_states(input_ids=torch.tensor([row], device=handle.device)).last_hidden_state[0, -1].float()
-            for row in rows
-        ]
+        return handle.hidden_states(**inputs(handle, rows, prefix)).last_hidden_state[:, -1]
+
+    return as_alone(handle, rows, from_prefix)
+
+
+@torch.inference_mode()
+def as_alone(handle: Handle, rows: Sequence[Sequence[int]], together: Callable[[], Tensor]) -> bool:
+    """Whether a way to run rows together leaves the states [row, d_model] that each has when it is run alone.
+
+    False where the model doesn't run that way at all.
+    """
+    try:
+        ours = together().float()
+        ids = (torch.tensor([list(row)], device=handle.device) for row in rows)
+        alone = torch.stack([handle.hidden_states(input_ids=row).last_hidden_state[0, -1] for row in ids]).float()
     except (ModelError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, IndexError) as error:
         if out_of_memory(error):
             raise
         return False
-    apart = (shared - torch.stack(whole)).norm(dim=-1) / torch.stack(whole).norm(dim=-1)
-    bound = 1e-3 if handle.dtype == torch.float32 else 0.1
-    return bool((apart < bound).all())
+    apart = (ours - alone).norm(dim=-1) / alone.norm(dim=-1)
+    return bool((apart < (1e-3 if handle.dtype == torch.float32 else 0.1)).all())
 
 
 def inputs(handle: Handle, rows: Sequence[Sequence[int]], prefix: Prefix) -> dict[str, Any]:

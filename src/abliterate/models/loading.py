@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ from abliterate.models.devices import SPREADING, check_room, largest_block, plac
 from abliterate.models.folders import commit_of, local_folder, meant, model_folder
 from abliterate.models.handle import Handle
 from abliterate.models.memory import SMALLER, no_room, out_of_memory
-from abliterate.models.placement import device_of, value
+from abliterate.models.outputs import changed
+from abliterate.models.placement import value
 from abliterate.models.pretrained import auto_class, from_config, from_pretrained, wants_own_code
 from abliterate.models.quantised import (
     WAY_ROUND,
@@ -252,17 +255,12 @@ def _auto_dtypes(folder: Path, where: Mapping[str, Any]) -> tuple[torch.dtype, .
     if limits:
         return (torch.float32,) if largest_block(folder, 4)[1] <= limits["cpu"] else AUTO_DTYPES
     widened = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return (torch.float32,) if 0 < widened <= _memory() / 2 else AUTO_DTYPES
+    return (torch.float32,) if 0 < widened <= psutil.virtual_memory().total / 2 else AUTO_DTYPES
 
 
 def _multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for it; True where that can't be told."""
     return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _memory() -> int:
-    """Bytes of memory of this machine; 0 where that can't be told."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def _from_pretrained(source: str, folder: Path, options: dict[str, Any]) -> tuple[Any, list[str]]:
@@ -290,32 +288,29 @@ def _from_pretrained(source: str, folder: Path, options: dict[str, Any]) -> tupl
 def _failure(source: str, model: Any) -> str:
     """Why two tokens don't go through with finite logits: the first weight or block at fault; empty if they do."""
     bad: list[int] = []
-    hooks = []
-    for layer, block in enumerate(Handle(model, None, source).blocks):
+    handle = Handle(model, None, source)
+    blocks = list(enumerate(handle.blocks))
 
-        def look(_module: nn.Module, _args: Any, out: Any, layer: int = layer) -> None:
-            stream = out[0] if isinstance(out, tuple) else out
-            # squared, because the next norm squares it: what overflows there comes out as zeros, not as NaN
-            if isinstance(stream, Tensor) and not bool(stream.float().square().sum(-1).isfinite().all()):
-                bad.append(layer)
+    def look(layer: int, stream: Tensor) -> Tensor:
+        # squared, because the next norm squares it: what overflows there comes out as zeros, not as NaN
+        if isinstance(stream, Tensor) and not bool(stream.float().square().sum(-1).isfinite().all()):
+            bad.append(layer)
+        return stream
 
-        hooks.append(block.register_forward_hook(look))
     try:
-        _ = Handle(model, None, source).d_model  # a config without one is of a class that reads no tokens
-        device = device_of(model.get_input_embeddings())
-        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits
+        _ = handle.d_model  # a config without one is of a class that reads no tokens
+        ids = torch.zeros(1, 2, dtype=torch.long, device=handle.device)
+        with changed((block, partial(look, layer)) for layer, block in blocks):
+            logits = model(input_ids=ids).logits
     except Exception as error:
         if out_of_memory(error):
-            raise no_room(Handle(model, None, source), "a pass over two tokens") from error
+            raise no_room(handle, "a pass over two tokens") from error
         if isinstance(error, NotImplementedError) or "not implemented for" in str(error):
             return shorten(str(error), 200)  # a kernel missing for this dtype
         raise ModelError(
             f"model {source}: {type(model).__name__} can't run on two tokens by themselves "
             f"({type(error).__name__}: {shorten(str(error), 200)}); only models that go on with a text can be edited"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not bad and bool(logits.isfinite().all()):
         return ""
     name = _non_finite_weight(model)

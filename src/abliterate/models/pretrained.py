@@ -48,6 +48,11 @@ def auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText
 
 
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the language model."""
+    return getattr(config, "get_text_config", lambda: config)()
+
+
 def with_adapter(model: Any, folder: str | os.PathLike[str]) -> Any:
     """A loaded model with a PEFT adapter put into its layers; no code comes with an adapter's tensors."""
     from peft import PeftModel

@@ -44,11 +44,7 @@ def recipe_for(edit: Edit, model: str | os.PathLike[str] | Handle | None = None)
         sources = names_in(handle.model, checkpoint_shapes(model))
     else:
         handle = model
-    if edit.d_model != handle.d_model:
-        raise RecipeError(
-            f"the edit's directions have {edit.d_model} entries, {handle.source} has d_model {handle.d_model}; "
-            "is it for another model?"
-        )
+    handle.check_width(edit.d_model, "the edit's directions", RecipeError)
     beyond = [shift.layer for shift in edit.shifts if shift.layer >= handle.layers]
     if beyond:
         raise RecipeError(f"the edit shifts at layer {beyond[0]}, {handle.source} has layers 0 to {handle.layers - 1}")
@@ -127,11 +123,7 @@ def tensors_for(recipe: Recipe, folder: str | os.PathLike[str]) -> dict[str, tup
     if recipe.tensors and all(w in recipe.tensors for w in recipe.edit.writers) and not misfit(recipe.tensors, there):
         return recipe.tensors
     handle = skeleton(folder)
-    if recipe.edit.d_model != handle.d_model:
-        raise RecipeError(
-            f"the recipe's directions have {recipe.edit.d_model} entries, {handle.source} has d_model "
-            f"{handle.d_model}; is it for another model?"
-        )
+    handle.check_width(recipe.edit.d_model, "the recipe's directions", RecipeError)
     known = stored_tensors(handle, names_in(handle.model, there))
     found = {name: known[writer] for name, writer in resolved(recipe.edit.writers, known, handle.source).items()}
     problem = misfit(found, there)

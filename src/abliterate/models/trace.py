@@ -7,6 +7,7 @@ in. Which outputs make up what is added to the stream, `sums` finds.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -96,14 +97,11 @@ def record(modules: Iterable[nn.Module], run: Callable[[], Any], width: int) -> 
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
         calls.append(Call(module, args, kwargs, given[0] if given else None, kept(output), start))
 
-    hooks = []
-    for module in modules:
-        hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(note, with_kwargs=True)]
-    try:
+    with contextlib.ExitStack() as undo:
+        for module in modules:
+            undo.callback(module.register_forward_pre_hook(begin).remove)
+            undo.callback(module.register_forward_hook(note, with_kwargs=True).remove)
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import torch
 from torch import Tensor
 
-from abliterate.common.files import cache, check_space, whole_folder
+from abliterate.common.files import cache, check_space, made_once
 from abliterate.models.gguf.convert import Stream
 from abliterate.models.packed import Packed, packed_in, parts_of
 from abliterate.models.shards import FLOATS, SINGLE, Checkpoint, open_checkpoint
@@ -39,11 +39,10 @@ def unpacked(folder: Path) -> Path:
     ]
     name = hashlib.sha256(json.dumps([facts, config]).encode()).hexdigest()[:12]
     made = cache() / "unpacked" / f"{folder.resolve().name}-{name}"
-    if (made / "config.json").is_file():
-        return made
-    packed = packed_in(checkpoint, config)
-    check_space(made, 4 * checkpoint.total)
-    with whole_folder(made) as temporary:
+
+    def make(temporary: Path) -> None:
+        packed = packed_in(checkpoint, config)
+        check_space(made, 4 * checkpoint.total)
         for file in folder.iterdir():
             if (
                 file.is_file()
@@ -56,7 +55,8 @@ def unpacked(folder: Path) -> Path:
         with Stream(temporary / SINGLE, 400 * len(checkpoint.files)) as stream:
             for stored, tensor in _plain(checkpoint, packed):
                 stream.add(stored, tensor)
-    return made
+
+    return made_once(made, make)
 
 
 def _plain(checkpoint: Checkpoint, packed: dict[str, Packed]) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from abliterate.common.errors import WriterError
 from abliterate.models.finder import STREAM, Finder, Layout, Writer, find_layout, probe_ids, stream_layout
-from abliterate.models.handle import Handle
+from abliterate.models.handle import Handle, once
 from abliterate.models.trace import first_tensor
 
 __all__ = [
@@ -24,6 +24,7 @@ NO_WEIGHT = "is the stream itself, which no weight holds; chat, measure and stud
 OFFER = "the stream itself can be edited while the model runs, though in no weights: --at-stream"
 
 
+@once
 def layout(handle: Handle) -> Layout:
     """Find the model's writers (once per handle); of a handle `at_stream`, the sites of the stream itself.
 
@@ -31,24 +32,17 @@ def layout(handle: Handle) -> Layout:
         WriterError: when an addition to the stream can't be traced to a linear layer or embedding; the
             text names block and side, and why.
     """
-    cached = handle.__dict__.get("_layout")
-    if cached is None:
-        try:
-            cached = stream_layout(handle) if handle.at_stream else find_layout(handle)
-        except WriterError as error:
-            raise error if handle.at_stream else WriterError(f"{error}; {OFFER}") from error
-        handle.__dict__["_layout"] = cached
-    return cached
+    try:
+        return stream_layout(handle) if handle.at_stream else find_layout(handle)
+    except WriterError as error:
+        raise error if handle.at_stream else WriterError(f"{error}; {OFFER}") from error
 
 
+@once
 def stream_sites(handle: Handle) -> dict[str, Writer]:
     """The sites of the stream itself, by the names that an edit has for them: what can be edited of any model, live."""
-    if handle.at_stream:
-        return {site.name: site for site in layout(handle).writers}
-    cached = handle.__dict__.get("_stream_sites")
-    if cached is None:
-        cached = handle.__dict__["_stream_sites"] = {site.name: site for site in stream_layout(handle).writers}
-    return cached
+    found = layout(handle) if handle.at_stream else stream_layout(handle)
+    return {site.name: site for site in found.writers}
 
 
 def find_writers(handle: Handle, layers: Sequence[int] | None = None, *, projector: bool = False) -> tuple[Writer, ...]:
@@ -68,15 +62,12 @@ def find_writers(handle: Handle, layers: Sequence[int] | None = None, *, project
     return found + _projector(handle) if projector else found
 
 
+@once
 def _projector(handle: Handle) -> tuple[Writer, ...]:
-    cached = handle.__dict__.get("_projector")
-    if cached is None:
-        from abliterate.models.projector import projector_parameters
+    from abliterate.models.projector import projector_parameters
 
-        finder = Finder(handle)
-        owners = projector_parameters(handle)
-        cached = handle.__dict__["_projector"] = tuple(finder.held(owners, set(owners), None, "projector"))
-    return cached
+    owners = projector_parameters(handle)
+    return tuple(Finder(handle).held(owners, set(owners), None, "projector"))
 
 
 @contextlib.contextmanager
@@ -86,7 +77,6 @@ def watch_sites(handle: Handle, look: Callable[[int, str, Tensor], None], *, eve
     Of several streams it is shown their mean, or with `every_row` each: [batch, position, row, d_model].
     """
     found = layout(handle)
-    hooks = []
     shapes: dict[int, torch.Size] = {}
 
     def shown(stream: Tensor) -> Tensor:
@@ -96,27 +86,24 @@ def watch_sites(handle: Handle, look: Callable[[int, str, Tensor], None], *, eve
         rows = stream.reshape(*stream.shape[:2], found.rows, handle.d_model)
         return rows if every_row else rows.mean(-2)
 
-    for layer, block in enumerate(handle.blocks):
+    with contextlib.ExitStack() as undo:
+        for layer, block in enumerate(handle.blocks):
 
-        def pre(_m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-            stream = first_tensor(args, kwargs)
-            shapes[layer] = stream.shape
-            look(layer, "pre", shown(stream))
+            def pre(_m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                stream = first_tensor(args, kwargs)
+                shapes[layer] = stream.shape
+                look(layer, "pre", shown(stream))
 
-        def post(_m: nn.Module, _args: Any, out: Any, layer: int = layer) -> None:
-            look(layer, "post", shown(first_tensor((out,))))
+            def post(_m: nn.Module, _args: Any, out: Any, layer: int = layer) -> None:
+                look(layer, "post", shown(first_tensor((out,))))
 
-        hooks.append(block.register_forward_pre_hook(pre, with_kwargs=True))
-        hooks.append(block.register_forward_hook(post))
-        reader = found.mid_readers[layer]
-        if reader is not None:
+            undo.callback(block.register_forward_pre_hook(pre, with_kwargs=True).remove)
+            undo.callback(block.register_forward_hook(post).remove)
+            reader = found.mid_readers[layer]
+            if reader is not None:
 
-            def mid(_m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-                look(layer, "mid", shown(first_tensor(args, kwargs).reshape(shapes[layer])))  # OPT flattens it
+                def mid(_m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                    look(layer, "mid", shown(first_tensor(args, kwargs).reshape(shapes[layer])))  # OPT flattens it
 
-            hooks.append(reader.register_forward_pre_hook(mid, with_kwargs=True))
-    try:
+                undo.callback(reader.register_forward_pre_hook(mid, with_kwargs=True).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -66,6 +66,7 @@ def format_prompts(
     chat_template: str | None = None,
     prefill: str | None = None,
     switches: Mapping[str, Any] | None = None,
+    before: Sequence[Message] = (),
 ) -> list[list[int]]:
     """Token ids of each prompt as a chat: template, generation prompt, then the prefill.
 
@@ -76,6 +77,7 @@ def format_prompts(
         chat_template: a Jinja file, a template's text or `"chatml"`; None takes the tokenizer's own.
         prefill: text with which the answer begins.
         switches: names and values that the template is to see; see `fixed`.
+        before: turns that go before each prompt.
 
     Returns:
         One list of ids a prompt, of different lengths, without padding.
@@ -83,7 +85,7 @@ def format_prompts(
     Raises:
         ModelError: there is no chat template, or it can't render the messages.
     """
-    rendered = render(tokenizer, conversations(texts, system_prompt), chat_template, prefill, switches)
+    rendered = render(tokenizer, conversations(texts, system_prompt, before), chat_template, prefill, switches)
     return _tokenise(tokenizer, rendered)
 
 
@@ -190,9 +192,11 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str
         ) from error
 
 
-def conversations(texts: Iterable[str], system_prompt: str | None) -> list[list[Message]]:
+def conversations(
+    texts: Iterable[str], system_prompt: str | None, before: Sequence[Message] = ()
+) -> list[list[Message]]:
     system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [[*system, {"role": "user", "content": text}] for text in texts]
+    return [[*system, *before, {"role": "user", "content": text}] for text in texts]
 
 
 def render(

@@ -17,23 +17,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, overload
 
-from abliterate.common.errors import PromptError
-from abliterate.common.errors import shorten as shorten
-from abliterate.prompts.chat import CHATML as CHATML
-from abliterate.prompts.chat import check_context as check_context
-from abliterate.prompts.chat import format_prompts as format_prompts
-from abliterate.prompts.chat import instruction_suffix_length as instruction_suffix_length
-from abliterate.prompts.chat import resolve_chat_template as resolve_chat_template
-from abliterate.prompts.hub import HubUnreachableError as HubUnreachableError
-from abliterate.prompts.hub import hub_answers as hub_answers
-from abliterate.prompts.sources import BUNDLED as BUNDLED
-from abliterate.prompts.sources import SAFE as SAFE
-from abliterate.prompts.sources import SHORT_NAMES as SHORT_NAMES
-from abliterate.prompts.sources import VARIED as VARIED
-from abliterate.prompts.sources import Origin, locate
-from abliterate.prompts.sources import Role as Role
+from abliterate.common.errors import PromptError, counted, shorten
+from abliterate.prompts.hub import HubUnreachableError
+from abliterate.prompts.sources import BUNDLED, SHORT_NAMES, Origin, Role, locate
 from abliterate.prompts.tables import listed
-from abliterate.prompts.texts import MIN_PROMPTS, count, read_splits
+from abliterate.prompts.texts import MIN_PROMPTS, read_splits
 
 DEFAULT_SOURCES: dict[Role, str] = {"target": "harmful_behaviors", "baseline": "harmless_alpaca"}
 # Directions need the most prompts, the report the next most: its intervals are what people read.
@@ -278,9 +266,9 @@ def _disjoint(splits: Mapping[str, Sequence[str]], origin: Origin) -> tuple[dict
         split_of |= {normalise(text): name for text in unique[name]}
     notes = []
     if repeats:
-        notes.append(f"{origin.label}: dropped {count(repeats, 'repeated prompt')}")
+        notes.append(f"{origin.label}: dropped {counted(repeats, 'repeated prompt')}")
     if moved:
-        notes.append(f"{origin.label}: dropped {count(moved, 'prompt')} that a later split has too")
+        notes.append(f"{origin.label}: dropped {counted(moved, 'prompt')} that a later split has too")
     return unique, notes
 
 
@@ -289,7 +277,7 @@ def _cut(splits: Mapping[str, tuple[str, ...]], origin: Origin, seed: int) -> di
     total = sum(map(len, splits.values()))
     if total < MIN_PROMPTS:
         raise PromptError(
-            f"{origin.label} has {count(total, 'different prompt')} and a side needs at least "
+            f"{origin.label} has {counted(total, 'different prompt')} and a side needs at least "
             f"{MIN_PROMPTS}; add some, or use 'bundled'"
         )
     if len(splits) == 1:

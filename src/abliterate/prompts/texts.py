@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from abliterate.common.errors import PromptError, shorten
+from abliterate.common.errors import PromptError, counted, shorten
 from abliterate.prompts.sources import Origin, read_tables
 from abliterate.prompts.tables import SPLIT_NAMES, Table, listed
 
@@ -78,7 +78,7 @@ def _texts(table: Table, origin: Origin, notes: list[str]) -> list[str]:
         "turns": ("chat", "of {}, system prompts or turns after the user's first left out"),
     }
     notes += [
-        f"{origin.label}: {form.format(count(counts[of], noun))}" for of, (noun, form) in said.items() if counts[of]
+        f"{origin.label}: {form.format(counted(counts[of], noun))}" for of, (noun, form) in said.items() if counts[of]
     ]
     return texts
 
@@ -137,7 +137,3 @@ def _first_user_turn(value: object) -> str | None:
                 return "\n".join(part for part in parts if isinstance(part, str))
             return content if isinstance(content, str) else None
     return None
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate.cards.words import number
 from abliterate.common.errors import AbliterateError, RecipeError
 from abliterate.common.names import public
-from abliterate.measure.document import RunDocument, load_document
+from abliterate.measure.document import RunDocument, load_document, read_object
 from abliterate.measure.numbers import Candidate, FrontierPoint, PlaceOf, Share
 
 if TYPE_CHECKING:
@@ -129,15 +128,7 @@ def _read_data(loaded: Loaded) -> None:
         left_out = "Separation, projection, cosines, the view by token and example answers are left out."
         loaded.missing.append(f"There is no {DATA} here: {why}. {left_out}")
         return
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AbliterateError(f"{file} can't be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise AbliterateError(f"{file} is not one of abliterate's: it holds no JSON object")
-    if data.get("schema") != DATA_SCHEMA:
-        raise AbliterateError(f"{file} has schema {data.get('schema')}; this version reads {DATA_SCHEMA}")
-    loaded.data = data
+    loaded.data = read_object(file, DATA_SCHEMA)
 
 
 def _read_recipe(loaded: Loaded) -> None:

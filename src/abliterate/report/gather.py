@@ -13,20 +13,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.common.errors import shorten
-from abliterate.common.files import whole_file
+from abliterate.common.errors import AbliterateError, shorten
+from abliterate.common.files import write_text
 from abliterate.common.reporting import Tick, untold
 from abliterate.directions.activations import watched
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import Measurement
 from abliterate.measure.differences import paired
+from abliterate.measure.document import read_object
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES, find_writers
+from abliterate.report.document import DATA as NAME
+from abliterate.report.document import DATA_SCHEMA as SCHEMA
 from abliterate.report.geometry import aligned_planes, auc, cosine, silhouette
 
-SCHEMA = 1
-NAME = "report-data.json"
 MOST_PROMPTS = 200  # a side
 TOKEN_PROMPTS = 2  # a side
 MOST_TOKENS = 64
@@ -62,9 +63,7 @@ class Gathered:
 
     def save(self, folder: Path) -> None:
         """Write report-data.json into a run's folder."""
-        with whole_file(folder / NAME) as temporary:
-            text = json.dumps(self.document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_data(self.document, folder)
 
 
 def gather(
@@ -249,13 +248,18 @@ def compared(sides: Any, measured: Mapping[str, Measurement], *, show_completion
     }
 
 
+def write_data(document: dict[str, Any], folder: Path) -> None:
+    """Write report-data.json into a run's folder."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    write_text(folder / NAME, text + "\n")
+
+
 def read_data(folder: str | Path) -> dict[str, Any] | None:
     """The report-data.json of a run's folder; None where there is none that this version reads."""
     try:
-        document = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(Path(folder) / NAME, SCHEMA)
+    except AbliterateError:
         return None
-    return document if isinstance(document, dict) and document.get("schema") == SCHEMA else None
 
 
 def _paired_tests(measured: Mapping[str, Measurement]) -> dict[str, Any]:

@@ -45,19 +45,12 @@ def page(loaded: Loaded) -> str:
 
 def _drawn(figure: Figure) -> dict[str, Any]:
     """What the page's script needs of a figure."""
-    return {
-        "data": figure.data,
-        "layout": figure.layout,
-        "frames": [{"label": f.label, "summary": f.summary, "data": f.data, "layout": f.layout} for f in figure.frames],
-        "shown": figure.shown,
-        "picks": figure.picks,
-        "ratio": figure.ratio,
-    }
+    return {name: getattr(figure, name) for name in ("data", "layout", "frames", "shown", "picks", "ratio")}
 
 
 def _in_script(value: Any) -> str:
     """JSON that can stand inside a script element, whatever prompts and names hold."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=vars)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

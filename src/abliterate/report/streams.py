@@ -7,6 +7,7 @@ from typing import Any
 
 from abliterate.cards.tables import Table
 from abliterate.cards.words import number, percent
+from abliterate.common.errors import shorten
 from abliterate.measure.numbers import PlaceOf
 from abliterate.report.charts import Figure, Frame, Trace, axis, digits, heat, layer_axis, scatter, stars
 from abliterate.report.document import Loaded
@@ -109,7 +110,8 @@ def tokens(loaded: Loaded) -> Figure | None:
     reach = max((abs(v) for e in found for s in READ for _, _, v in _cells(e.get(s) or ())), default=1.0) or 1.0
     frames, rows = [], []
     for entry in found:
-        labels, prompt = [_visible(token) for token in entry["tokens"]], f"{entry['side']}: {_cut(entry['prompt'])}"
+        labels = [_visible(token) for token in entry["tokens"]]
+        prompt = f"{entry['side']}: {shorten(entry['prompt'], 48)}"
         ticks = {"tickvals": list(range(len(labels))), "ticktext": labels}
         across = {"xaxis": axis("token", tickangle=-60, showgrid=False, zeroline=False, **ticks)}
         for state in READ:
@@ -224,8 +226,3 @@ def _token_words(rows: Sequence[Any], labels: Sequence[str]) -> str:
 def _visible(token: str) -> str:
     shown = token.replace("\n", "⏎").replace("\t", "⇥")
     return ("␣" if shown.startswith(" ") and not shown.strip() else "") + (shown.strip() or ("" if shown else "∅"))
-
-
-def _cut(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 48 else line[:47] + "…"

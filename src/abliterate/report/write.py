@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import whole_file, whole_folder
+from abliterate.common.files import whole_folder, write_text
 from abliterate.report.charts import Figure
 from abliterate.report.document import Loaded, load_run
 from abliterate.report.headline import headline
@@ -36,8 +36,7 @@ def write_html(out: str | Path, file: str | Path | None = None, *, show_completi
     loaded = load_run(out, show_completions=show_completions)
     path = Path(file) if file is not None else loaded.folder / HTML
     text = page(loaded)
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 
@@ -85,8 +84,7 @@ def write_markdown(out: str | Path, file: str | Path | None = None) -> Path:
     missing = pictures_missing()
     pictures = None if missing else write_stills(out, path.parent / PICTURES)
     text = markdown(loaded, pictures.name if pictures else None, missing)
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

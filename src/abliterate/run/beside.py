@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from abliterate.cards.also import also_notes
-from abliterate.common.errors import AbliterateError
+from abliterate.common.errors import AbliterateError, ModelError, PromptError
 from abliterate.common.reporting import Reporter
 from abliterate.measure import Measurement
 from abliterate.measure.also import FurtherVerdicts, also_json, verdicts_on, weigh
@@ -13,9 +13,9 @@ from abliterate.measure.document import RunDocument
 from abliterate.measure.judges import Judge
 from abliterate.measure.obligations import instructed_ids, obeyed, obligations, obligations_json
 from abliterate.measure.thinking import thinking_json
-from abliterate.models.handle import Handle
+from abliterate.models.handle import Handle, behind
 from abliterate.prompts.behaviour import Behaviour
-from abliterate.prompts.further import Further, further_sets
+from abliterate.prompts.further import SECOND_TURN, Further, further_sets
 from abliterate.prompts.sets import Sides
 from abliterate.run.stages import decoding
 from abliterate.settings.run import RunSettings
@@ -38,19 +38,32 @@ class Beside:
         if settings.beside.think and settings.load.prefill is not None:
             raise AbliterateError("--think leaves open how answers begin and --prefill doesn't; leave one of them out")
         self.settings = settings
+        refusal = behaviour.name == "refusal"
         most = min(settings.beside.also_prompts, settings.prompts.test_prompts)
         self.sets: list[Further] = further_sets(
-            sides, settings.beside.also_target, most=most, bundled=behaviour.name == "refusal", seed=settings.seed
+            sides,
+            settings.beside.also_target,
+            most=most,
+            bundled=refusal,
+            seed=settings.seed,
+            second_turn=min(settings.beside.second_turn, settings.prompts.test_prompts) if refusal else 0,
         )
         self.obligations = obligations()[: min(settings.beside.obligations, settings.prompts.test_prompts)]
         self.verdicts: dict[str, list[FurtherVerdicts]] = {}
         self.kept: dict[str, list[bool]] = {}
         self.role = "system"
 
-    def check_lengths(self, handle: Handle) -> None:
+    def check_lengths(self, handle: Handle, reporter: Reporter) -> None:
         """Raise PromptError, before the work, when a prompt is longer than the context."""
-        for one in self.sets:
-            handle.prompt_ids(one.prompts.texts)
+        for one in list(self.sets):
+            try:
+                with behind(handle, one.before):
+                    handle.prompt_ids(one.prompts.texts)
+            except (ModelError, PromptError) as error:
+                if not one.before or self.verdicts:
+                    raise
+                reporter.say(f"{SECOND_TURN} isn't measured: {error}")
+                self.sets.remove(one)
         _, self.role = instructed_ids(handle, self.obligations)
 
     def look(self, handle: Handle, judge: Judge, reporter: Reporter, state: str, second: Judge | None = None) -> None:

@@ -64,7 +64,7 @@ def measure_models(
         with clock.stage(f"load {label}"):
             handle = open_model(source, settings.load, pool)
         check_lengths(handle, sides)
-        beside.check_lengths(handle)
+        beside.check_lengths(handle, reporter)
         if not settings.beside.think:
             set_prefill(handle, sides.target.test.texts, reporter)
         live: Any = contextlib.nullcontext()

@@ -122,11 +122,11 @@ class Model:
 
     @classmethod
     def of(cls, handle: Handle, footprint: Footprint | None = None) -> Model:
-        blocks = [_size(block) for block in handle.blocks]
+        blocks = [bytes_of(block) for block in handle.blocks]
         matrices = sum(p.numel() for block in handle.blocks for p in block.parameters() if p.ndim == 2)
         item = handle.dtype.itemsize
-        return cls(footprint or measured(handle), len(blocks), max(blocks), _size(handle.model) - sum(blocks), matrices,
-                   item, handle.d_model * item, handle.vocabulary)  # fmt: skip
+        return cls(footprint or measured(handle), len(blocks), max(blocks), bytes_of(handle.model) - sum(blocks),
+                   matrices, item, handle.d_model * item, handle.vocabulary)  # fmt: skip
 
     def weights(self, how: str) -> float:
         """Bytes of all weights, or of those that are in memory at once."""
@@ -136,7 +136,8 @@ class Model:
         return self.outside + self.blocks * self.block + packed
 
 
-def _size(module: nn.Module) -> int:
+def bytes_of(module: nn.Module) -> int:
+    """Of its parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 

@@ -92,7 +92,7 @@ def opened(
     for note in (described(handle), *handle.notes):
         reporter.say(note)
     check_lengths(handle, sides)
-    beside.check_lengths(handle)
+    beside.check_lengths(handle, reporter)
     torch.manual_seed(settings.seed)
     return Job(handle, sides, judge, second, settings, behaviour, reporter, clock, Path(out), beside)
 

@@ -36,7 +36,7 @@ from abliterate.models.handle import Handle, common_prefix
 from abliterate.models.loading import without_weights
 from abliterate.models.memory import footprint, free_bytes
 from abliterate.prompts.sets import Sides
-from abliterate.run.needs import Lengths, Model, Needs, Room, Sizes, needs
+from abliterate.run.needs import Lengths, Model, Needs, Room, Sizes, bytes_of, needs
 from abliterate.run.opening import open_model, open_prompts
 from abliterate.run.probe import PROBE_TOKENS, Costs, Line, probe
 from abliterate.run.showing import FILTER_TOKENS
@@ -225,9 +225,8 @@ def plan_run(
     found = needed(bare, sides, settings) if bare else None
     if bare and found and not (found.fits and _weights_here(bare)):
         why = "its weights aren't here" if found.fits else "it doesn't fit"
-        disk = sum(p.numel() * p.element_size() for p in bare.model.parameters())
         notes = [f"no time is told: {why}"]
-        return Plan({}, found.peak, disk, None, round(time.monotonic() - start, 3), notes, found)
+        return Plan({}, found.peak, bytes_of(bare.model), None, round(time.monotonic() - start, 3), notes, found)
     reporter.say(f"loading {model}")
     loading = time.monotonic()
     handle = open_model(model, settings.load)
@@ -338,6 +337,7 @@ def _besides(costs: Costs, settings: RunSettings, target: Sequence[float]) -> fl
     further, own = min(settings.beside.also_prompts, most), settings.beside.also_target is not None
     sets = [*([target] * (1 + own)), costs.settling]
     seconds = sum(costs.decoding(lengths, further, limit, batch) for lengths in sets if further)
+    seconds += costs.decoding(target, min(settings.beside.second_turn, most), limit, batch)
     return seconds + costs.decoding(costs.answering, min(settings.beside.obligations, most), limit, batch)
 
 

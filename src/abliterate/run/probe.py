@@ -26,9 +26,11 @@ from abliterate.measure.divergence import compare
 from abliterate.measure.judges import Judge
 from abliterate.measure.slots import rows_at_once, token_bytes
 from abliterate.models.handle import Handle, common_prefix
+from abliterate.models.outputs import changed
 from abliterate.models.placement import devices_of, value
 from abliterate.models.writers import find_writers
 from abliterate.prompts.sets import Sides
+from abliterate.run.needs import bytes_of
 from abliterate.run.opening import set_prefill
 from abliterate.search.first_token import first_token
 from abliterate.settings.run import RunSettings, layer_range
@@ -193,11 +195,10 @@ def probe(handle: Handle, sides: Sides, judge: Judge, settings: RunSettings, loa
 
 def _shape(handle: Handle) -> dict[str, Any]:
     """What the costs say of the model's shape."""
-    size = sum(p.numel() * p.element_size() for p in handle.model.parameters())
     embedding: Any = handle.embedding.weight
     return {
         "kv_bytes": token_bytes(handle),
-        "weight_bytes": int(size),
+        "weight_bytes": bytes_of(handle.model),
         "vocabulary": handle.vocabulary,
         "tied_bytes": embedding.numel() * embedding.element_size() if handle.tied else 0,
         "layers": handle.layers,
@@ -300,25 +301,19 @@ def gradient(
     rows = [Row([*row, *row[:answer_tokens]], min(answer_tokens, len(row))) for row in islice(cycle(ids), sequences)]
     scale = torch.ones((), requires_grad=True, dtype=handle.dtype)
 
-    def scaled(_module: Any, _args: Any, out: Any) -> Any:
-        first = out[0] if isinstance(out, tuple) else out
-        first = first * scale.to(first.device)
-        return (first, *out[1:]) if isinstance(out, tuple) else first
-
     @torch.enable_grad()
     def step() -> None:
         torch.cat(packer.logprobs(range(len(rows))))[..., 0].mean().backward()
 
     trained = [p for p in handle.model.parameters() if p.requires_grad]
-    hook = handle.blocks[first_block].register_forward_hook(scaled)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        packer = Packer(handle, rows, first_block)
-        step()  # what is done but once
-        return timed(handle, step)[0] / sequences
+        with changed([(handle.blocks[first_block], lambda out: out * scale.to(out.device))]):
+            packer = Packer(handle, rows, first_block)
+            step()  # what is done but once
+            return timed(handle, step)[0] / sequences
     finally:
-        hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -356,6 +351,6 @@ def peak_bytes(handle: Handle) -> int:
     try:
         import resource
     except ImportError:  # Windows: what the weights take, for want of better
-        return sum(p.numel() * p.element_size() for p in handle.model.parameters())
+        return bytes_of(handle.model)
     unit = 1 if sys.platform == "darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit

@@ -245,12 +245,6 @@ def counted(handle: Handle, candidate: Induced, prompts: Sequence[str], judge: J
     return replace(candidate, refused=found.rate, coherent=found.coherent, degenerate=found.degenerate)
 
 
-def refusals_in_sentences(handle: Handle, prompts: Sequence[str], judge: Judge, tokens: int) -> tuple[Rate, Rate, Rate]:
-    """Of answers decoded to their end: how many refuse, refuse in whole sentences, are degenerate."""
-    found = judged(handle, prompts, judge, max_new_tokens=tokens, stop_on=())
-    return found.rate, found.coherent, found.degenerate
-
-
 def _whole_refusals(handle: Handle, train: Examples, judge: Judge, settings: InduceSettings) -> list[Answer]:
     """The original's refusals to their end; what the filter kept of them stops where the verdict was clear."""
     answers, refused = judged(

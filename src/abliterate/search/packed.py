@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from abliterate.models.batches import Prefix, attention_window, inputs, takes_positions
 from abliterate.models.handle import Handle, common_prefix
 from abliterate.models.memory import free_for, out_of_memory, saved
+from abliterate.models.outputs import changed
 from abliterate.models.placement import devices_of, offloaded
 from abliterate.models.writers import layout
 
@@ -309,12 +310,9 @@ def _seen(block: nn.Module) -> Iterator[list[Tensor]]:
     """The stream that enters a block; the pass ends there."""
     seen: list[Tensor] = []
 
-    def look(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+    def look(states: Tensor) -> Tensor:
+        seen.append(states.detach())
         raise _EnoughError
 
-    hook = block.register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with changed([], [(block, look)]):
         yield seen
-    finally:
-        hook.remove()

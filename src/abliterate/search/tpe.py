@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -361,23 +362,13 @@ def _bury(study: Any) -> None:
     machine = _process().split(":")[0]
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         host, _, process = trial.user_attrs.get("process", ":").partition(":")
-        if host == machine and not _lives(int(process)):
+        if host == machine and not psutil.pid_exists(int(process)):
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
 
 def _process() -> str:
     """This process, and its machine by a hash: a study may be shared, names of machines need not be."""
     return f"{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}:{os.getpid()}"
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _finished(study: Any) -> int:

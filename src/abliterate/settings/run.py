@@ -149,6 +149,9 @@ class BesideSettings(Stage):
     obligations: int = option(
         48, "Most system prompts whose keeping is counted, at most as many as --test-prompts; 0: none.", ge=0
     )
+    second_turn: int = option(
+        24, "Most target prompts asked once more, in a second turn behind an innocent first one; 0: none.", ge=0
+    )
     think: bool = option(False, "Measure with the reasoning left open: the verdict is on what follows it.")
 
 

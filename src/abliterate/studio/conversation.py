@@ -14,10 +14,10 @@ import torch
 
 from abliterate.apply.hooks import Attachment
 from abliterate.common.errors import AbliterateError
-from abliterate.common.files import whole_file
+from abliterate.common.files import write_text
 from abliterate.edit.edit import Edit
 from abliterate.models.handle import Handle, common_prefix
-from abliterate.prompts.chat import Message, check_context, format_conversation
+from abliterate.prompts.chat import Message, check_context
 
 Emit = Callable[[str], None]
 
@@ -96,11 +96,7 @@ class Conversation:
         """
         strength = self.strength if strength is None else strength
         handle = self.handle
-        ids = format_conversation(
-            handle.tokenizer, messages, chat_template=handle.chat_template, prefill=handle.prefill,
-            switches=handle.template_switches,
-        )  # fmt: skip
-        handle.check_known([ids])
+        ids = handle.conversation_ids(messages)
         if handle.context_length:
             check_context([ids], handle.context_length)
         past = self._past if self._past is not None and self._past.strength == strength else _Past(strength)
@@ -142,8 +138,7 @@ class Conversation:
             AbliterateError: when it can't be written.
         """
         document = {"model": self.handle.source, "strength": self.strength if self.edit else None}
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps({**document, "messages": self.messages}, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps({**document, "messages": self.messages}, indent=2) + "\n")
 
     def system(self, text: str | None) -> None:
         """Start anew with a system prompt; None leaves the template's own."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from html import escape
 
 from abliterate.common.watching import Progress
@@ -86,9 +85,7 @@ def progress_view(progress: Progress, folder: Folder, *, going: bool) -> str:
     """Where something long is: a bar while it goes on, and the last lines."""
     shown = ""
     if going and progress.total:
-        spent = time.time() - progress.stage_started
-        left = f", about {spent / progress.done * (progress.total - progress.done):.0f} s left" if progress.done else ""
-        shown = state(f"{progress.stage}: {progress.done} of {progress.total}{left}") + (
+        shown = state(progress.where) + (
             f"<progress max='{progress.total}' value='{progress.done}' aria-label='{escape(progress.stage)}'>"
             "</progress>"
         )

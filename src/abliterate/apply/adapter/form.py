@@ -96,7 +96,7 @@ def apply_adapter(recipe: Recipe, model: str, out: Path, options: ApplyOptions, 
         summary["bytes"] = _planned_bytes(source.handle, plan, dtype)
     else:
         base = _base_name(recipe, model)
-        tied = source.handle.tied and _name_of(source.handle, source.handle.embedding) in plan.modules
+        tied = source.handle.tied and source.handle.module_names.get(source.handle.embedding) in plan.modules
         with whole_folder(out, overwrite=options.overwrite) as temporary:
             errors = _write(temporary, source, plan, base, dtype, options.norm_preserving, reporter)
             summary["approximation"] = _approximation(errors)
@@ -123,7 +123,7 @@ def merged(model: Any, folder: str | Path) -> Any:
 
     handle = Handle(model, None, str(folder))
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    if handle.tied and _name_of(handle, handle.embedding) in (config.get("target_modules") or []):
+    if handle.tied and handle.module_names.get(handle.embedding) in (config.get("target_modules") or []):
         untie(handle)
     return with_adapter(model, folder).merge_and_unload()
 
@@ -269,7 +269,3 @@ def _base_name(recipe: Recipe, model: str) -> str:
     if is_local(model) and known and not is_local(known):
         return known
     return name
-
-
-def _name_of(handle: Handle, module: nn.Module) -> str | None:
-    return handle.module_names.get(module)

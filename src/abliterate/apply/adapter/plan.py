@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from abliterate.apply.parameters import Parameters
 from abliterate.apply.removal import removed
 from abliterate.apply.shifts import check_shifts, multiple, total
-from abliterate.common.errors import WriterError, shorten
+from abliterate.common.errors import shorten
 from abliterate.edit.algebra import Factors, factors
 from abliterate.models.outputs import adding, block_output, changed
 from abliterate.models.writers import Writer, layout
@@ -69,11 +69,7 @@ def make_plan(source: Parameters, recipe: Recipe) -> Plan:
         WriterError: when the edit is for another model.
     """
     handle, edit = source.handle, recipe.edit
-    if edit.d_model != handle.d_model:
-        raise WriterError(
-            f"the edit's directions have {edit.d_model} entries, {handle.source} has d_model {handle.d_model}; "
-            "is it for another model?"
-        )
+    handle.check_width(edit.d_model, "the edit's directions")
     plan = Plan()
     modules = dict(handle.model.named_modules())
     biases: dict[str, Tensor] = {}

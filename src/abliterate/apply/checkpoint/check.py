@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -40,7 +39,8 @@ def check_written(outputs: Iterable[Output], targets: Mapping[str, Path]) -> Non
     with ExitStack() as files, ThreadPoolExecutor(WORKERS) as pool:
         jobs = []
         for output in outputs:
-            old, new = (_opened(path, files) for path in (output.shard.path, targets[output.shard.path.name]))
+            paths = (output.shard.path, targets[output.shard.path.name])
+            old, new = (files.enter_context(path.open("rb")).fileno() for path in paths)
             for name, change in output.changes.items():
                 if len(change.factors.right):
                     jobs.append((name, pool.submit(_off, old, new, output.moved, output.shard.tensors[name], change)))
@@ -51,12 +51,6 @@ def check_written(outputs: Iterable[Output], targets: Mapping[str, Path]) -> Non
                     f"{name} as written is off by {off:.3g} times what rounding explains from what the edit leaves of "
                     "it; nothing was written (is something else writing to the output?)"
                 )
-
-
-def _opened(path: Path, files: ExitStack) -> int:
-    file = os.open(path, os.O_RDONLY)
-    files.callback(os.close, file)
-    return file
 
 
 def _off(old: int, new: int, moved: int, tensor: StoredRange, change: Change) -> float:

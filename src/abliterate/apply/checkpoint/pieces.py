@@ -7,7 +7,6 @@ than a block that stays in its core's cache (`blocks`).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -166,20 +165,14 @@ def run_pieces(pieces: Sequence[Piece], reporter: Reporter, meanwhile: Callable[
 
 def _run(piece: Piece) -> int:
     """Do a piece; returns how many bytes it is."""
-    source = os.open(piece.source, os.O_RDONLY)
-    try:
-        target = os.open(piece.target, os.O_WRONLY)
-        try:
-            if piece.made is not None:
-                write_from(target, piece.at, memoryview(piece.made()))
-            elif piece.change is None:
-                copy_range(source, piece.start, target, piece.at, piece.nbytes)
-            else:
-                _edit(source, target, piece)
-        finally:
-            os.close(target)
-    finally:
-        os.close(source)
+    with piece.source.open("rb", buffering=0) as given, piece.target.open("r+b", buffering=0) as new:
+        source, target = given.fileno(), new.fileno()
+        if piece.made is not None:
+            write_from(target, piece.at, memoryview(piece.made()))
+        elif piece.change is None:
+            copy_range(source, piece.start, target, piece.at, piece.nbytes)
+        else:
+            _edit(source, target, piece)
     return piece.nbytes
 
 

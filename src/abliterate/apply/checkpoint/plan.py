@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
+import psutil
 
 from abliterate.apply.checkpoint.folder import check_config, config_levels, other_files, read_config
 from abliterate.apply.checkpoint.pieces import WORKERS, Change, Piece, run_pieces
@@ -194,10 +195,6 @@ def _seconds(amounts: Amounts, rates: dict[str, float]) -> float:
 
     A fifth of the free memory is written to before a writer has to wait for the disk.
     """
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        free = 0
-    edited = amounts.bytes_edited
+    edited, free = amounts.bytes_edited, psutil.virtual_memory().free
     copying = (amounts.bytes_written - edited) / rates["copied"] + edited / rates["edited"]
     return max(copying, max(0, amounts.bytes_written - free // 5) / rates["synced"])

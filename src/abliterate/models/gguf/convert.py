@@ -22,8 +22,8 @@ from gguf.constants import GGUFValueType
 from gguf.gguf_reader import GGUFReader
 from torch import Tensor
 
-from abliterate.common.errors import ModelError, OutputError, shorten
-from abliterate.common.files import cache, check_space, whole_folder
+from abliterate.common.errors import ModelError, shorten
+from abliterate.common.files import cache, check_space, made_once
 from abliterate.models.gguf.file import GgufFile, GgufTensor, open_gguf
 from abliterate.models.gguf.types import PLAIN, unpack
 from abliterate.models.pretrained import auto_class, from_config, from_pretrained
@@ -53,17 +53,13 @@ def converted(path: Path, dtype: str = "auto") -> Path:
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     facts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, str(wanted), MADE]
     folder = cache() / "gguf" / f"{path.stem}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
-    if (folder / "config.json").is_file():
-        return folder
-    values = sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values())
-    check_space(folder, values * wanted.itemsize)
-    try:
-        with whole_folder(folder) as temporary:
-            _convert(file, temporary, wanted)
-    except OutputError:
-        if not (folder / "config.json").is_file():  # else another process was quicker
-            raise
-    return folder
+
+    def make(temporary: Path) -> None:
+        values = sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values())
+        check_space(folder, values * wanted.itemsize)
+        _convert(file, temporary, wanted)
+
+    return made_once(folder, make)
 
 
 def _convert(file: GgufFile, folder: Path, wanted: torch.dtype) -> None:
