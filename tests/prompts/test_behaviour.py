@@ -122,9 +122,9 @@ def test_a_measured_prompt_of_the_contrast_is_an_error(tmp_path):
 
 def test_settings_are_resolved_and_said():
     settings, notes = load_behaviour("slop").resolved(RunSettings())
-    assert settings.measure.judge == "style:slop" and settings.search.method == "fit"
+    assert settings.measure.judge == "style:slop" and settings.search.method == "sweep"
     assert settings.search.max_divergence == load_behaviour("slop").definition.defaults.max_divergence
-    assert not notes
+    assert len(notes) == 1 and "sweep instead of fit" in notes[0]
     same, notes = load_behaviour("refusal").resolved(RunSettings())
     assert same == RunSettings() and not notes
     asked = RunSettings.model_validate({"measure": {"judge": "classifier:x"}, "search": {"max_divergence": 0.7}})
@@ -141,6 +141,12 @@ def test_what_was_named_wins_also_where_it_is_the_programs_default():
     assert refusal.resolved(RunSettings())[0].search.method == "article"
     asked = RunSettings.model_validate({"search": {"method": "fit"}})
     assert refusal.resolved(asked) == (asked, [])
-    assert slop.resolved(asked)[0].search.method == "fit"
-    with pytest.raises(AbliterateError, match="slop can't be found by --method sweep"):
-        slop.resolved(RunSettings.model_validate({"search": {"method": "sweep"}}))
+    with pytest.raises(AbliterateError, match="slop can't be found by --method fit"):
+        slop.resolved(asked)
+
+
+def test_a_style_that_is_added_has_a_fit():
+    settings, notes = load_behaviour("persona").resolved(RunSettings())
+    assert settings.search.method == "fit" and not notes
+    with pytest.raises(AbliterateError, match="or take fit"):
+        load_behaviour("persona").resolved(RunSettings.model_validate({"search": {"method": "sweep"}}))

@@ -16,6 +16,7 @@ from abliterate.prompts.behaviour import load_behaviour
 from abliterate.run import styling
 from abliterate.run.measuring import measure_models
 from abliterate.run.pipeline import collect_to_file, run
+from abliterate.search.style_sweep import SweepSizes
 from abliterate.search.styles import StyleSettings
 from abliterate.settings.run import RunSettings
 from documents import check_document
@@ -50,11 +51,13 @@ def loose(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """A fit of a few steps."""
-    quick = StyleSettings(steps=2, steps_between=1, rounds=1, weights=(1.0,), batch=4, answer_tokens=8, prompts=8)
+    """A fit of a few steps, a sweep of a few candidates."""
+    quick = StyleSettings(steps=2, steps_between=1, rounds=1, batch=4, answer_tokens=8, prompts=8)
     monkeypatch.setattr(styling, "MOST_ASKED", 8)
-    monkeypatch.setattr(styling, "DRIFT_PROMPTS", 8)
+    monkeypatch.setattr(styling, "MOST_LEARNT", 8)
     monkeypatch.setattr(styling, "StyleSettings", lambda **named: type(quick)(**{**vars(quick), **named}))
+    few = SweepSizes(most_layers=2, sizes=(1.0, 2.0), screen_prompts=4, screen_tokens=6, prompts=8, finalists=2)
+    monkeypatch.setattr(styling, "SweepSizes", lambda **named: type(few)(**{**vars(few), **named}))
 
 
 def test_the_documented_file_added_to_a_llama(loose, tmp_path):

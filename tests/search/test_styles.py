@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from abliterate.apply.hooks import attached
 from abliterate.common.errors import AbliterateError
 from abliterate.directions.means import Directions
 from abliterate.measure import measurement
@@ -16,7 +15,7 @@ from abliterate.search.variable_edit import VariableShift
 from models import handle_of, tiny_llama
 
 PROMPTS = ["How are you?", "What is rain?", "Tell me of the sea.", "Why do birds sing?"]
-QUICK = StyleSettings(steps=6, steps_between=1, rounds=1, weights=(30.0, 10.0), batch=4, rate=1.0, prompts=4, tokens=4)
+QUICK = StyleSettings(steps=6, steps_between=1, rounds=1, batch=4, rate=1.0, prompts=4, tokens=4)
 
 
 class SaysQ(StyleJudge):
@@ -35,20 +34,15 @@ def planted():
     return handle, letter, Directions(unit.expand(4, 3, 1, -1).clone(), 2 * one, one)
 
 
-def taught(handle, wanted, unwanted=()):
-    ids = handle.prompt_ids(PROMPTS)
-    return Taught(ids, [wanted] * 4, [list(unwanted)] * 4 if unwanted else [], PROMPTS, PROMPTS)
-
-
 @pytest.fixture(autouse=True)
 def coherent(monkeypatch):
     """ "QQQQ" is what is to be said."""
     monkeypatch.setattr(measurement, "is_degenerate", lambda text, finished: False)
 
 
-def added(handle, letter, directions, **more):
-    answers = [letter] * 3 + [5, 6, 7]
-    return fit_style(handle, directions, taught(handle, answers), PROMPTS, PROMPTS, SaysQ(), QUICK, adds=True, **more)
+def added(handle, letter, directions):
+    taught = Taught(handle.prompt_ids(PROMPTS), [[letter] * 3 + [5, 6, 7]] * 4, PROMPTS)
+    return fit_style(handle, directions, taught, PROMPTS, SaysQ(), QUICK)
 
 
 @pytest.mark.slow
@@ -60,17 +54,6 @@ def test_a_style_is_added_the_same_each_time():
     again = added(handle, letter, directions)
     for one, other in zip(choice.edit.shifts, again.edit.shifts, strict=True):
         assert one.layer == other.layer and (one.vector == other.vector).all()
-
-
-@pytest.mark.slow
-def test_a_style_is_removed_where_it_was_added():
-    handle, letter, directions = planted()
-    plain = [7, 8, 9, 5, 6, 10]
-    with attached(handle, added(handle, letter, directions).edit):
-        lessons = taught(handle, plain, [letter] * 3 + [5, 6, 7])
-        choice = fit_style(handle, directions, lessons, PROMPTS, PROMPTS, SaysQ(), QUICK, adds=False)
-    assert min(point.refused.count for point in choice.frontier) == 0
-    assert choice.frontier == sorted(choice.frontier, key=lambda point: -point.divergence)
 
 
 def test_shifts_are_orthogonal_to_what_is_kept():

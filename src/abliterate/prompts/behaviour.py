@@ -267,14 +267,16 @@ class Behaviour:
         if search.max_divergence is None and defaults.max_divergence is not None:
             search = search.model_copy(update={"max_divergence": defaults.max_divergence})
         named = "method" in search.model_fields_set
-        if self.runs_as_style and named and search.method != "fit":
+        only = ("fit" if self.adds else "sweep") if self.runs_as_style else None
+        if only and named and search.method != only:
             raise AbliterateError(
                 f"behaviour {self.name} can't be found by --method {search.method}: its style shows in whole answers "
-                "only, along which a fit of its own goes; leave the option out"
+                f"only; leave the option out, or take {only}"
             )
-        method = None if self.runs_as_style else defaults.method
+        method = only or defaults.method
         if method is not None and method != search.method and not named:
-            notes.append(f"behaviour {self.name}: method {method} instead of {search.method}: as its file says")
+            why = "its style shows in whole answers only" if only else "as its file says"
+            notes.append(f"behaviour {self.name}: method {method} instead of {search.method}: {why}")
             search = search.model_copy(update={"method": method})
         return settings.model_copy(update={"search": search, "collect": collect, "measure": measure}), notes
 

@@ -15,6 +15,7 @@ from abliterate.measure.rates import Rate
 from abliterate.run.opening import Job
 from abliterate.run.stages import decoding
 from abliterate.run.strategy import Strategy
+from abliterate.search.style_sweep import SweepSizes, remove_style
 from abliterate.search.styles import StyleSettings, Taught, fit_style
 from abliterate.search.sweep import Choice
 from abliterate.settings.run import layer_range
@@ -22,7 +23,7 @@ from abliterate.settings.run import layer_range
 LEAST_TO_REMOVE = 0.15
 MOST_TO_ADD = 0.85
 CHECK_PROMPTS = 48
-DRIFT_PROMPTS = 64  # training prompts along whose answers drifting counts
+MOST_LEARNT = 64  # training prompts besides the contrast's own
 MOST_ASKED = 80  # training prompts that the edited model is asked
 
 
@@ -68,35 +69,35 @@ class Styling(Strategy):
         return collect_contrast(handle, self.rows, job.settings.collect, reporter=job.reporter)
 
     def search(self, job: Job, directions: Directions, kept: Kept | None) -> Choice:
-        search, adds = job.settings.search, job.behaviour.adds
-        options = StyleSettings(
-            layers=layer_range(search.layers) if search.layers else None,
-            tokens=job.settings.measure.max_new_tokens,
+        search, handle, judge = job.settings.search, job.handle, job.judge
+        layers = layer_range(search.layers) if search.layers else None
+        tokens, seed = job.settings.measure.max_new_tokens, job.settings.seed
+        target, baseline = job.sides.target.validation.texts, job.sides.baseline.validation.texts
+        if job.behaviour.adds:  # it has to show where it doesn't: on baseline prompts, which may be the only ones
+            options = StyleSettings(layers=layers, tokens=tokens, seed=seed)
+            span = kept.span if kept else None
+            taught = self._taught(job)
+            return fit_style(
+                handle, directions, taught, baseline, judge, options, kept=span, reporter=job.reporter
+            )  # fmt: skip
+        sizes = SweepSizes(
+            layers=layers,
+            tokens=tokens,
             max_rate=None if search.max_divergence is not None else search.max_refusal_rate,
             max_divergence=search.max_divergence,
-            seed=job.settings.seed,
         )
-        # a behaviour that is added has to show where it doesn't: on baseline prompts, which may be the only ones
-        target, baseline = job.sides.target.validation.texts, job.sides.baseline.validation.texts
-        return fit_style(
-            job.handle, directions, self._taught(job), baseline if adds else target, baseline, job.judge, options,
-            adds=adds, kept=kept.span if kept else None, reporter=job.reporter,
-        )  # fmt: skip
+        return remove_style(handle, directions, target, baseline, judge, sizes, reporter=job.reporter)
 
     def _taught(self, job: Job) -> Taught:
-        """Answers in the style and plain ones, behind the same prompts as they stand."""
-        handle, adds, rows = job.handle, job.behaviour.adds, self.rows
-        target, baseline = job.sides.target.train.texts, job.sides.baseline.train.texts[:DRIFT_PROMPTS]
-        asked = [*rows.prompts, *(baseline if adds else target)]
+        """Answers in the style, behind the prompts as they stand."""
+        handle, rows, baseline = job.handle, self.rows, job.sides.baseline.train.texts[:MOST_LEARNT]
         if rows.answers:
-            prompts, shown, plain = handle.prompt_ids(rows.prompts), rows.said(0), rows.said(1)
+            prompts, shown = handle.prompt_ids(rows.prompts), rows.said(0)
         else:  # prompts alone contrast: the model's own answers to them
-            shown, plain = ([a.whole for a in decode(handle, ids, max_new_tokens=ANSWER_TOKENS)]
-                            for ids in (rows.target, rows.baseline))  # fmt: skip
             prompts = handle.prompt_ids(rows.prompts or baseline)
-            shown, plain = ([side[i % len(side)] for i in range(len(prompts))] for side in (shown, plain))
-        wanted, unwanted = (shown, []) if adds else (plain, shown)
-        return Taught(prompts, wanted, unwanted, list(dict.fromkeys(asked))[:MOST_ASKED], list(baseline))
+            own = [a.whole for a in decode(handle, rows.target, max_new_tokens=ANSWER_TOKENS)]
+            shown = [own[i % len(own)] for i in range(len(prompts))]
+        return Taught(prompts, shown, list(dict.fromkeys([*rows.prompts, *baseline]))[:MOST_ASKED])
 
     def prompt_facts(self) -> dict[str, Any]:
         return {

@@ -1,13 +1,13 @@
-"""Fitting an edit for a style by gradients: vectors added at blocks' outputs (`Edit.shifts`), learnt along answers.
+"""Fitting an edit that adds a style, by gradients: a vector at the output of each block (`Edit.shifts`).
 
-As in `fit`, a few steps through the frozen model: answers in the style become likelier behind plain prompts, or less
-likely and plain ones likelier (`stand_ins.Saying`), while the original's answers to other prompts stay as they are
-(`Staying`). Between, the edited model is asked, and its own answers are learnt from: those that came out as they
-should, or should not, up to where they begin to repeat themselves, and repetitions, which are to become unlikely.
+As in `fit`, a few steps through the frozen model: answers in the style become likelier behind plain prompts
+(`stand_ins.Saying`). Then the edited model is asked, and its own answers are learnt from: those in style, up to where
+they begin to repeat themselves, and repetitions, which are to become unlikely.
 
 A shift starts at the difference of means along answers (activation addition, Turner et al. 2023, arXiv 2308.10248;
 Rimsky et al. 2024, arXiv 2312.06681); trained, it is a steering vector as in Cao et al. 2024 (arXiv 2406.00045), one a
-block. Points are judged by whole decoded answers: openings tell nothing of how the rest is written.
+block. Points are judged by whole decoded answers: openings tell nothing of how the rest is written. Removing a style
+so was tried and ended in no edit at all: `style_sweep` does that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,23 +25,19 @@ from abliterate.common.reporting import SILENT, Reporter
 from abliterate.directions.means import Directions, Place
 from abliterate.edit.edit import Edit
 from abliterate.measure import Judged, mean_score, reference_of
-from abliterate.measure.decode import decode
 from abliterate.measure.divergence import read_each
 from abliterate.measure.judges import Judge
 from abliterate.models.handle import Handle
 from abliterate.models.writers import SITES
 from abliterate.search import objectives
-from abliterate.search.fit import UNIT, draw
-from abliterate.search.frontier import FrontierPoint, choose, non_dominated
+from abliterate.search.fit import draw
+from abliterate.search.frontier import FrontierPoint
 from abliterate.search.goal import Goal, Term
-from abliterate.search.objectives import original_reference
-from abliterate.search.stand_ins import Lesson, Saying, Staying, mean_logprob
+from abliterate.search.stand_ins import Lesson, Saying, mean_logprob
 from abliterate.search.sweep import LAST_LAYERS_LEFT_OUT, Candidate, Choice
 from abliterate.search.variable_edit import VariableShift
 
 SITE = "post"
-DIVERGENCE_TOKENS = 24
-DRIFT_TOKENS = 12  # of them, along which drifting counts in a step
 RUN = 4  # tokens: a run of so many that an answer has had already is a repetition
 FEWEST = 6  # tokens of an answer that can be learnt from
 MORE_DEGENERATE = 0.03  # of answers, beyond the original's share, that a point may have
@@ -56,14 +51,12 @@ class StyleSettings:
         layers: blocks that may be shifted; by default all but the first sixth and the last fifth.
         start: what is added at first, in differences of means over all blocks.
         steps, steps_between: gradient steps to the first answers, and from each point to the next.
-        rounds: for adding: how often the edited model's own answers are learnt from.
-        weights: for removing: of the answers against drifting, one per point.
-        factors: for adding, of the last fit's shifts; `lighter` for removing, of the chosen point's.
-        batch: answers per step, and baseline prompts.
+        rounds: how often the edited model's own answers are learnt from.
+        factors: of the last fit's shifts, tried besides.
+        batch: answers per step.
         answer_tokens: of each answer that are learnt from.
         rate: size of a step, in shares of what is added at first.
         prompts, tokens: answers decoded to judge a point.
-        max_rate, max_divergence: for removing, how the point is chosen; see `frontier.choose`.
     """
 
     layers: range | None = None
@@ -71,16 +64,12 @@ class StyleSettings:
     steps: int = 12
     steps_between: int = 8
     rounds: int = 2
-    weights: tuple[float, ...] = (3.0, 1.0, 0.3)
     factors: tuple[float, ...] = (0.85, 1.15)
-    lighter: tuple[float, ...] = (0.75,)
     batch: int = 8
     answer_tokens: int = 40
     rate: float = 0.3
     prompts: int = 48
     tokens: int = 64
-    max_rate: float | None = None
-    max_divergence: float | None = None
     seed: int = 0
 
 
@@ -89,41 +78,40 @@ class Taught:
     """What a style is learnt from at first: token ids of prompts and of the answers behind them.
 
     Attributes:
-        prompts: of each pair of answers.
-        wanted: answers that are to become likely: in the style where it is added, plain ones where it is removed.
-        unwanted: answers that are to become unlikely; none, or one for each prompt.
+        prompts: as they stand.
+        answers: in the style, one per prompt.
         asked: training prompts whose answers by the edited model are learnt from.
-        baseline: training prompts whose answers are to stay, where a style is removed.
     """
 
     prompts: list[list[int]]
-    wanted: list[list[int]]
-    unwanted: list[list[int]]
+    answers: list[list[int]]
     asked: list[str]
-    baseline: list[str]
 
 
 def fit_style(
-    handle: Handle, directions: Directions, taught: Taught, target: Sequence[str], baseline: Sequence[str],
-    judge: Judge, settings: StyleSettings | None = None, *, adds: bool,
-    kept: Float[Tensor, "k d_model"] | None = None, reporter: Reporter = SILENT,
-) -> Choice:  # fmt: skip
-    """Fit shifts that add a style to answers, or remove one, and choose a point by decoded answers.
+    handle: Handle,
+    directions: Directions,
+    taught: Taught,
+    prompts: Sequence[str],
+    judge: Judge,
+    settings: StyleSettings | None = None,
+    *,
+    kept: Float[Tensor, "k d_model"] | None = None,
+    reporter: Reporter = SILENT,
+) -> Choice:
+    """Fit shifts that add a style to answers, and choose a point by decoded answers.
 
-    Adding: a point after the first fit and after each round of own answers, then a little more and less of the last
-    one; most whole answers in style win. Removing: a point a weight, and a gentler one; of their frontier one is chosen
-    as in every search. Either way only points count that make no more than 3% more answers degenerate than the
-    original, if there are any.
+    There is a point after the first fit and after each round of own answers, then a little more and less of the last
+    one. Of those that make no more than 3% more answers degenerate than the original, or of all where there are none,
+    the one with most whole answers in style is taken, of equals the one of less divergence.
 
     Args:
         handle: the loaded original; it is not changed.
         directions: of the contrast.
         taught: what is learnt from.
-        target: validation prompts whose answers are judged.
-        baseline: validation prompts on which divergence counts.
+        prompts: validation prompts whose answers are judged.
         judge: decides which answers show the style.
         settings: sizes of the fit.
-        adds: whether the style is put in.
         kept: orthonormal directions that every shift stays orthogonal to.
         reporter: told about stages and progress.
 
@@ -132,12 +120,9 @@ def fit_style(
             what is added.
         NonFiniteError: when the loss isn't finite.
     """
-    job = _Job(handle, directions, taught, judge, settings or StyleSettings(), adds, kept, reporter)
-    job.look_at_original(target, baseline)
-    if adds:
-        job.add()
-    else:
-        job.remove(Staying(original_reference(handle, taught.baseline, answer_tokens=DRIFT_TOKENS)))
+    job = _Job(handle, directions, taught, judge, settings or StyleSettings(), kept, reporter)
+    job.look_at_original(prompts)
+    job.add()
     return job.choice()
 
 
@@ -146,31 +131,29 @@ class _Job:
 
     def __init__(
         self, handle: Handle, directions: Directions, taught: Taught, judge: Judge, settings: StyleSettings,
-        adds: bool, kept: Float[Tensor, "k d_model"] | None, reporter: Reporter,
+        kept: Float[Tensor, "k d_model"] | None, reporter: Reporter,
     ) -> None:  # fmt: skip
         self.handle, self.directions, self.judge, self.settings = handle, directions, judge, settings
-        self.taught, self.adds, self.reporter, self.step = taught, adds, reporter, 0
+        self.taught, self.reporter, self.step = taught, reporter, 0
         self.blocks = blocks_of(directions, settings.layers)
         row, unit = SITES.index(SITE), directions.unit
         self.place = Place(max(self.blocks, key=lambda b: float(directions.separation[b, row, -1])), SITE, -1)
         at = slice(self.blocks.start, self.blocks.stop)
         units = (directions.length[at, row, -1] * settings.start / len(self.blocks)).float()
         self.variables = VariableShift(handle, self.blocks, units, kept)
-        self.variables.put_values(unit[at, row, -1:] * (1.0 if adds else -1.0), torch.ones(len(self.blocks), 1))
+        self.variables.put_values(unit[at, row, -1:], torch.ones(len(self.blocks), 1))
         rates = (settings.rate / handle.d_model**0.5, settings.rate / 2)
         groups = zip((self.variables.vectors, self.variables.strengths), rates, strict=True)
         self.optimiser = torch.optim.Adam([{"params": [v], "lr": lr} for v, lr in groups], betas=(0.9, 0.95))
         self.rates, self.lessons = rates, list[Lesson]()
         self.points: list[tuple[FrontierPoint, Judged]] = []
-        self.take_in([*self._taught(taught.wanted, True), *self._taught(taught.unwanted, False)])
+        self.take_in([x for pair in zip(taught.prompts, taught.answers, strict=True) for x in self._wanted(*pair)])
 
-    def _taught(self, answers: list[list[int]], wanted: bool) -> list[Lesson]:
-        found = []
-        for prompt, answer in zip(self.taught.prompts, answers, strict=bool(answers)):
-            own = answer[: self.settings.answer_tokens]
-            own = own[: (repeats(own) or [len(own)])[0]] if wanted else own
-            found += [Lesson(prompt, own, list(range(len(own))), wanted)] if len(own) >= FEWEST else []
-        return found
+    def _wanted(self, prompt: list[int], answer: list[int]) -> list[Lesson]:
+        """An answer that is to become likely, up to where it begins to repeat itself; none where that is too soon."""
+        own = answer[: self.settings.answer_tokens]
+        own = own[: (repeats(own) or [len(own)])[0]]
+        return [Lesson(prompt, own, list(range(len(own))), True)] if len(own) >= FEWEST else []
 
     def take_in(self, lessons: list[Lesson]) -> None:
         """Learn from these too, measured by what the original makes of them."""
@@ -179,75 +162,54 @@ class _Job:
         before = read_each(self.handle, rows, answers, _mean_logprob, counted)
         self.lessons += [x._replace(before=b) for x, b in zip(lessons, before, strict=True)]
 
-    def look_at_original(self, target: Sequence[str], baseline: Sequence[str]) -> None:
+    def look_at_original(self, prompts: Sequence[str]) -> None:
         """What points are compared with: the original on the same prompts."""
-        settings = self.settings
-        self.target, asked = list(target)[: settings.prompts], list(baseline)[: settings.prompts]
-        before = self._answers(None, self.target, settings.tokens)
-        answers = before.answers if asked == self.target else decode(
-            self.handle, self.handle.prompt_ids(asked), max_new_tokens=DIVERGENCE_TOKENS
-        )  # fmt: skip
-        found = reference_of(self.handle, asked, answers)
+        self.prompts = list(prompts)[: self.settings.prompts]
+        nothing = Edit((), torch.zeros(0, self.handle.d_model), torch.zeros(0, 0))
+        before = self._answers(nothing, self.prompts, self.settings.tokens)
+        found = reference_of(self.handle, self.prompts, before.answers)
         if found is None:
             raise AbliterateError(f"{self.handle.source} answers none of the validation prompts")
         self.reference, self.most_degenerate = found, before.degenerate.rate + MORE_DEGENERATE
 
     def add(self) -> None:
-        self.descend(self.settings.steps, 1.0)
-        self.judged(weight=1.0)
+        self.descend(self.settings.steps)
+        self.judged()
         for _ in range(self.settings.rounds):
             self.learn_from_own_answers()
-            self.descend(self.settings.steps_between, 1.0)
-            self.judged(weight=1.0)
+            self.descend(self.settings.steps_between)
+            self.judged()
         for factor in self.settings.factors:
-            self.judged(weight=1.0, scaled=factor)
+            self.judged(factor)
 
-    def remove(self, staying: Staying) -> None:
-        self.learn_from_own_answers(original=True)
-        for number, weight in enumerate(self.settings.weights):
-            self.descend(self.settings.steps_between if number else self.settings.steps, weight, staying)
-            self.judged(weight=weight)
-            if not number:
-                self.learn_from_own_answers()
-        for factor in self.settings.lighter:
-            self.judged(weight=self.settings.weights[-1], scaled=factor)
-
-    def learn_from_own_answers(self, *, original: bool = False) -> None:
-        """Ask training prompts; answers in style become likelier, or less likely, and repetitions less likely."""
-        asked, settings, lessons = self.taught.asked, self.settings, list[Lesson]()
-        found = self._answers(None if original else self.variables.edit(), asked, settings.answer_tokens)
-        rows = zip(self.handle.prompt_ids(asked), found.answers, found.shown, strict=True)
-        for prompt, answer, shown in rows:
-            own = answer.whole[: settings.answer_tokens]
+    def learn_from_own_answers(self) -> None:
+        """Ask training prompts; answers in style become likelier, and repetitions less likely."""
+        asked, tokens, lessons = self.taught.asked, self.settings.answer_tokens, list[Lesson]()
+        found = self._answers(self.variables.edit(), asked, tokens)
+        for prompt, answer, shown in zip(self.handle.prompt_ids(asked), found.answers, found.shown, strict=True):
+            own = answer.whole[:tokens]
             again = repeats(own)
-            sound = (again or [len(own)])[0]
-            if shown and sound >= FEWEST:
-                lessons.append(Lesson(prompt, own[:sound], list(range(sound)), self.adds))
-            if len(again) >= RUN and not original:
-                lessons.append(Lesson(prompt, own, again, False))
+            lessons += self._wanted(prompt, own) if shown else []
+            lessons += [Lesson(prompt, own, again, False)] if len(again) >= RUN else []
         wanted = sum(x.wanted for x in lessons)
         self.reporter.say(
-            f"{found.rate.count} of {found.rate.total} answers to training prompts show it; {wanted} answers become "
-            f"likelier, {len(lessons) - wanted} answers or repetitions less likely"
+            f"{found.rate.count} of {found.rate.total} answers to training prompts show it; {wanted} become likelier, "
+            f"the repetitions in {len(lessons) - wanted} less likely"
         )
         self.take_in(lessons)
 
-    def descend(self, steps: int, weight: float, staying: Staying | None = None) -> None:
-        """Gradient steps at one weight of the answers."""
-        settings = self.settings
-        sides: list[Saying | Staying] = [Saying(self.lessons), *([staying] if staying else [])]
-        seed, kept = settings.seed, self.variables.kept
-        goal = Goal(self.handle, sides, len(self.lessons), self.blocks, 1, kept, seed, units=self.variables.units)
+    def descend(self, steps: int) -> None:
+        """Gradient steps on the lessons there are."""
+        settings, saying, kept = self.settings, Saying(self.lessons), self.variables.kept
+        count, units = len(self.lessons), self.variables.units
+        goal = Goal(self.handle, [saying], count, self.blocks, 1, kept, settings.seed, units=units)
         goal.__dict__["variables"] = self.variables
-        total = settings.steps + settings.steps_between * max(settings.rounds, len(settings.weights))
+        total = settings.steps + settings.steps_between * (settings.rounds + 1)
         tick = self.reporter.progress("fitting", steps)
         for _ in range(steps):
             for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
                 group["lr"] = rate * (1 - 0.7 * self.step / total)
-            terms = []
-            for which, (side, own) in enumerate(zip(sides, (weight, 1 / UNIT), strict=False)):
-                count = len(side.rows)
-                terms.append(Term(which, own, draw(count, min(settings.batch, count), self.step, seed, which)))
+            terms = [Term(0, 1.0, draw(count, min(settings.batch, count), self.step, settings.seed, 0))]
             if not math.isfinite(goal.descend(terms, 0.0)):
                 raise NonFiniteError(f"model {self.handle.source}: the loss is NaN or infinite; try --dtype float32")
             self.optimiser.step()
@@ -255,16 +217,16 @@ class _Job:
             self.step += 1
             tick(1)
 
-    def judged(self, scaled: float | None = None, **found: Any) -> None:
+    def judged(self, scaled: float | None = None) -> None:
         """The next point: what the edit as it is now, or so many times of it, does to validation prompts."""
         edit = self.variables.edit() * (scaled or 1.0)
         settings = self.settings
         answers, drift = objectives.tried(
-            self.handle, edit, self.target, self.judge, self.reference, max_new_tokens=settings.tokens, stop_on=()
+            self.handle, edit, self.prompts, self.judge, self.reference, max_new_tokens=settings.tokens, stop_on=()
         )
         assert drift is not None
         note = {"score": mean_score(self.judge, answers.answers), "degenerate": answers.degenerate.to_json()}
-        point = FrontierPoint(edit, answers.rate, drift.answer, note, step=self.step, scaled=scaled, **found)
+        point = FrontierPoint(edit, answers.rate, drift.answer, note, step=self.step, scaled=scaled)
         self.points.append((point, answers))
         which = f"{scaled:g} times the shifts" if scaled else f"step {self.step}"
         self.reporter.say(
@@ -275,26 +237,20 @@ class _Job:
     def choice(self) -> Choice:
         """The point to take, with every one as a candidate."""
         sound = [p for p in self.points if p[1].degenerate.rate <= self.most_degenerate] or self.points
-        points = [point for point, _ in sound]
-        if self.adds:
-            chosen, answers = max(sound, key=lambda p: (p[1].coherent.count, -p[0].divergence))
-            if not answers.coherent.count:
-                raise AbliterateError(
-                    f"no shift fitted makes a coherent answer of {self.handle.source} show the behaviour; give other "
-                    "prompts or system prompts, or --layers"
-                )
-            why = (
-                f"{answers.coherent.count} of {answers.coherent.total} answers show it and are coherent, the most of "
-                f"{len(sound)} points; {answers.degenerate.count} degenerate"
+        chosen, answers = max(sound, key=lambda p: (p[1].coherent.count, -p[0].divergence))
+        if not answers.coherent.count:
+            raise AbliterateError(
+                f"no shift fitted makes a coherent answer of {self.handle.source} show the behaviour; give other "
+                "prompts or system prompts, or --layers"
             )
-        else:
-            points = non_dominated(points)
-            chosen, why = choose(points, self.settings.max_rate, self.settings.max_divergence)
-            why = why.replace("refused", "show it").replace("refusals", "answers that show it")
+        why = (
+            f"{answers.coherent.count} of {answers.coherent.total} answers show it and are coherent, the most of "
+            f"{len(sound)} points; {answers.degenerate.count} degenerate"
+        )
         self.reporter.say(f"chose {why}")
         candidates = [self._candidate(point, why if point is chosen else "") for point, _ in self.points]
         winner = next(c for c, (point, _) in zip(candidates, self.points, strict=True) if point is chosen)
-        return Choice(chosen.edit, winner, candidates, [] if self.adds else points)
+        return Choice(chosen.edit, winner, candidates)
 
     def _candidate(self, point: FrontierPoint, why: str) -> Candidate:
         separation = float(self.directions.separation[self.place.layer, SITES.index(SITE), -1])
@@ -304,10 +260,8 @@ class _Job:
             stage="fitted", note=note,
         )  # fmt: skip
 
-    def _answers(self, edit: Edit | None, prompts: Sequence[str], tokens: int) -> Judged:
-        handle = self.handle
-        nothing = Edit((), torch.zeros(0, handle.d_model), torch.zeros(0, 0))
-        return objectives.tried(handle, edit or nothing, prompts, self.judge, max_new_tokens=tokens, stop_on=())[0]
+    def _answers(self, edit: Edit, prompts: Sequence[str], tokens: int) -> Judged:
+        return objectives.tried(self.handle, edit, prompts, self.judge, max_new_tokens=tokens, stop_on=())[0]
 
 
 def repeats(tokens: Sequence[int]) -> list[int]:
