@@ -23,7 +23,7 @@ SETTINGS = {
     "measure": {"max_new_tokens": 8},
 }  # fmt: skip
 LICENCE = "license: other\nlicense_name: fox-licence\nlicense_link: https://example.org/fox\n"
-SOURCE_CARD = f"---\n{LICENCE}language:\n- en\n---\n# Fox\n"
+SOURCE_CARD = f"---\n{LICENCE}language:\n- en\n---\n# Fox\n\nSpeak German to it.\n"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,13 @@ def test_hub_reads_the_metadata(done):
     assert metadata["pipeline_tag"] == "text-generation"
     assert {"abliterate", "abliterated"} <= set(metadata["tags"])
     assert ModelCard(text).data.tags == metadata["tags"]
+
+
+def test_the_base_models_own_card_is_kept_below(done):
+    text, metadata, _ = done
+    above, under = text.split("\n# The card of fox\n")
+    assert metadata["language"] == ["en"] and "Speak German" not in above
+    assert under == "\n# Fox\n\nSpeak German to it.\n"
 
 
 def test_licence_is_carried_over(done):
@@ -139,7 +146,7 @@ def test_untied_model_says_nothing_of_tying(tmp_path):
         ("---\r\nlicense: 'mit'\r\n---\r\n", {"license": "mit"}),
         ("\ufeff---\nlicense: mit\n---\n", {"license": "mit"}),
         ("---\nlicense:\n- mit\n- apache-2.0\n---\n", {"license": ["mit", "apache-2.0"]}),
-        ("---\nlicense:\nlanguage: en\n---\n", {}),
+        ("---\nlicense:\nlanguage: en\n---\n", {"language": "en"}),
         ("---\ntitle: a---b\nlicense: mit\n---\n", {"license": "mit"}),
         ("---\nlicense: [mit\n---\n", {}),
         ("# A model\n\nlicense: mit\n", {}),
@@ -148,12 +155,12 @@ def test_untied_model_says_nothing_of_tying(tmp_path):
 )
 def test_licence_of_a_folder(tmp_path, card, licence):
     (tmp_path / "README.md").write_bytes(card.encode())
-    assert find_upstream(str(tmp_path)) == licence
+    assert find_upstream(str(tmp_path))[0] == licence
 
 
 def test_licence_of_a_folder_without_card(tmp_path):
-    assert find_upstream(str(tmp_path)) == {}
+    assert find_upstream(str(tmp_path)) == ({}, "")
 
 
 def test_licence_of_an_unknown_hub_model():
-    assert find_upstream("org/no-such-model") == {}
+    assert find_upstream("org/no-such-model") == ({}, "")

@@ -42,7 +42,7 @@ TWO = [removed((0.1, 0.6), 0.14, 0.139, [8, 9]), removed((0.9, 1.2), 0.02, 0.02,
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
-    monkeypatch.setattr("abliterate.cards.head.find_upstream", lambda *args: {})
+    monkeypatch.setattr("abliterate.cards.card.find_upstream", lambda *args: ({}, ""))
 
 
 def test_a_fitted_edit_was_learnt_by_gradients():

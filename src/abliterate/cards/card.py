@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from abliterate.cards.also import also_notes
 from abliterate.cards.edit import directions, how_found, how_healed, was_learnt, what_changed, what_is_left
-from abliterate.cards.head import head, of_model
+from abliterate.cards.head import below, find_upstream, head, of_model
 from abliterate.cards.tables import results
 from abliterate.cards.verdicts import verdicts
 from abliterate.common.names import is_demo, public_name
@@ -71,9 +71,10 @@ def model_card(document: RunDocument) -> str:
     kind = _kind(document)
     name = public_name(source)
     title, tags, is_now = _SAID[kind](document)
+    upstream, body = find_upstream(source, revision)
     of = f"This is `{name}`" + (f" at revision `{revision}`" if revision else "")
-    return card(
-        of_model(source, revision, tags),
+    text = card(
+        of_model(source, upstream, tags),
         f"{Path(name).name}, {title}",
         [f"{of} {is_now}", *([GUARDED] if is_demo(name) else [])],
         [
@@ -86,6 +87,7 @@ def model_card(document: RunDocument) -> str:
             Section("", [_made_with(document)]),
         ],
     )
+    return below(text, name, body)
 
 
 def _kind(document: RunDocument) -> str:

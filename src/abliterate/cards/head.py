@@ -9,7 +9,7 @@ from typing import Any
 
 from abliterate.common.names import is_local, public_name
 
-LICENCE_KEYS = ("license", "license_name", "license_link")
+KEPT_KEYS = ("license", "license_name", "license_link", "language")
 _HEAD = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---[^\S\n]*(?:\n|\Z)", re.DOTALL)
 
 
@@ -32,35 +32,40 @@ def split(card: str) -> tuple[dict[str, Any], str]:
     return (found, card[match.end() :]) if match and isinstance(found, dict) else ({}, card)
 
 
-def of_model(source: str, revision: str | None, tags: Sequence[str]) -> dict[str, Any]:
-    """Metadata of a model made from another: which one, and its licence."""
-    upstream, name = find_upstream(source, revision), public_name(source)
+def of_model(source: str, upstream: dict[str, Any], tags: Sequence[str]) -> dict[str, Any]:
+    """Metadata of a model made from another: which one, its licence and languages (`find_upstream`)."""
+    name = public_name(source)
     return {
-        "base_model": upstream.pop("base_model", name) if is_local(source) else name,
+        "base_model": upstream.get("base_model", name) if is_local(source) else name,
         "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(tags),
-        **{key: value for key, value in upstream.items() if key in LICENCE_KEYS},
+        **{key: value for key, value in upstream.items() if key in KEPT_KEYS},
     }
 
 
-def find_upstream(source: str, revision: str | None = None) -> dict[str, Any]:
-    """What the base model says of itself: licence, and for a local copy the model it is of; empty when unknown.
+def below(text: str, name: str, body: str) -> str:
+    """A card with the base model's own kept below it."""
+    return f"{text}\n# The card of {name}\n\n{body.strip()}\n" if body.strip() else text
 
-    Read from its own card, or from its GGUF header.
+
+def find_upstream(source: str, revision: str | None = None) -> tuple[dict[str, Any], str]:
+    """What the base model says of itself: licence, languages, for a local copy the model it is of; and its card's text.
+
+    Read from its own card, or from its GGUF header; empty when unknown.
     """
     path = Path(source).expanduser()
     if path.is_dir() and (path / "README.md").is_file():
         text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
     elif path.is_file():
-        return _gguf_licence(path)
+        return _gguf_licence(path), ""
     elif path.exists():
-        return {}
+        return {}, ""
     else:
         text = _hub_card(source, revision)
-    metadata, _ = split(text)
-    return {key: metadata[key] for key in (*LICENCE_KEYS, "base_model") if metadata.get(key)}
+    metadata, body = split(text)
+    return {key: metadata[key] for key in (*KEPT_KEYS, "base_model") if metadata.get(key)}, body
 
 
 def _gguf_licence(path: Path) -> dict[str, str]:

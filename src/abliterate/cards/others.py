@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from abliterate.cards.card import MEANING, Section, card, listed
 from abliterate.cards.edit import place
-from abliterate.cards.head import head, split
+from abliterate.cards.head import below, head, split
 from abliterate.cards.tables import results_of
 from abliterate.cards.words import span
 from abliterate.common.errors import counted
@@ -95,7 +95,7 @@ def applied_card(recipe: Recipe, source: str, options: Applied, notes: list[str]
             MEANING,
         ],
     )  # fmt: skip
-    return f"{text}\n# The card of {name}\n\n{body.strip()}\n" if body.strip() else text
+    return below(text, name, body)
 
 
 def adapter_card(recipe: Recipe, base: str, notes: list[str], rank: int, *, tied: bool, as_measured: bool) -> str:
