@@ -52,7 +52,7 @@ def loose(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """A fit of a few steps, a sweep of a few candidates."""
-    quick = StyleSettings(steps=2, steps_between=1, rounds=1, batch=4, answer_tokens=8, prompts=8)
+    quick = StyleSettings(steps=2, steps_between=1, rounds=1, factors=(1.15,), batch=4, answer_tokens=8, prompts=8)
     monkeypatch.setattr(styling, "MOST_ASKED", 8)
     monkeypatch.setattr(styling, "MOST_LEARNT", 8)
     monkeypatch.setattr(styling, "StyleSettings", lambda **named: type(quick)(**{**vars(quick), **named}))
