@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +71,7 @@ class Jury:
 
     def refusals_by_kind(self, edit: Edit | None, prompts: Sequence[str]) -> tuple[Rate, dict[str, int]]:
         """The same, and how many refuse in which way (`measure.kinds`)."""
-        with attached(self.handle, edit or _nothing(self.handle)):
+        with attached(self.handle, edit) if edit is not None else nullcontext():
             answers, refused = judged(self.handle, list(prompts), self.judge, max_new_tokens=self.answer_tokens)
         return Rate(sum(refused), len(refused)), count_kinds([a.text for a in answers], refused)
 
@@ -189,7 +190,3 @@ def area_under_curve(above: Float[Tensor, " n"], below: Float[Tensor, " m"]) -> 
     if not (above.isfinite().all() and below.isfinite().all()) or not len(above) or not len(below):
         return None
     return auc(above, below)
-
-
-def _nothing(handle: Handle) -> Edit:
-    return Edit((), torch.zeros(0, handle.d_model), torch.zeros(0, 0))

@@ -16,7 +16,7 @@ from abliterate.cards.head import below, find_upstream, head, of_model
 from abliterate.cards.tables import results
 from abliterate.cards.verdicts import verdicts
 from abliterate.common.names import is_demo, public_name
-from abliterate.measure.document import RunDocument, SideFacts
+from abliterate.measure.document import RunDocument
 
 HASH = 16  # digits shown
 INTERVALS = "Intervals are 95% Wilson intervals."
@@ -221,12 +221,12 @@ def _said(document: RunDocument) -> list[str]:
 
 def _prompts(document: RunDocument) -> list[str]:
     sides = (("target", document.prompts.target), ("baseline", document.prompts.baseline))
-    return [_side(name, side) for name, side in sides if side is not None]
-
-
-def _side(name: str, side: SideFacts) -> str:
-    counts = f"{side.train.count} train, {side.validation.count} validation, {side.test.count} test"
-    return f"- {name}: `{side.source}` ({counts}; test set sha256 `{side.test.sha256[:HASH]}`)"
+    return [
+        f"- {name}: `{side.source}` ({side.train.count} train, {side.validation.count} validation, {side.test.count} "
+        f"test; test set sha256 `{side.test.sha256[:HASH]}`)"
+        for name, side in sides
+        if side is not None
+    ]
 
 
 def _meaning(document: RunDocument, kind: str) -> list[Section]:

@@ -84,7 +84,7 @@ def results(document: RunDocument) -> Table:
         rows += _second(measured)
     if all(found.coherent and found.score for found in measured):
         rows.append(shares(document, "of them not degenerate", "coherent"))
-        rows.append(["mean score per 100 words", *map(_score, measured)])
+        rows.append(["mean score per 100 words", *(f"{found.score.target:.2f}" for found in measured if found.score)])
     if not about.one_set:
         rows.append(shares(document, about.words.over, "over_refusal"))
     rows += [
@@ -105,10 +105,6 @@ def _second(measured: Sequence[Measured]) -> list[list[str]]:
         ["over-refusals by it", *(count_of(second.over_refusal) for second in found)],
         ["answers on which the judges agree", *(count_of(second.agree) for second in found)],
     ]
-
-
-def _score(measured: Measured) -> str:
-    return f"{measured.score.target:.2f}" if measured.score else "-"
 
 
 def results_of(provenance: dict[str, Any]) -> Table | None:

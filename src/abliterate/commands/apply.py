@@ -99,16 +99,12 @@ def _told(summary: dict[str, Any]) -> str:
     lines = [f"{summary['form']}: {summary['out']}"]
     counts = [f"{_size(summary['bytes'])}"] if summary.get("bytes") is not None else []
     if summary.get("writers") is not None:
-        counts.append(f"{_count(summary['writers'])} writers edited")
+        counts.append(f"{summary['writers']} writers edited")
     if summary.get("seconds") is not None:
         counts.append(f"{summary['seconds']:.1f} s")
     lines.append(", ".join(counts))
     lines += [f"note: {note}" for note in summary.get("notes", ())]
     return "\n".join(line for line in lines if line)
-
-
-def _count(value: Any) -> int:
-    return len(value) if isinstance(value, list | tuple | dict) else int(value)
 
 
 def _planned(plan: dict[str, Any]) -> str:

@@ -148,7 +148,7 @@ class Edit:
             direction: [d_model], any length but zero, it is normalised; or [k, d_model], whose span is taken out.
             strength: 1.0 removes the direction wholly.
         """
-        return cls.from_names({_name(w): strength for w in writers}, direction)
+        return cls.from_names({w if isinstance(w, str) else w.name: strength for w in writers}, direction)
 
     @classmethod
     def from_names(cls, strengths: Mapping[str, float], direction: Values) -> Edit:
@@ -274,10 +274,6 @@ def _merged(shifts: Sequence[Shift]) -> tuple[Shift, ...]:
         size = sums[key].size + shift.size if key in sums else shift.size
         sums[key] = Shift(shift.layer, shift.direction, size)
     return tuple(shift for shift in sums.values() if shift.size)
-
-
-def _name(writer: Any) -> str:
-    return writer if isinstance(writer, str) else writer.name
 
 
 def _added(parts: Sequence[Part]) -> Part:

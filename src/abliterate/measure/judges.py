@@ -81,9 +81,11 @@ class ClassifierJudge:
         device: str | None = None,
         with_prompt: bool = True,
     ) -> None:
+        from abliterate.models.devices import default_kind
+
         self.name = f"classifier:{model_path}:{refusal_label}"
         self._batch_size = batch_size
-        self._device = device or _accelerator()
+        self._device = device or default_kind()
         self._with_prompt = with_prompt
         self._tokenizer, self._model = _load_classifier(model_path, self._device)
         self._refusal_index = _label_index(self._model.config.id2label, refusal_label, model_path)
@@ -109,12 +111,6 @@ class ClassifierJudge:
         with torch.inference_mode():
             logits = self._model(**encoded.to(self._device)).logits
         return [index == self._refusal_index for index in logits.argmax(dim=-1).tolist()]
-
-
-def _accelerator() -> str:
-    import torch
-
-    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
 def _load_classifier(model_path: str | Path, device: str) -> tuple[Any, Any]:

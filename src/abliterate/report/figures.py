@@ -184,12 +184,16 @@ def screened(loaded: Loaded) -> Figure | None:
     if winner and winner.note:
         summary += f" The winner, {place_name(winner)}: {winner.note}."
     header = ["candidate", "stage", "log-odds", "induce", "divergence", "refusals", "note"]
-    rows = [_candidate_row(c) for c in sorted((c for c, _, _ in found), key=_place)]
-    return Figure("candidates", "All candidates", summary, data, layout, Table(header, rows), ratio=0.5)
-
-
-def _place(c: Candidate) -> tuple[int, str, int]:
-    return c.layer, c.site, c.position or 0
+    ordered = sorted((c for c, _, _ in found), key=lambda c: (c.layer, c.site, c.position or 0))
+    return Figure(
+        "candidates",
+        "All candidates",
+        summary,
+        data,
+        layout,
+        Table(header, list(map(_candidate_row, ordered))),
+        ratio=0.5,
+    )
 
 
 def _candidate_row(c: Candidate) -> list[str]:

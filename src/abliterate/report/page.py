@@ -10,10 +10,11 @@ from importlib import resources
 from typing import Any
 
 from abliterate.report import headline, story
-from abliterate.report.charts import Figure
 from abliterate.report.document import Loaded
 from abliterate.report.figures import all_figures
 from abliterate.report.repeat import repeat_command
+
+DRAWN = ("data", "layout", "frames", "shown", "picks", "ratio")  # what the page's script needs of a figure
 
 
 def page(loaded: Loaded) -> str:
@@ -35,17 +36,12 @@ def page(loaded: Loaded) -> str:
         figures=figures,
         separation=[figures[name] for name in figures if name.startswith("separation-")],
         command=repeat_command(loaded),
-        numbers=_in_script({name: _drawn(figure) for name, figure in figures.items()}),
+        numbers=_in_script({name: {key: getattr(figure, key) for key in DRAWN} for name, figure in figures.items()}),
         style=_asset("report.css"),
         script=_asset("report.js"),
         plotly=_packed_plotly(),
         plotly_notice="plotly.js, Copyright Plotly, Inc., MIT licence",
     )
-
-
-def _drawn(figure: Figure) -> dict[str, Any]:
-    """What the page's script needs of a figure."""
-    return {name: getattr(figure, name) for name in ("data", "layout", "frames", "shown", "picks", "ratio")}
 
 
 def _in_script(value: Any) -> str:

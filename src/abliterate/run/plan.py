@@ -223,7 +223,8 @@ def plan_run(
     reporter.say("computing memory from the config")
     bare = None if settings.load.trust_remote_code else _bare(model, settings)  # whose code may want values
     found = needed(bare, sides, settings) if bare else None
-    if bare and found and not (found.fits and _weights_here(bare)):
+    here = bare and bare.folder and any(bare.folder.glob("*.safetensors"))
+    if bare and found and not (found.fits and here):
         why = "its weights aren't here" if found.fits else "it doesn't fit"
         notes = [f"no time is told: {why}"]
         return Plan({}, found.peak, bytes_of(bare.model), None, round(time.monotonic() - start, 3), notes, found)
@@ -239,17 +240,10 @@ def plan_run(
     return replace(plan, notes=[*plan.notes, *notes], needs=found)
 
 
-def _weights_here(handle: Handle) -> bool:
-    return handle.folder is not None and any(handle.folder.glob("*.safetensors"))
-
-
 def _bare(model: str, settings: RunSettings) -> Handle:
     load = settings.load
-    return without_weights(
-        model, dtype=load.dtype, device=load.device or load.device_map, revision=load.revision,
-        trust_remote_code=load.trust_remote_code, chat_template=load.chat_template, system_prompt=load.system_prompt,
-        prefill=load.prefill,
-    )  # fmt: skip
+    named = {"dtype", "revision", "trust_remote_code", "chat_template", "system_prompt", "prefill"}
+    return without_weights(model, device=load.device or load.device_map, **load.model_dump(include=named))
 
 
 def needed(handle: Handle, sides: Sides, settings: RunSettings, room: Room | None = None) -> Needs:

@@ -112,7 +112,9 @@ def non_dominated(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
         ['0 of 64 refused at divergence 0.124', '3 of 64 refused at divergence 0.061']
     """
     kept: list[FrontierPoint] = []
-    for point in sorted(points, key=_order):  # stable, so the first of twins stays first
+    for point in sorted(
+        points, key=lambda p: (p.not_answered.rate, p.drift)
+    ):  # stable, so the first of twins stays first
         if not kept or point.drift < kept[-1].drift:
             kept.append(point)
     return kept
@@ -191,7 +193,7 @@ def choose(
         return best, f"{best}, the fewest not answered within a divergence of {max_divergence:g}"
     assert max_refusal_rate is not None
     free = [p for p in points if p.noticed <= free_divergence]
-    within = [p for p in points if _upper(p, shares) <= max_refusal_rate]
+    within = [p for p in points if upper80(shares[id(p)], p.refused.total) <= max_refusal_rate]
     if not within:
         needed = prompts_needed(min(shares.values()), max_refusal_rate)
         best = strongest((needed and free) or points)
@@ -208,10 +210,6 @@ def choose(
     if unnoticed:
         return best, f"{best}, the fewest not answered {of}, within a divergence of {free_divergence:g}"
     return best, f"{best}, the least divergence {of}"
-
-
-def _upper(point: FrontierPoint, shares: dict[int, float]) -> float:
-    return upper80(shares[id(point)], point.refused.total)
 
 
 def knee(front: Sequence[FrontierPoint]) -> FrontierPoint:
@@ -232,7 +230,3 @@ def knee(front: Sequence[FrontierPoint]) -> FrontierPoint:
         return round(1 - x - y, 9)
 
     return max(front, key=below)  # the first among equals
-
-
-def _order(point: FrontierPoint) -> tuple[float, float]:
-    return point.not_answered.rate, point.drift

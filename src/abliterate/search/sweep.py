@@ -68,20 +68,10 @@ class Candidate:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "layer": self.place.layer,
-            "site": self.place.site,
-            "position": self.place.position,
-            "second": asdict(self.second) if self.second else None,
-            "strength": self.strength,
-            "separation": self.separation,
-            "bypass": self.bypass,
-            "induce": self.induce,
-            "divergence": self.divergence,
-            "refusal": self.refusals.to_json("refused") if self.refusals else None,
-            "stage": self.stage,
-            "note": self.note,
-        }
+        found = asdict(self)
+        del found["refusals"]
+        refusal = self.refusals.to_json("refused") if self.refusals else None
+        return {**found.pop("place"), **found, "refusal": refusal}
 
 
 Choose = Callable[[list[Candidate], list[list[str]]], int]

@@ -227,7 +227,8 @@ def serve(
             studio.load(first, model[0], recipe_name)
             studio.first = (model[0], recipe_name)
         with listening(host, port) as listener:
-            address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
+            shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
+            address = f"http://{shown}:{listener.getsockname()[1]}"
             config = uvicorn.Config(
                 make_app(studio, host=host, password=password), log_level="critical", access_log=False,
                 server_header=False, timeout_graceful_shutdown=1, lifespan="on",
@@ -249,7 +250,3 @@ def _server(config: Any, started: Callable[[], None]) -> Any:
             started()
 
     return Server(config)
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -72,7 +72,10 @@ def _convert(file: GgufFile, folder: Path, wanted: torch.dtype) -> None:
             tokenizer = from_pretrained(AutoTokenizer, **place)
         _leave_out(config, file)
         if _has_own_way(file.architecture):
-            model = from_pretrained(auto_class(config), **place, dtype=wanted, quantization_config=_dequantise())
+            from transformers.utils.quantization_config import GgufConfig
+
+            plain = GgufConfig(dequantize=True)
+            model = from_pretrained(auto_class(config), **place, dtype=wanted, quantization_config=plain)
             _forget_quantisation(model)
             model.save_pretrained(folder)
         else:
@@ -236,12 +239,6 @@ def _has_own_way(architecture: str) -> bool:
     except ImportError:
         return False
     return bool(is_gguf_arch_supported(architecture))
-
-
-def _dequantise() -> Any:
-    from transformers.utils.quantization_config import GgufConfig
-
-    return GgufConfig(dequantize=True)
 
 
 def _forget_quantisation(model: Any) -> None:
