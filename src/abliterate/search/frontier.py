@@ -112,9 +112,8 @@ def non_dominated(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
         ['0 of 64 refused at divergence 0.124', '3 of 64 refused at divergence 0.061']
     """
     kept: list[FrontierPoint] = []
-    for point in sorted(
-        points, key=lambda p: (p.not_answered.rate, p.drift)
-    ):  # stable, so the first of twins stays first
+    # stable, so the first of twins stays first
+    for point in sorted(points, key=lambda p: (p.not_answered.rate, p.drift)):
         if not kept or point.drift < kept[-1].drift:
             kept.append(point)
     return kept
