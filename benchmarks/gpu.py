@@ -329,7 +329,7 @@ def command(part: str, arguments: argparse.Namespace, room: Path) -> list[str]:
         return [sys.executable, "-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider", *arguments.tests]
     if part == "demo":
         small = ["--train-prompts", "16", "--validation-prompts", "8", "--test-prompts", "8", "--max-new-tokens", "16"]
-        more = [*small, "--also-prompts", "0"] if arguments.tiny else []
+        more = [*small, "--also-prompts", "0", "--force", "--steps", "3"] if arguments.tiny else []
         target = ["--target", "bundled", "--baseline", "bundled", "--device", arguments.device]
         return [sys.executable, "-m", "abliterate", "run", "demo", "--out", str(room / "demo"), *target, *more]
     return [
