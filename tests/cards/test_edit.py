@@ -60,13 +60,13 @@ def test_each_direction_is_measured_against_its_own_strength():
         "1",
         "4 writers (attention and mlp, blocks 8 to 9)",
         "0.1 to 0.6",
+        "90% to 40%",
         "3.1e-01",
         "1.4e-01",
-        "1.4e-01",
     ]
-    assert rows[1][0] == "2" and rows[1][2] == "0.9 to 1.2" and "block 10" in rows[1][1]
+    assert rows[1][0] == "2" and rows[1][2:4] == ["0.9 to 1.2", "10% to -20%"] and "block 10" in rows[1][1]
     assert all(f"| {' | '.join(row)} |" in model_card(found) for row in rows)
-    assert "of each of the 2 directions the edited model's stream holds at most 1.4e-01" in model_card(found)
+    assert "of each of the 2 directions the edited model's stream, to which the embedding" in model_card(found)
     assert "1.4e-01 is left (off by at most 1e-03)" in model_card(found)
 
 

@@ -99,11 +99,12 @@ def what_is_left(recipe: RecipeFacts) -> list[str]:
         off = max(abs(one.left - one.expected) for one in recipe.removed)
         whose = "the direction" if len(recipe.removed) == 1 else f"each of the {len(recipe.removed)} directions"
         at = f" (at {most.where})" if most.where else ""
-        said.append(
-            f"of {whose} the edited model's stream holds at most {most.left:.1e} of a vector's length{at}, "
-            f"{most.before:.1e} before; a strength a leaves 1 - a of what a writer writes, and by that "
-            f"{most.expected:.1e} is left (off by at most {off:.0e})"
-        )
+        said += [
+            "a strength a leaves 1 - a of what a writer writes along its direction; over 1 the rest is turned round",
+            f"of {whose} the edited model's stream, to which the embedding and other blocks write too, "
+            f"holds at most {most.left:.1e} of a vector's length{at}, {most.before:.1e} before; by the strengths "
+            f"{most.expected:.1e} is left (off by at most {off:.0e})",
+        ]
     elif recipe.proof.edited:
         left = recipe.proof.edited
         said.append(f"of the edit's first direction the edited model's stream holds at most {left.component:.1e}"
@@ -113,13 +114,19 @@ def what_is_left(recipe: RecipeFacts) -> list[str]:
 
 def directions(recipe: RecipeFacts) -> Table:
     """Each direction taken out, and what is left of it; empty where there is but one."""
-    header = ["direction", "taken out of", "strength", "in the original", "left", "left by its strengths"]
+    header = ["direction", "taken out of", "strength", "left of what they write", "in the stream before", "and after"]
     several = recipe.removed if len(recipe.removed) > 1 else []
     return Table(header, [
-        [str(n + 1), f"{counted(one.writers, 'writer')}{_where([one])}", span(one.strength), f"{one.before:.1e}",
-         f"{one.left:.1e}", f"{one.expected:.1e}"]
+        [str(n + 1), f"{counted(one.writers, 'writer')}{_where([one])}", span(one.strength), _kept(one),
+         f"{one.before:.1e}", f"{one.left:.1e}"]
         for n, one in enumerate(several)
     ])  # fmt: skip
+
+
+def _kept(one: Removed) -> str:
+    """What strengths leave of what writers write along a direction, most first."""
+    most, least = (f"{1 - strength:.0%}" for strength in (one.strength.min, one.strength.max))
+    return most if most == least else f"{most} to {least}"
 
 
 def said(document: RunDocument) -> list[str]:
