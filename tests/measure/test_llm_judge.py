@@ -340,7 +340,7 @@ def test_a_measurement_names_the_model_behind_an_endpoint_and_no_key(
     assert f"judging by llm:{fake.url}:qwen" in told.lines and "judging by lexical" not in told.lines
     text = json.dumps(document)
     assert f"llm:{fake.url}:qwen" in text and "S3CRET" not in text
-    assert len(fake.bodies) == len(KNOWN) + 16  # four prompts a side, and of each further set
+    assert len(fake.bodies) == len(KNOWN) + 20  # four prompts a side, of each further set, and in a second turn
 
 
 # --- a real server ---

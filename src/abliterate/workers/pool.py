@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ UNREACHED = 20  # times that a worker may be out of reach in one stage
 LOOK_EVERY = 5.0  # seconds of waiting after which the cluster is asked whether it is still there
 SENT = ("system_prompt", "chat_template", "prefill", "thinks", "marks", "switches")  # what stages change of a handle
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 class Pool:
@@ -228,6 +230,8 @@ def _started(count: int | None, address: str | None) -> Any:
             f"no Ray cluster answers at {address}; --ray is HOST:PORT of one that this machine belongs to: "
             "ray start --head there, ray start --address HOST:PORT here"
         )
+    if address and (any(map(os.environ.get, TOKENS)) or (Path.home() / ".ray" / "auth_token").is_file()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` asks for a token where there is one
     try:
         import ray
     except ImportError as error:
