@@ -20,7 +20,6 @@ from planted import BASELINE, TARGET, RefusesWithR
 
 def main(folder):
     torch.set_num_threads(1)
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # for the nodes, which begin without a token, and for who joins them
     handle = load(folder, dtype="float32")
     cluster = Cluster(initialize_head=True)
     node = cluster.add_node()

@@ -16,7 +16,7 @@ from abliterate.apply.hooks import attached
 from abliterate.directions.activations import watched
 from abliterate.directions.means import Directions, Place, at
 from abliterate.edit.edit import Edit
-from abliterate.measure import judged
+from abliterate.measure import Judged, judged
 from abliterate.measure.divergence import Reference, compare_each, make_reference
 from abliterate.measure.judges import Judge
 from abliterate.measure.kinds import count_kinds
@@ -67,28 +67,32 @@ class Jury:
 
     def refusals(self, edit: Edit | None, prompts: Sequence[str]) -> Rate:
         """Refused among answers to these prompts, with an edit attached."""
-        return self.refusals_by_kind(edit, prompts)[0]
+        return self.answers(edit, prompts).rate
 
-    def refusals_by_kind(self, edit: Edit | None, prompts: Sequence[str]) -> tuple[Rate, dict[str, int]]:
-        """The same, and how many refuse in which way (`measure.kinds`)."""
+    def answers(self, edit: Edit | None, prompts: Sequence[str]) -> Judged:
+        """The answers themselves, judged."""
         with attached(self.handle, edit) if edit is not None else nullcontext():
-            answers, refused = judged(self.handle, list(prompts), self.judge, max_new_tokens=self.answer_tokens)
-        return Rate(sum(refused), len(refused)), count_kinds([a.text for a in answers], refused)
+            return judged(self.handle, list(prompts), self.judge, max_new_tokens=self.answer_tokens)
 
     def verdict(self, edit: Edit, *, seed: int = 0) -> dict[str, Any]:
         """Refusals of test target prompts, and divergence on test baseline prompts, both with 95% intervals."""
-        refusal, kinds = self.refusals_by_kind(edit, self.target)
+        answers = self.answers(edit, self.target)
         assert self.reference is not None
         with attached(self.handle, edit):
             each = compare_each(self.handle, self.reference)
         first, along = ([row[i] for row in each] for i in (0, 1))
         return {
-            "refusal": refusal.to_json("refused"),
-            "kinds": kinds,
+            **refusing(answers),
             "divergence": {
                 "first_token": with_interval(first, seed), "answer": with_interval(along, seed), "prompts": len(each),
             },
         }  # fmt: skip
+
+
+def refusing(answers: Judged) -> dict[str, Any]:
+    """How many answers refuse, and how many in which way (`measure.kinds`)."""
+    kinds = count_kinds([answer.text for answer in answers.answers], answers.shown)
+    return {"refusal": answers.rate.to_json("refused"), "kinds": kinds}
 
 
 def with_interval(values: Sequence[float], seed: int = 0) -> dict[str, Any]:

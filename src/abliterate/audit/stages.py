@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from abliterate.apply.hooks import attached
-from abliterate.audit.judging import Jury, Screen, best_place, separations, stream_at
+from abliterate.audit.judging import Jury, Screen, best_place, refusing, separations, stream_at
 from abliterate.audit.picture import draw
 from abliterate.audit.summary import summary
 from abliterate.audit.text import markdown
@@ -188,7 +188,7 @@ def _direction(work: Work) -> dict[str, Any]:
     """Where one direction, taken out of every writer, leaves least refused; and how much at several strengths."""
     place = best_place(work.jury, work.screen, work.directions)
     work.reporter.say(f"direction of {place}")
-    original, kinds = work.jury.refusals_by_kind(None, work.jury.target)
+    original = work.jury.answers(None, work.jury.target)
     direction = at(work.directions, place)
     points = [
         {"strength": strength, **_judged(work, Edit.uniform(work.jury.writers, direction, strength))}
@@ -196,7 +196,7 @@ def _direction(work: Work) -> dict[str, Any]:
     ]
     return {
         "place": {"layer": place.layer, "site": place.site, "position": place.position},
-        "original": {"refusal": original.to_json("refused"), "kinds": kinds},
+        "original": refusing(original),
         "strengths": points,
     }
 

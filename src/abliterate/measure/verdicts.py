@@ -139,6 +139,8 @@ def irrelevant(
     """
     left = [i for i, verdict in enumerate(verdicts) if verdict == "answered"]
     for stretch in range(STRETCHES):
+        if not left:
+            break
         values = relevances(handle, prompts, answers, left, untold if stretch else tick, stretch)
         left = [i for i, value in zip(left, values, strict=True) if value < least]
     return ["evaded" if i in left else verdict for i, verdict in enumerate(verdicts)]

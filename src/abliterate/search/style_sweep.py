@@ -41,12 +41,12 @@ class SweepSizes:
         layers: blocks tried; by default all but the first and the last fifth.
         most_layers: how many of them, evenly spaced.
         sizes: of shifts, in norms of the difference of means, smallest first; shared by the blocks shifted.
-        spread: share of the model's blocks that an added shift is spread over, from the layer tried on.
+        spread: share of the model's blocks that a shift is spread over, from the layer tried on.
         strengths: of removals from every writer, weakest first.
         screen_prompts, screen_tokens: answers decoded for every candidate.
         finalists: candidates judged on more.
         prompts, tokens: answers decoded for these.
-        max_rate, max_divergence: for removing, how the point is chosen; see `frontier.choose`.
+        max_rate, max_divergence: how the point is chosen; see `frontier.choose`.
     """
 
     layers: range | None = None
@@ -70,7 +70,6 @@ class Tried:
     Attributes:
         edit: shift or removal.
         candidate: where its direction was found, at which strength, and the rate of answers that show the style.
-        coherent: answers that show it and are not degenerate.
         degenerate: answers that are.
         score: the judge's mean score; 0 where it gives none.
     """
@@ -78,7 +77,6 @@ class Tried:
     edit: Edit
     candidate: Candidate
     shown: Rate
-    coherent: Rate
     degenerate: Rate
     score: float
 
@@ -121,7 +119,7 @@ def remove_style(
     settings = settings or SweepSizes()
     search = _Search(handle, directions, target, judge, settings, reporter)
     few = original_reference(handle, baseline[: settings.screen_prompts], answer_tokens=SCREEN_DIVERGENCE_TOKENS)
-    screened = search.screen(shifts=-1.0, removals=True, spread=settings.spread, reference=few)
+    screened = search.screen(few)
     bearable = [t for t in screened if t.degenerate.rate <= search.plain.degenerate.rate + RUINED / 2]
     ranked = sorted(bearable or screened, key=_cheapest_of(GONE * search.plain.score))
     removals, shifts = ([t for t in ranked if bool(t.edit.shifts) is kind] for kind in (False, True))
@@ -159,35 +157,34 @@ class _Search:
         self.plain = self._tried(nothing, Candidate(Place(0, SITE, POSITION), 0.0), settings.screen_prompts,
                                  settings.screen_tokens)  # fmt: skip
 
-    def screen(
-        self, *, shifts: float, removals: bool, spread: float = 0.0, reference: Reference | None = None
-    ) -> list[Tried]:
-        """Every candidate on a few prompts; `shifts` is their sign, `spread` the share of blocks they are at."""
+    def screen(self, reference: Reference) -> list[Tried]:
+        """Every candidate on a few prompts."""
         settings, tried = self.settings, []
+        width = max(1, int(settings.spread * self.handle.layers))
         for layer in each(self.reporter, "screening layers", self.layers):
             place = Place(layer, SITE, POSITION)
             row = SITES.index(SITE)
             candidate = Candidate(place, float(self.directions.separation[layer, row, POSITION]))
             direction = at(self.directions, place)
-            blocks = range(layer, min(layer + max(1, int(spread * self.handle.layers)), self.handle.layers))
-            for strength in settings.strengths if removals else ():
+            blocks = range(layer, min(layer + width, self.handle.layers))
+            for strength in settings.strengths:
                 edit = Edit.uniform(self.writers, direction, strength)
                 tried.append(self._screened(edit, replace(candidate, strength=strength), reference))
             for size in settings.sizes:
-                edit = shifted(self.directions, blocks, shifts * size)
-                tried.append(self._screened(edit, replace(candidate, strength=shifts * size), reference))
+                edit = shifted(self.directions, blocks, -size)
+                tried.append(self._screened(edit, replace(candidate, strength=-size), reference))
                 if tried[-1].degenerate.rate > self.plain.degenerate.rate + RUINED:
                     break
         return tried
 
-    def decoded(self, tried: Tried, reference: Reference | None = None) -> Tried:
-        """A candidate on more prompts and longer answers, with its divergence if there is a reference."""
+    def decoded(self, tried: Tried, reference: Reference) -> Tried:
+        """A candidate on more prompts and longer answers."""
         found = self._tried(tried.edit, tried.candidate, self.settings.prompts, self.settings.tokens, reference)
         note = f"{found.degenerate.count} of {found.degenerate.total} degenerate, mean score {found.score:.2f}"
         kept = replace(found.candidate, stage="decoded", note=note)
         return replace(found, candidate=kept)
 
-    def choice(self, best: Tried, why: str, tried: Sequence[Tried], frontier: Sequence[FrontierPoint] = ()) -> Choice:
+    def choice(self, best: Tried, why: str, tried: Sequence[Tried], frontier: Sequence[FrontierPoint]) -> Choice:
         """The result, every candidate at its latest."""
         self.reporter.say(f"chose {best.candidate.place}, {_how(best)}: {why}")
         winner = replace(best.candidate, note=why)
@@ -195,7 +192,7 @@ class _Search:
         latest[(winner.place, bool(best.edit.shifts), winner.strength)] = winner
         return Choice(best.edit, winner, list(latest.values()), list(frontier))
 
-    def _screened(self, edit: Edit, candidate: Candidate, reference: Reference | None) -> Tried:
+    def _screened(self, edit: Edit, candidate: Candidate, reference: Reference) -> Tried:
         return self._tried(edit, candidate, self.settings.screen_prompts, self.settings.screen_tokens, reference)
 
     def _tried(
@@ -207,7 +204,7 @@ class _Search:
         )
         candidate = replace(candidate, refusals=found.rate, divergence=drift.answer if drift else None)
         score = mean_score(self.judge, found.answers)
-        return Tried(edit, candidate, found.rate, found.coherent, found.degenerate, score)
+        return Tried(edit, candidate, found.rate, found.degenerate, score)
 
 
 def shifted(directions: Directions, blocks: Sequence[int], size: float) -> Edit:
