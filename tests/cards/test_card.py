@@ -86,7 +86,7 @@ def test_numbers_are_those_measured(done):
 
 def test_how_to_use_it(done):
     text, _, _ = done
-    usage = text[text.index("## How to use it") : text.index("## What was changed")]
+    usage = text[text.index("## How to use it") : text.index("## What it did")]
     for what in ("transformers", "vllm serve", "llama-server", "--ollama", "The chat template lies beside the weights"):
         assert what in usage
     limits = text[text.index("## Limits") :]

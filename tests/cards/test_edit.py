@@ -61,13 +61,13 @@ def test_each_direction_is_measured_against_its_own_strength():
         "4 writers (attention and mlp, blocks 8 to 9)",
         "0.1 to 0.6",
         "90% to 40%",
-        "3.1e-01",
-        "1.4e-01",
+        "0.31",
+        "0.14",
     ]
     assert rows[1][0] == "2" and rows[1][2:4] == ["0.9 to 1.2", "10% to -20%"] and "block 10" in rows[1][1]
     assert all(f"| {' | '.join(row)} |" in model_card(found) for row in rows)
     assert "of each of the 2 directions the edited model's stream, to which the embedding" in model_card(found)
-    assert "1.4e-01 is left (off by at most 1e-03)" in model_card(found)
+    assert "0.14 is left (off by at most 1e-03)" in model_card(found)
 
 
 def test_one_direction_needs_no_table():
@@ -81,7 +81,7 @@ def test_one_direction_needs_no_table():
 
 def test_an_older_document_says_which_direction_it_looked_at():
     text = model_card(document("fit", []))
-    assert "of the edit's first direction the edited model's stream holds at most 1.4e-01" in text
+    assert "of the edit's first direction the edited model's stream holds at most 0.14" in text
 
 
 def test_card_report_and_terminal_say_the_same():

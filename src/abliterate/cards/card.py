@@ -79,8 +79,8 @@ def model_card(document: RunDocument) -> str:
         [f"{of} {is_now}", *([GUARDED] if is_demo(name) else [])],
         [
             Section("How to use it", _usage(document)),
-            Section("What was changed", _changed(document)),
             Section("What it did", [*results(document).markdown(), _how_measured(document, kind), *_said(document)]),
+            Section("What was changed", _changed(document)),
             *([] if kind in ("style", "induce") else [Section("Prompts", _prompts(document))]),
             Section("Limits", listed(_limits(document))),
             *_meaning(document, kind),
@@ -187,7 +187,8 @@ def _changed(document: RunDocument) -> list[str]:
     elif heal is not None:
         items = [f"the edited model: `{public_name(heal.model or '')}`"]
     items += how_healed(heal) if heal is not None else ["the recipe lies beside the model"]
-    return [*listed(items), *(["", *table] if table else [])]
+    each = ["", "<details><summary>Direction by direction</summary>", "", *table, "", "</details>"]
+    return [*listed(items), *(each if table else [])]
 
 
 def _how_measured(document: RunDocument, kind: str) -> str:

@@ -102,12 +102,12 @@ def what_is_left(recipe: RecipeFacts) -> list[str]:
         said += [
             "a strength a leaves 1 - a of what a writer writes along its direction; over 1 the rest is turned round",
             f"of {whose} the edited model's stream, to which the embedding and other blocks write too, "
-            f"holds at most {most.left:.1e} of a vector's length{at}, {most.before:.1e} before; by the strengths "
-            f"{most.expected:.1e} is left (off by at most {off:.0e})",
+            f"holds at most {most.left:.2g} of a vector's length{at}, {most.before:.2g} before; by the strengths "
+            f"{most.expected:.2g} is left (off by at most {off:.0e})",
         ]
     elif recipe.proof.edited:
         left = recipe.proof.edited
-        said.append(f"of the edit's first direction the edited model's stream holds at most {left.component:.1e}"
+        said.append(f"of the edit's first direction the edited model's stream holds at most {left.component:.2g}"
                     f" of a vector's length (at {left.where})")  # fmt: skip
     return said
 
@@ -118,7 +118,7 @@ def directions(recipe: RecipeFacts) -> Table:
     several = recipe.removed if len(recipe.removed) > 1 else []
     return Table(header, [
         [str(n + 1), f"{counted(one.writers, 'writer')}{_where([one])}", span(one.strength), _kept(one),
-         f"{one.before:.1e}", f"{one.left:.1e}"]
+         f"{one.before:.2g}", f"{one.left:.2g}"]
         for n, one in enumerate(several)
     ])  # fmt: skip
 

@@ -30,7 +30,7 @@ def count_of(share: Share | None, *, interval: bool = True) -> str:
 
 def span(strength: Span) -> str:
     """Strengths: "0.25 to 1", or one where they are alike."""
-    low, high = f"{strength.min:.4g}", f"{strength.max:.4g}"
+    low, high = f"{strength.min:.3g}", f"{strength.max:.3g}"
     return low if low == high else f"{low} to {high}"
 
 
