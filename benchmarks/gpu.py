@@ -328,10 +328,15 @@ def command(part: str, arguments: argparse.Namespace, room: Path) -> list[str]:
     if part == "tests":
         return [sys.executable, "-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider", *arguments.tests]
     if part == "demo":
-        small = ["--train-prompts", "16", "--validation-prompts", "8", "--test-prompts", "8", "--max-new-tokens", "16"]
-        more = [*small, "--also-prompts", "0", "--force", "--steps", "3"] if arguments.tiny else []
-        target = ["--target", "bundled", "--baseline", "bundled", "--device", arguments.device]
-        return [sys.executable, "-m", "abliterate", "run", "demo", "--out", str(room / "demo"), *target, *more]
+        model, target, baseline, few = "demo", "bundled", "bundled", []
+        if arguments.tiny:
+            sys.path.insert(0, str(ROOT / "tests"))
+            from planted import save_planted
+
+            model, target, baseline = map(str, save_planted(room))
+            few = ["--train-prompts", "12", "--validation-prompts", "6", "--test-prompts", "6", "--max-new-tokens", "6"]
+        prompts = ["--target", target, "--baseline", baseline, *few, "--device", arguments.device]
+        return [sys.executable, "-m", "abliterate", "run", model, "--out", str(room / "demo"), *prompts]
     return [
         sys.executable, __file__, "--device", arguments.device, "--inner", part, "--room", str(room),
         *(["--tiny"] if arguments.tiny else []),
@@ -394,7 +399,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     parser.add_argument("--device", default=kind.type if kind else "cpu", help="cuda, xpu, mps or cpu (what is there)")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and few prompts: to try this script")
+    parser.add_argument("--tiny", action="store_true", help="tiny models (the demo's too) and few prompts: to try this script")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (all)")
     parser.add_argument("--minutes", type=float, default=12, help="at most (12)")
     parser.add_argument("--room", type=Path, help="folder for models, twice the size of the largest (temporary files')")

@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abliterate.apply.weights import untie
+from abliterate.apply import removal
+from abliterate.apply.removal import removed, weight_factors
+from abliterate.apply.weights import bake, untie
 from abliterate.common.errors import ModelError, NonFiniteError, WriterError
 from abliterate.edit.edit import Edit, orthonormal
 from abliterate.models.writers import find_writers
 from models import FAMILIES, cast, handle_of, save_tiny, tiny_llama
+from peaks import peak_of
 
 IDS = torch.tensor([[5, 17, 300, 42, 7, 99, 250, 8, 8, 31], [9, 1, 1, 377, 20, 4, 6, 8, 210, 30]])
 
@@ -142,6 +145,24 @@ def test_all_or_nothing_when_half_precision_overflows():
     with pytest.raises(NonFiniteError, match=found[-1].name):
         Edit.uniform(found, torch.ones(32), -1.0).bake(handle)
     assert all(torch.equal(p, before[name]) for name, p in handle.model.named_parameters())
+
+
+@pytest.mark.parametrize("norm_preserving", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_some_rows_of_one_writer(monkeypatch, dtype, norm_preserving):
+    model = tiny_llama(tied=False, dtype=dtype)
+    model.resize_token_embeddings(60_000, mean_resizing=False)
+    handle = handle_of(model)
+    edit = Edit.uniform(find_writers(handle), torch.randn(32))
+    monkeypatch.setattr(removal, "BLOCK", 2**14)
+    wanted = {}
+    for writer, change in weight_factors(handle, edit.parts):
+        weight = handle.model.get_parameter(writer.name)
+        wanted[writer.name] = removed(weight, change, writer.axis, keep_norms=norm_preserving)
+    block, embedding = 4 * removal.BLOCK, 4 * handle.embedding.weight.numel()
+    peak = peak_of(lambda: bake(handle, edit, norm_preserving=norm_preserving))
+    assert peak < 6 * block < embedding / 10
+    assert all(torch.equal(handle.model.get_parameter(name), values) for name, values in wanted.items())
 
 
 def test_an_edit_for_another_model_changes_nothing(tiny_handle):

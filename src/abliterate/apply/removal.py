@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -56,18 +56,29 @@ def removed(
         axis: dimension that runs along d_model.
         keep_norms: rescale.
     """
+    new = torch.empty_like(tensor, requires_grad=False)
+    for (_, values), out in zip(pieces(tensor, change, axis, keep_norms=keep_norms), _blocks(new, axis), strict=True):
+        out.copy_(values)
+    return new
+
+
+def pieces(
+    tensor: Float[Tensor, ...], change: Factors | Part, axis: int, *, keep_norms: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Views of a tensor, some vectors along d_model each, with what `removed` makes of them: so as not to hold it all.
+
+    A view may be overwritten before the next is asked for.
+    """
     factors_ = factors(change) if isinstance(change, Part) else change
     left, right = (torch.from_numpy(factor) for factor in factors_)
-    tensor, new = tensor.detach(), torch.empty_like(tensor, requires_grad=False)
     left, right = (f.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32)) for f in (left, right))
-    for block, out in zip(_blocks(tensor, axis), _blocks(new, axis), strict=True):
+    for block in _blocks(tensor.detach(), axis):
         wide = block.to(right.dtype).movedim(axis, -1)
         rest = wide - (wide @ right.T) @ left
         if keep_norms:
             before, after = (part.norm(dim=-1, keepdim=True) for part in (wide, rest))
             rest *= torch.where(after > LEAST_LEFT * before, before / after.clamp_min(1e-30), 1.0)
-        out.copy_(rest.movedim(-1, axis))
-    return new
+        yield block, rest.movedim(-1, axis).to(tensor.dtype)
 
 
 def _blocks(tensor: Tensor, axis: int) -> Sequence[Tensor]:
