@@ -399,7 +399,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     parser.add_argument("--device", default=kind.type if kind else "cpu", help="cuda, xpu, mps or cpu (what is there)")
-    parser.add_argument("--tiny", action="store_true", help="tiny models (the demo's too) and few prompts: to try this script")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, the demo's too, and few prompts: tries this")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (all)")
     parser.add_argument("--minutes", type=float, default=12, help="at most (12)")
     parser.add_argument("--room", type=Path, help="folder for models, twice the size of the largest (temporary files')")
