@@ -35,6 +35,7 @@ def write_model(
     biases: bool = False,
     down_biases: bool = False,
     experts: int = 0,
+    blocks: int = BLOCKS,
     seed: int = 0,
 ) -> Path:
     """A Llama's tensors, the matrices of one type, the vectors float32; not one llama.cpp could run."""
@@ -44,14 +45,14 @@ def write_model(
         return (generator.normal(size=shape) / 8).astype(np.float32)
 
     writer = GGUFWriter(path, architecture)
-    writer.add_block_count(BLOCKS)
+    writer.add_block_count(blocks)
     writer.add_embedding_length(width)
     writer.add_array("tokenizer.ggml.tokens", [f"token {i}" for i in range(VOCABULARY)])
     matrices = {"token_embd.weight": random(VOCABULARY, width)}
     vectors = {"output_norm.weight": random(width)}
     if untied:
         matrices["output.weight"] = random(VOCABULARY, width)
-    for block in range(BLOCKS):
+    for block in range(blocks):
         matrices[f"blk.{block}.attn_q.weight"] = random(width, width)
         matrices[f"blk.{block}.attn_output.weight"] = random(width, width)
         vectors[f"blk.{block}.attn_norm.weight"] = random(width)

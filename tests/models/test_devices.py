@@ -37,7 +37,7 @@ def test_what_cannot_be_is_one_line(given, said, tiny_folder):
 
 def test_the_command_line_says_so_and_leaves_nothing(tiny_folder, tmp_path):
     line = fails(tmp_path, "measure", tiny_folder, "--out", tmp_path / "m.json", *SMALL[:4], "--max-memory", "cpu=2kB")
-    assert "cpu is given 0 MiB" in line
+    assert "cpu is given 0.00 MiB" in line
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="says what a machine without one gets")

@@ -30,8 +30,9 @@ from abliterate.search.fit import fit
 from abliterate.search.fit_settings import FitSettings
 from abliterate.workers import pool
 from abliterate.workers.pool import Pool, cards_each
-from command import SMALL, fails, succeeds
+from command import PROMPTS, SMALL, fails, succeeds
 from in_workers import failing, process
+from long import LONG
 from models import save_tiny
 from planted import RefusesWithR, planted
 
@@ -187,6 +188,18 @@ def test_two_workers_one_of_them_killed(folder, here, ray, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@LONG
+@pytest.mark.parametrize("count", [1, 4])
+def test_any_number_of_workers(folder, here, ray, count):
+    handle = load(folder, dtype="float32")
+    workers = Pool(count, None)
+    workers.replicate(handle, OPTIONS)
+    assert len(set(processes(workers))) == count
+    numbers, texts = seen(handle)
+    assert texts == here[1]
+    assert all(torch.equal(value.nan_to_num(), here[0][name].nan_to_num()) for name, value in numbers.items())
+
+
 @pytest.mark.slow
 def test_a_cluster_loses_a_node_and_then_its_head(folder):
     pytest.importorskip("ray")
@@ -199,20 +212,35 @@ def test_a_cluster_loses_a_node_and_then_its_head(folder):
     assert "--resume goes on" in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_the_command_starts_workers_of_its_own_whatever_cluster_was_here(tiny_folder, tmp_path):
+def alike(model, few, room):
+    """A run with two workers, by the command line, and one without give one recipe."""
     pytest.importorskip("ray")
-    few = [*SMALL, "--no-filter", "--force", "--method", "sweep", "--quiet"]
-    command = [sys.executable, "-m", "abliterate", "run", tiny_folder, "--out", "two", "--workers", "2", *few]
+    command = [sys.executable, "-m", "abliterate", "run", model, "--out", "two", "--workers", "2", *few, "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"RAY_ADDRESS": "127.0.0.1:9"}  # a cluster that isn't there any more
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=room, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ray" not in (done.stdout + done.stderr).lower()
-    succeeds("run", tiny_folder, "--out", tmp_path / "none", *few)
-    two, none = (load_recipe(tmp_path / name / "recipe.safetensors").edit for name in ("two", "none"))
+    succeeds("run", model, "--out", room / "none", *few, "--quiet")
+    two, none = (load_recipe(room / name / "recipe.safetensors").edit for name in ("two", "none"))
     assert two.writers == none.writers
+    np.testing.assert_allclose(two.directions, none.directions, atol=1e-5)
     np.testing.assert_allclose(two.strengths, none.strengths, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_starts_workers_of_its_own_whatever_cluster_was_here(tiny_folder, tmp_path):
+    alike(tiny_folder, [*SMALL, "--no-filter", "--force", "--method", "sweep"], tmp_path)
+
+
+@LONG
+def test_the_demo_models_recipe(tmp_path):
+    few = [
+        *PROMPTS, "--train-prompts", "12", "--validation-prompts", "6", "--test-prompts", "4", "--max-new-tokens", "8",
+        "--steps", "3", "--also-prompts", "0", "--obligations", "0", "--second-turn", "0", "--report-judge", "none",
+        "--dtype", "float32",
+    ]  # fmt: skip
+    alike("demo", few, tmp_path)
 
 
 # --- bad input ---

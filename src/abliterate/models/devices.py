@@ -106,8 +106,8 @@ def check_room(source: str, folder: Path, limits: Mapping[int | str, int], item:
     main = min(limits, key=lambda name: (isinstance(name, str), str(name)))  # the first GPU, else the CPU
     if size > limits[main]:
         raise ModelError(
-            f"--max-memory: {main} is given {limits[main] / 2**20:,.0f} MiB, and {largest} of {source} alone takes "
-            f"{size / 2**20:,.0f} MiB; give it more"
+            f"--max-memory: {main} is given {limits[main] / 2**20:,.2f} MiB, and {largest} of {source} alone takes "
+            f"{size / 2**20:,.2f} MiB; give it more"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from abliterate.models.demo import plain_source
 from abliterate.models.folders import _weights_in
 from abliterate.models.gguf import convert
 from abliterate.models.gguf.convert import converted
+from abliterate.models.gguf.file import open_gguf
 from abliterate.models.loading import load
 from abliterate.models.shards import read_shard
 from abliterate.models.writers import find_writers
@@ -30,7 +32,8 @@ from abliterate.run.facts import recipe_of
 from abliterate.run.saving import save_edited
 from gguf_files import write_model
 from long import LONG
-from models import FAMILIES, _sizes, save_tiny, tiny
+from models import FAMILIES, _sizes, save_tiny, tiny, tiny_llama
+from peaks import peak_of
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +156,35 @@ def test_a_streamed_file_is_a_safetensors_file(tmp_path):
     read_shard(tmp_path / "x.safetensors")
     for name, tensor in load_file(tmp_path / "x.safetensors").items():
         assert torch.equal(tensor, tensors[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q8_0", "F32"])
+def test_memory_is_some_tensors_whatever_the_file_has(tmp_path, monkeypatch, kind):
+    side, wanted = 512, torch.float32 if kind == "F32" else torch.bfloat16
+    file = open_gguf(write_model(tmp_path / "x.gguf", kind, width=side, inner=side, blocks=6))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_llama(layers=6).config)
+    model.config.hidden_size = side
+    monkeypatch.setattr(convert, "CHUNK", side * side // 8)
+
+    def write():
+        assert convert._write(file, model, tmp_path / "x.safetensors", wanted) == wanted
+
+    def traced():
+        tracemalloc.start()  # numpy's, where torch's profiler sees torch's
+        try:
+            write()
+            held.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+
+    held = []
+    write()  # what is imported on the way doesn't count
+    held.append(peak_of(traced))
+    one = side * side * wanted.itemsize
+    assert (tmp_path / "x.safetensors").stat().st_size > 18 * one
+    assert 0.9 * one < sum(held) < 4 * one
 
 
 def test_a_file_that_transformers_has_no_model_for_leaves_nothing(tmp_path, own_cache):
