@@ -30,6 +30,14 @@ SWITCHES = {
     "Seed-OSS": (SEED, {"thinking_budget": 0}),
     "an effort of none": (HEAD + "{% if reasoning_effort == 'none' %}[THINK][/THINK]{% endif %}",
                           {"reasoning_effort": "none"}),
+    "one that forbids it": (HEAD + "{% if skip_thinking %}<think></think>{% else %}<think>{% endif %}",
+                            {"skip_thinking": True}),
+    "another word": (HEAD + "{% if deliberate is defined and not deliberate %}<think></think>{% else %}<think>"
+                     "{% endif %}",
+                     {"deliberate": False}),
+    "an object": (HEAD + "{% if thinking is defined and thinking.type == 'disabled' %}</think>{% else %}<think>"
+                  "{% endif %}",
+                  {"thinking": {"type": "disabled"}}),
 }  # fmt: skip
 NONE = {
     "no switch": HEAD + "<think>\n",

@@ -34,6 +34,8 @@ FORMS = {
     "columns.json": json.dumps({"goal": TEXTS, "target": ["x"] * 12}),
     "pandas.json": frame().to_json(),
     "index.json": frame().to_json(orient="index"),
+    "ids.json": json.dumps({f"id{n}": row for n, row in enumerate(ROWS)}),
+    "columns_of_ids.json": json.dumps({key: {f"id{n}": r[key] for n, r in enumerate(ROWS)} for key in ROWS[0]}),
     "split.json": frame().to_json(orient="split"),
     "table.json": json.dumps({"schema": {"fields": []}, "data": ROWS}),
     "lines.json": lines(ROWS),
@@ -126,6 +128,8 @@ def test_a_folder_without_prompts_says_what_is_read(tmp_path):
         (lines(ROWS), "-"),
         (json.dumps(ROWS, indent=1), "-"),
         (FORMS["semicolon.csv"], "-:text"),
+        (FORMS["bom.csv"], "-"),
+        (FORMS["tab.tsv"], "-"),
     ],
 )
 def test_standard_input(monkeypatch, data, source):

@@ -163,6 +163,7 @@ def _surroundings(filled: dict[str, Any]) -> dict[str, str]:
     quiet = {
         "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # `-m` would import what lies in the folder one works in before what is installed
     }  # fmt: skip
     if filled.get("use_cpu") and "OMP_NUM_THREADS" not in os.environ:
         quiet["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(filled["num_processes"])))

@@ -207,8 +207,6 @@ def render(
     switches: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Each conversation as the text that the model reads."""
-    from jinja2 import TemplateError
-
     template = fixed(resolve_chat_template(tokenizer, chat_template), switches)
     rendered = []
     for messages in conversations:
@@ -220,7 +218,7 @@ def render(
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever the template does
             cause = "with a system prompt " if system_prompt is not None else ""
             remedy = (
                 "correct it" if system_prompt is None else "leave --system-prompt out or pass another --chat-template"

@@ -11,6 +11,7 @@ from abliterate.prompts.chat import THINKING_ON
 from abliterate.prompts.reasoning import closed_at_end, open_at_end
 
 _NAMES = re.compile(r"\b[a-z_]*(?:think|reason)[a-z_]*\b")
+_ASKED = re.compile(r"\b([a-z_]\w*)\s*(?=\| *default|is (?:not )?defined)|(?<=if )\s*(?:not )?([a-z_]\w*)")
 _MEASURED = re.compile("budget|effort|mode|level")  # such names take other values than true and false
 _WORDS = ("none", "off", "disabled", "no_think")
 
@@ -27,17 +28,16 @@ def switched_off(
     Returns:
         None where no name that it mentions makes a difference: there is no switch, or it is off.
     """
-    before, found = list(render({})), sorted(set(_NAMES.findall(template)))
-    for name in (
-        *(name for name in THINKING_ON if name in found),
-        *(name for name in found if name not in THINKING_ON),
-    ):
-        for value in (0, *_WORDS) if _MEASURED.search(name) else (False,):
+    before = list(render({}))
+    speaking = sorted(set(_NAMES.findall(template)), key=lambda name: (name not in THINKING_ON, name))
+    asked = sorted({name for found in _ASKED.findall(template) for name in found if name} - {*speaking})
+    for name in (*speaking, *asked):
+        for value in (0, *_WORDS) if _MEASURED.search(name) else (False, True, *_WORDS, {"type": "disabled"}):
             try:
                 after = list(render({name: value}))
             except ModelError:  # it can't take such a value
                 continue
-            sure = value is False or all(map(closed_at_end, after))
+            sure = (value is False and name in speaking) or all(map(closed_at_end, after))
             if after != before and sure and not any(map(open_at_end, after)):
                 return {name: value}, after
     return None

@@ -31,6 +31,11 @@ SPLIT_NAMES = {
     "test": "test",
 }
 STDIN = "-"
+# Usual names of the column with the prompts, the likeliest first: `text` is often all of a row, answer and all.
+COLUMN_NAMES = (
+    *("instruction", "prompt", "messages", "conversations", "text", "question", "goal", "query"),
+    *("input", "request", "behavior", "content"),
+)
 # How packed bytes begin, by what packed files are called: downloads keep that name where they were unpacked on the way.
 _UNPACKED: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
     ".gz": (rb"\x1f\x8b\x08", gzip.decompress),
@@ -268,13 +273,16 @@ _DATA = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".ndjson", ".txt")  # of
 
 
 def _read_stream(path: Path, label: str, column: str | None) -> Tables:
-    """What comes through a pipe: JSON, lines of JSON, a table where a column is named, else lines of text."""
+    """What comes through a pipe: JSON, lines of JSON, a table where its head or a column is named, or lines of text."""
     data = _unpacked(sys.stdin.buffer.read(), label) if str(path) == STDIN else _bytes(path, label)
     if data[:4] == b"PAR1":
         return divided(_read_parquet(data, label))
-    if _text(data, label).lstrip()[:1] in ("[", "{"):
+    text = _text(data, label).lstrip()
+    if text[:1] in ("[", "{"):
         return divided(_read_json(data, label))
-    return divided(_read_csv(data, label) if column else _read_txt(data, label))
+    head = re.split(r"[,;\t|]", text.partition("\n")[0].casefold())
+    has_head = column or any(name.strip('" \r') in COLUMN_NAMES for name in head)
+    return divided(_read_csv(data, label) if has_head else _read_txt(data, label))
 
 
 def _read_folder(path: Path, label: str) -> Tables:
@@ -288,7 +296,7 @@ def _read_folder(path: Path, label: str) -> Tables:
                 f"{label} holds no files of prompts ({', '.join(_DATA)}) and was not written by datasets' "
                 "save_to_disk; name a file"
             )
-        return _read_several([f for f, found in kinds.items() if found == kind], label)
+        return _read_several([f for f, found in kinds.items() if found == kind], label, path)
     import datasets
 
     try:
@@ -297,13 +305,14 @@ def _read_folder(path: Path, label: str) -> Tables:
         raise PromptError(f"{label} can't be read: {error}; save it again with save_to_disk") from error
 
 
-def _read_several(files: Sequence[Path], label: str) -> Tables:
+def _read_several(files: Sequence[Path], label: str, folder: Path | None = None) -> Tables:
     """The tables of several files one after the other; a file whose name begins with a split's is of that split."""
     parts: dict[str, list[Table]] = {}
     for file in files:
         named = _SPLIT_OF_FILE.match(file.name)
         for split, table in read_path(file, f"{label}, {file.name}").items():
-            places = [f"{file.name}, {place}" for place in table.places]
+            called = file.relative_to(folder) if folder else file.name
+            places = [f"{called}, {place}" for place in table.places]
             parts.setdefault(split or (named[1].lower() if named else ""), []).append(Table(table.columns, places))
     if len(parts) > 1 and "" in parts:  # some names say nothing: then none does
         parts = {"": [table for tables in parts.values() for table in tables]}
@@ -351,7 +360,9 @@ def _pandas_rows(content: Mapping[Any, Any]) -> object:
     inner = list(content.values())
     if not inner or not all(isinstance(part, Mapping) and part.keys() == inner[0].keys() for part in inner):
         return content
-    if all(str(key).isdigit() for key in content) and not all(str(key).isdigit() for key in inner[0]):
+    outer, within = ({str(key).casefold() for key in keys} for keys in (content, inner[0]))
+    numbered = all(map(str.isdigit, outer)) and not all(map(str.isdigit, within))
+    if numbered or (within & {*COLUMN_NAMES} and not outer & {*COLUMN_NAMES}):
         return inner  # a row each
     return [{name: column[row] for name, column in content.items()} for row in inner[0]]
 

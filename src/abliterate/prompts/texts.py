@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from abliterate.common.errors import PromptError, counted, shorten
 from abliterate.prompts.sources import Origin, read_tables
-from abliterate.prompts.tables import SPLIT_NAMES, Table, listed
+from abliterate.prompts.tables import COLUMN_NAMES, SPLIT_NAMES, Table, Tables, listed
 
-COLUMN_NAMES = (
-    *("text", "prompt", "instruction", "question", "goal", "query"),
-    *("input", "request", "behavior", "content", "messages", "conversations"),
-)
-# Alpaca, Dolly and HarmBench keep what an instruction is about in a column of its own.
-COLUMNS_BESIDE = {"instruction": ("input", "context"), "question": ("context",), "behavior": ("contextstring",)}
+# Alpaca, Dolly, HarmBench and others keep what an instruction is about in a column of its own.
+INSTRUCTIONS = ("instruction", "instructions", "prompt", "question", "query", "request", "task", "behavior")
+COLUMNS_BESIDE = ("input", "inputs", "context", "contextstring", "passage")
 MIN_PROMPTS = 8
 
 
@@ -26,6 +24,7 @@ def read_splits(origin: Origin) -> tuple[dict[str, list[str]], list[str]]:
         tables = {"": _named_split(tables, origin)}
     elif len(tables) == 1:
         tables = {"": next(iter(tables.values()))}
+    notes += _joined(tables, origin)
     unknown = [name for name in tables if name and name.casefold() not in SPLIT_NAMES]
     if unknown and not any(SPLIT_NAMES.get(name.casefold()) == "train" for name in tables):
         how = "name one as id:split" if origin.dataset else "call one 'train'"
@@ -39,6 +38,16 @@ def read_splits(origin: Origin) -> tuple[dict[str, list[str]], list[str]]:
     if not any(splits.values()):
         raise PromptError(f"{origin.label} is empty; put at least {MIN_PROMPTS} prompts into it")
     return splits, notes
+
+
+def _joined(tables: Tables, origin: Origin) -> list[str]:
+    """What to say where files of different names were read one after the other: they may be of different kinds."""
+    notes = []
+    for table in tables.values():
+        named = (re.sub(r"-\d+-of-\d+", "", place.rpartition(", ")[0]) for place in table.places)
+        if len(files := [file for file in dict.fromkeys(named) if file]) > 1:
+            notes.append(f"{origin.label}: read as one: {shorten(', '.join(files), 200)}")
+    return notes
 
 
 def _named_split(tables: Mapping[str, Table], origin: Origin) -> Table:
@@ -61,7 +70,7 @@ def _texts(table: Table, origin: Origin, notes: list[str]) -> list[str]:
         text = _first_user_turn(value)
         if text is not None and text.strip():
             texts.append(text.strip())
-            if isinstance(more, str) and more.strip():
+            if isinstance(more, str) and more.strip() and more.strip() not in text:
                 counts["beside"] += 1
                 texts[-1] += f"\n\n{more.strip()}" if origin.column is None else ""
             counts["turns"] += _has_more(value)
@@ -85,8 +94,10 @@ def _texts(table: Table, origin: Origin, notes: list[str]) -> list[str]:
 
 def _beside(table: Table, column: str) -> tuple[str, Sequence[object]]:
     """The column with what a column's prompts are about, as Alpaca's `input`, and its values; "" where none is."""
-    usual = COLUMNS_BESIDE.get(column.casefold(), ())
-    name = next((name for name in table.columns if name.casefold() in usual), "")
+    before, _, last = column.rpartition(".")
+    usual = {f"{before}.{name}".lstrip(".").casefold() for name in COLUMNS_BESIDE}
+    said = last.casefold() in INSTRUCTIONS
+    name = next((name for name in table.columns if said and name.casefold() in usual), "")
     return name, table.columns[name] if name else [None] * len(table.places)
 
 

@@ -75,6 +75,7 @@ class Runs:
                 raise AbliterateError(f"the run of {going.name} goes on; stop it, or wait until it is done")
             command = [sys.executable, "-m", "abliterate.cli", "run", f"--out={out}", "--quiet", *options, "--", model]
             environment = {name: value for name, value in os.environ.items() if name != PASSWORD_VARIABLE}
+            environment["PYTHONSAFEPATH"] = "1"  # else `-m` imports first what lies in the folder
             errors = tempfile.TemporaryFile()  # noqa: SIM115  read when the run has ended
             process = subprocess.Popen(
                 command, cwd=self._folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
