@@ -33,7 +33,7 @@ def bake(handle: Handle, edit: Edit, *, keep_tied: bool = False, norm_preserving
     its class such biases, the model is given them (`apply.biases`).
     `norm_preserving` gives each vector along d_model of a weight its former norm (`removal.removed`).
     All new values are computed twice, some rows of one writer at a time: once to be checked, all of them before the
-    first is written, and once to be written. Memory: some 70 MB, and the head's own weight where it is untied.
+    first is written, and once to be written. Memory: 100 MB or so, and the head's own weight where it is untied.
 
     Raises:
         ModelError: when a weight can't be changed: it is quantised, offloaded, or one of several processes' shards.
