@@ -11,7 +11,7 @@ from abliterate.common.names import HubName, hub_name, pasted
         "org/name", "https://huggingface.co/org/name", "http://www.huggingface.co/org/name/", "huggingface.co/org/name",
         "hf.co/org/name", "https://hf.co/org/name", "org/name/", " org/name ", "hf://org/name", "hf://models/org/name",
         "https://huggingface.co/org/name?library=transformers#usage", "'org/name'", "“org/name”", "`hf.co/org/name`",
-        "<https://huggingface.co/org/name>", "https://huggingface.co/org/name.git",
+        "\u200borg/name\ufeff", "'org/name\u00a0'", "<https://huggingface.co/org/name>", "https://huggingface.co/org/name.git",
     ],
 )  # fmt: skip
 def test_an_id_is_found_in_what_is_pasted(text):

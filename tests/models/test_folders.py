@@ -50,6 +50,8 @@ def test_a_name_as_pasted_loads(cached, typed, commit):
         ("https://huggingface.co/org/tiny/blob/main/tiny.gguf", "address of a file or page.*org/tiny.*hf download"),
         ("https://example.com/org/tiny", "no address of a model on the Hugging Face Hub"),
         ("org/tiny:Q4_K_M", "written org/name@revision, and of a GGUF on the Hub the downloaded file"),
+        ("https://hf.co/datasets/org/set", "address of a data set, not of a model; for prompts, give --target org/set"),
+        ("hf.co/spaces/org/tiny", "address of a space, not of a model$"),
         ("./tiny", "no such file or folder"),
         ("models/org/tiny", "no such file or folder"),
         ("org/tiny.gguf", "no such file or folder"),
@@ -72,6 +74,11 @@ def test_a_folder_is_taken_as_it_is_called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "tiny@v1").mkdir(parents=True)
     assert meant("org/tiny@v1/") == ("org/tiny@v1/", None)
+
+
+def test_a_repository_in_the_cache_points_to_its_snapshot(cached):
+    with pytest.raises(ModelError, match=rf"no config.json in it; name {cached / 'snapshots' / ('a' * 40)}$"):
+        check_here(str(cached))
 
 
 def test_the_folder_of_a_run_points_to_its_model(tmp_path):

@@ -35,6 +35,11 @@ def test_what_is_none_says_how_one_is_written(source):
         locate(source, "target", None, None)
 
 
+def test_an_address_outside_the_hub_is_said_to_be_one():
+    with pytest.raises(PromptError, match="an address outside the Hub; download it"):
+        locate("https://example.com/data/harmful.csv", "target", None, None)
+
+
 def test_three_parts_are_a_path_where_the_first_is_a_folder(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 _ADDRESS = re.compile(r"hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
+UNSEEN = "\u200b\u200c\u200d\u2060\ufeff\u00a0 \t\r\n"  # what pages put around a name that is copied from them
 DEMO_FOLDER = "demo-model-"  # with a hash behind it: the demo model's folder in the cache
 
 
@@ -43,9 +44,9 @@ def public_source(source: str) -> str:
 
 def pasted(text: str) -> str:
     """A name as it was meant, without the quotes and brackets that are copied with it, or a file's address."""
-    text = text.strip()
+    text = text.strip(UNSEEN)
     while len(text) > 1 and text[0] + text[-1] in ("''", '""', "``", "<>", "‘’", "“”"):
-        text = text[1:-1].strip()
+        text = text[1:-1].strip(UNSEEN)
     return unquote(text.removeprefix("file://")) if text.startswith("file:///") else text
 
 

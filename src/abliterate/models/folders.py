@@ -28,6 +28,12 @@ def meant(source: str, revision: str | None = None) -> tuple[str, str | None]:
     if is_local(source) or not (is_address(source) or _ID.fullmatch(pasted(source))):
         return source, revision
     found = hub_name(source)
+    kind, _, name = found.id.partition("/")
+    if found.rest and kind in ("datasets", "spaces"):
+        raise ModelError(
+            f"model {source.strip()} is the address of a {kind[:-1].replace('datas', 'data s')}, not of a model"
+            + (f"; for prompts, give --target {'/'.join((name, *found.rest))}" if kind == "datasets" else "")
+        )
     if found.rest:
         raise ModelError(
             f"model {source.strip()} is the address of a file or page; give the model's id, {found.id}, or, for a "
@@ -138,7 +144,8 @@ def _weights_in(folder: Path, source: str) -> Path | None:
     if ggufs:
         problem = f"it holds several GGUF files; name one: {', '.join(ggufs)}"
     elif "config.json" not in files:
-        inner = next((f.parent for f in sorted(folder.glob("*/config.json"))), None)
+        below = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]  # of a Hub cache
+        inner = next((f.parent for f in sorted(below)), None)
         problem = f"there is no config.json in it; name {inner or 'the folder that holds the model'}"
     elif pickles:
         problem = (

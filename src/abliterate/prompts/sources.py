@@ -69,6 +69,8 @@ def locate(source: str, role: Role, column: str | None, split: str | None) -> Or
 def _on_the_hub(source: str, role: Role, column: str | None, split: str | None) -> Origin:
     # Colons of an address and inside brackets are no separators: "https://hf.co/x", "id:train[:100]:text".
     name, *rest = re.split(r":(?!//)(?![^\[]*\])", source)
+    if "://" in name and not is_address(name):
+        raise PromptError(f"{role} source '{source}' is an address outside the Hub; download it, and give the file")
     if _looks_like_path(name):
         raise PromptError(
             f"prompt file {name} was not found (looked for {Path(name).expanduser().absolute()}); "
