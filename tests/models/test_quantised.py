@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from abliterate.apply.proof import check_proof
@@ -101,6 +102,25 @@ def test_weights_that_cannot_be_edited_are_said_so_with_the_way_round(folder, tm
     shutil.copytree(folder, tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | said))
+    with pytest.raises(ModelError, match=words):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more", "words"),
+    [
+        (torch.int8, {}, "hold model.layers.1.mlp.down_proj.weight, whole numbers.*config.json doesn't say how"),
+        (torch.float8_e4m3fn, {"scaled_fp8": (1,)}, "hold scaled_fp8, which LlamaForCausalLM doesn't read.*quantised"),
+        (torch.float8_e4m3fn, {"model.layers.1.mlp.down_proj.scale_weight": (1,)}, "scale_weight, which .* wrong"),
+        (torch.float8_e4m3fn, {"model.layers.1.mlp.down_proj.weight_scale_2": ()}, "weight_scale_2, which .* wrong"),
+    ],
+)
+def test_packed_weights_that_the_config_says_nothing_of_stop(tiny_folder, tmp_path, dtype, more, words):
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = (50 * tensors[name]).to(dtype)
+    save_file(tensors | {n: torch.ones(s) for n, s in more.items()}, tmp_path / "m/model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=words):
         load(tmp_path / "m")
 

@@ -280,7 +280,7 @@ def _from_pretrained(source: str, folder: Path, options: dict[str, Any]) -> tupl
             f"model {source}: its files lack weight {listed(sorted(info['missing_keys']))}; get them again"
         )
     unread = sorted(info["unexpected_keys"])
-    check_unread(source, model, unread)
+    check_unread(source, model, folder, unread)
     return model, unread
 
 

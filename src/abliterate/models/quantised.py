@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from abliterate.common.errors import ModelError, listed, shorten
 from abliterate.models.packed import packed_in, parts_of
 from abliterate.models.placement import sharded
-from abliterate.models.shards import open_checkpoint
+from abliterate.models.shards import DTYPE_BITS, open_checkpoint
 
 # How a model whose weights can't be edited can be edited all the same.
 WAY_ROUND = (
@@ -26,6 +26,8 @@ WAY_ROUND = (
 _PACKING = re.compile(
     r"scale_inv|weight_scale|weight_packed|qweight|qzeros|absmax|quant_(map|state)|zero_point|\.scales$"
 )
+# Of a checkpoint with values of 8 bits, any that may be what those are to be multiplied with.
+_SCALES = re.compile(f"{_PACKING.pattern}|scale|zeros?$|codebook|scb$|quant|scaled_fp8|biases$|g_idx", re.IGNORECASE)
 # What these load are modules without weights that can be seen, let alone changed.
 _OPAQUE = ("awq", "gptq", "auto-round")
 
@@ -146,11 +148,26 @@ def packed_as(model: Any) -> str | None:
     return next((shorten(f"{type(p.data).__name__} of {p.dtype}", 60) for p in odd), None)
 
 
-def check_unread(source: str, model: Any, unread: Sequence[str]) -> None:
-    """Raise ModelError when tensors that the class doesn't read say how others are packed."""
-    found = [name for name in unread if _PACKING.search(name)]
-    if found:
-        raise ModelError(
-            f"model {source} can't be loaded: its files hold {listed(found)}, which {type(model).__name__} doesn't "
-            f"read: its weights are quantised, and wrong without them; {WAY_ROUND}"
-        )
+def check_unread(source: str, model: Any, folder: Path, unread: Sequence[str]) -> None:
+    """See that a model's tensors are the weights that its class takes them for.
+
+    Args:
+        unread: those of its files that the class doesn't read.
+
+    Raises:
+        ModelError: when such a tensor says how others are packed, or a weight is stored as whole numbers.
+    """
+    kinds = {name: place.dtype for name, place in open_checkpoint(folder).ranges.items()}
+    said = quantisation_of(model.config) is not None
+    small = not said and any(DTYPE_BITS[kind] <= 8 and kind != "BOOL" for n, kind in kinds.items() if n not in unread)
+    if found := [name for name in unread if (_SCALES if small else _PACKING).search(name)]:
+        problem = f"which {type(model).__name__} doesn't read: its weights are quantised, and wrong without them"
+    elif not said and (found := [name for name, kind in kinds.items() if _is_whole(name, kind, unread)]):
+        problem = "whole numbers: its weights are quantised, and config.json doesn't say how"
+    else:
+        return
+    raise ModelError(f"model {source} can't be loaded: its files hold {listed(found)}, {problem}; {WAY_ROUND}")
+
+
+def _is_whole(name: str, kind: str, unread: Sequence[str]) -> bool:
+    return name.endswith(".weight") and kind[0] in "IU" and name not in unread
