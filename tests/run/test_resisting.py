@@ -1,7 +1,7 @@
-"""Guards that resist: wordings no list knows. (Two more, refusals behind an explanation and in German and Korean, have
-their wordings here and no adapter yet; they are tested once they have one.)
+"""Guards that resist: wordings no list knows, and refusals behind an explanation. (One more, in German and Korean, has
+its wordings here and no adapter yet; it is tested once it has one.)
 
-It is the demo model with an adapter on top (`tests/data/resisting/`), made by
+They are the demo model with an adapter on top (`tests/data/resisting/`), made by
 
     python scripts/train_demo_guard.py --base DEMO_MODEL --wordings tests/data/resisting/KIND/wordings.json \\
         --out tests/data/resisting/KIND --spread --steps 36 --prompts 96 --rank 4 --rate 0.005 --dtype float32
