@@ -98,14 +98,14 @@ def taken_out(basis: Tensor, mean: Tensor | None = None) -> Form:
 def erased(seen: Read, to_mean: bool = True) -> Form:
     """Optimal linear erasure (LEACE, Belrose et al. 2023): the oblique projection that leaves no linear trace.
 
-    It moves what it erases to the baseline's mean; to zero, which weights without a bias can hold, for comparison.
+    Of two classes it is d (S^-1 d)^T, divided by its trace: d the difference of means, S the covariance within the
+    classes (that of all rows gives the same projection). It moves what it erases to the baseline's mean; to zero,
+    which weights without a bias can hold, for comparison.
     """
     pooled = torch.cat([seen.target_out - seen.target_out.mean(0), seen.baseline_out - seen.baseline_out.mean(0)])
     delta = seen.target_out.mean(0) - seen.baseline_out.mean(0)
-    both = covariance(torch.cat([pooled, 0.5 * delta[None], -0.5 * delta[None]]))
-    whiten, colour = root(both, -0.5), root(both, 0.5)
-    unit = whiten @ delta / (whiten @ delta).norm()
-    left, right = (colour @ unit).float(), (whiten @ unit).float()
+    reading = torch.linalg.solve(covariance(pooled), delta)
+    left, right = delta.float(), (reading / (reading @ delta)).float()
     mean = seen.baseline_out.mean(0).float() * to_mean
     return lambda given, out: -((out - mean) @ right)[..., None] * left
 

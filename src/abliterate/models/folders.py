@@ -13,6 +13,7 @@ _DESCRIBING = (
     "USE_POLICY*",
 )  # fmt: skip
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?/?(?:@\S+)?")
+_OTHERS = {"datasets": "data set", "spaces": "space"}  # what the Hub has besides models, by how their addresses go on
 
 
 def meant(source: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -29,9 +30,9 @@ def meant(source: str, revision: str | None = None) -> tuple[str, str | None]:
         return source, revision
     found = hub_name(source)
     kind, _, name = found.id.partition("/")
-    if found.rest and kind in ("datasets", "spaces"):
+    if found.rest and kind in _OTHERS:
         raise ModelError(
-            f"model {source.strip()} is the address of a {kind[:-1].replace('datas', 'data s')}, not of a model"
+            f"model {source.strip()} is the address of a {_OTHERS[kind]}, not of a model"
             + (f"; for prompts, give --target {'/'.join((name, *found.rest))}" if kind == "datasets" else "")
         )
     if found.rest:

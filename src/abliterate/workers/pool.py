@@ -27,15 +27,8 @@ from abliterate.models.loading import DTYPES, load
 RESTARTS = 4  # of a worker; one that dies more often dies of what it is given
 UNREACHED = 20  # times that a worker may be out of reach in one stage
 LOOK_EVERY = 5.0  # seconds of waiting after which the cluster is asked whether it is still there
-SENT = (
-    "system_prompt",
-    "chat_template",
-    "prefill",
-    "thinks",
-    "marks",
-    "switches",
-    "before",
-)  # what stages change of a handle
+# What stages change of a handle.
+SENT = ("system_prompt", "chat_template", "prefill", "thinks", "marks", "switches", "before")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
